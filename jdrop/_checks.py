@@ -1,0 +1,149 @@
+"""Argument rules and the wording of every error: ``function: argument rule, got value; fix``."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INEXACT = (*FLOATS, "complex64", "complex128")
+KEY_WORDS = (1, 2, 4)  # lengths of the key data of JAX's PRNG implementations
+
+
+def text(function: str, argument: str, rule: str, got: Any, fix: str) -> str:
+    """Word an error."""
+    return f"{function}: {argument} {rule}, got {got}; {fix}"
+
+
+def describe(value: Any) -> str:
+    """Name a value for an error: arrays by dtype and shape, all else by repr."""
+    if isinstance(value, (jax.Array, np.ndarray)) and (value.ndim or isinstance(value, jax.core.Tracer)):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    return repr(value)
+
+
+def is_typed_key(value: Any) -> bool:
+    """Whether a value is an array of typed PRNG keys."""
+    return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def key(function: str, value: Any) -> None:
+    """Require one PRNG key: typed, or legacy uint32."""
+    if is_typed_key(value):
+        batch = value.shape
+    elif isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.ndim:
+        if value.shape[-1] not in KEY_WORDS:
+            fix = "make one with jax.random.key"
+            raise ValueError(text(function, "key", "must hold the words of one PRNG key", describe(value), fix))
+        batch = value.shape[:-1]
+    else:
+        fix = "make one with jax.random.key, and pass it before the data"
+        raise TypeError(text(function, "key", "must be a PRNG key", describe(value), fix))
+    if batch:
+        fix = "use jax.vmap over keys"
+        raise ValueError(text(function, "key", "must be one key", f"a batch of shape {batch}", fix))
+
+
+def array(function: str, argument: str, value: Any) -> None:
+    """Require an array of real or complex floating point numbers."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        fix = "convert it with jnp.asarray"
+        raise TypeError(text(function, argument, "must be an array", describe(value), fix))
+    if is_typed_key(value) or value.dtype.name not in INEXACT:
+        fix = "pass key first, then a float array"
+        rule = "must be float16, bfloat16, float32, float64 or complex"
+        raise TypeError(text(function, argument, rule, describe(value), fix))
+
+
+def flag(function: str, argument: str, value: Any) -> bool:
+    """Require a static bool."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, jax.core.Tracer):
+        fix = f"pass rate=jnp.where({argument}, rate, 0.), or list {argument} in static_argnames"
+        raise TypeError(text(function, argument, "must be static", "a traced value", fix))
+    raise TypeError(text(function, argument, "must be a bool", describe(value), f"pass {argument}=True or False"))
+
+
+def rate(function: str, value: Any, shape: Sequence[int]) -> np.ndarray | Array:
+    """Require a drop probability, or an array of them that broadcasts to a mask's shape.
+
+    Python and NumPy values come back as NumPy arrays, checked to lie in [0, 1]; arrays of JAX are never
+    read. What is no scalar comes back with the mask's number of axes.
+    """
+    if is_typed_key(value) or not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
+        fix = "pass a float, the probability of dropping"
+        raise TypeError(text(function, "rate", "must be a number or an array", describe(value), fix))
+    concrete = not isinstance(value, jax.Array)
+    number = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+    probability: Any = np.asarray(float(value) if number else value) if concrete else value
+    if probability.dtype.name not in FLOATS:
+        fix = "convert it to float32"
+        raise TypeError(text(function, "rate", "must be a real floating point number", describe(value), fix))
+    if concrete and not np.all((probability >= 0) & (probability <= 1)):
+        fix = "pass the probability of dropping"
+        raise ValueError(text(function, "rate", "must lie in [0, 1]", describe(value), fix))
+    sizes = tuple(probability.shape)
+    if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], tuple(shape)[::-1])):
+        fix = "give it the mask's sizes or 1 (1 on shared axes)"
+        rule = f"must broadcast to the mask's shape {tuple(shape)}"
+        raise ValueError(text(function, "rate", rule, f"shape {sizes}", fix))
+    return probability.reshape((1,) * (len(shape) - len(sizes)) + sizes) if sizes else probability
+
+
+def axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, ...]:
+    """Require distinct axes of an array, negative ones allowed, and return them from 0 up."""
+    try:
+        found = [operator.index(a) for a in (value if isinstance(value, Iterable) else (value,))]
+    except TypeError:
+        fix = "pass an int or a sequence of ints"
+        raise TypeError(text(function, argument, "must be axes", describe(value), fix)) from None
+    if any(not -ndim <= a < ndim for a in found):
+        fix = f"use axes from {-ndim} to {ndim - 1}" if ndim else "an array without axes takes none"
+        raise ValueError(text(function, argument, f"must be axes of an array with {ndim} axes", describe(value), fix))
+    canonical = tuple(sorted(a % ndim for a in found))
+    if len(set(canonical)) != len(canonical):
+        raise ValueError(text(function, argument, "must not repeat an axis", describe(value), "name each axis once"))
+    return canonical
+
+
+def choice(function: str, argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Require one of a few strings."""
+    if not isinstance(value, str) or value not in choices:
+        options = " or ".join(map(repr, choices))
+        raise ValueError(text(function, argument, f"must be {options}", describe(value), "pick one of them"))
+
+
+def sizes(function: str, argument: str, value: Any) -> tuple[Any, ...]:
+    """Require a shape: a sequence of sizes, symbolic ones allowed."""
+    fix = "pass a tuple of sizes, such as x.shape"
+    try:
+        found = tuple(n if jax.export.is_symbolic_dim(n) else operator.index(n) for n in value)
+    except TypeError:
+        raise TypeError(text(function, argument, "must be a sequence of sizes", describe(value), fix)) from None
+    if any(isinstance(n, int) and n < 0 for n in found):
+        raise ValueError(text(function, argument, "must not be negative", describe(value), fix))
+    return found
+
+
+def number(function: str, argument: str, value: Any, low: float, high: float) -> float:
+    """Require a Python or NumPy number within limits."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(text(function, argument, "must be a number", describe(value), "pass a Python float"))
+    if not low <= value <= high:
+        limits = f"must lie in [{low:g}, {high:g}]" if np.isfinite(high) else f"must be at least {low:g}"
+        raise ValueError(text(function, argument, limits, describe(value), "pass a number within the limits"))
+    return float(value)
+
+
+def count(function: str, argument: str, value: Any) -> int:
+    """Require a Python or NumPy integer of at least 1."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(text(function, argument, "must be an integer", describe(value), "pass a Python int"))
+    if value < 1:
+        raise ValueError(text(function, argument, "must be at least 1", value, "pass a positive int"))
+    return int(value)
