@@ -1,4 +1,4 @@
-"""jdrop"""
+"""Functional dropout for JAX: explicit keys, the same mask everywhere, and no mask in memory."""
 
 from jdrop import keys as keys
 from jdrop import schedules as schedules

@@ -20,8 +20,8 @@ def text(function: str, argument: str, rule: str, got: Any, fix: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """Name a value for an error: arrays by dtype and shape, all else by repr."""
-    if isinstance(value, (jax.Array, np.ndarray)) and (value.ndim or isinstance(value, jax.core.Tracer)):
+    """Name a value for an error: arrays by dtype and shape (those of JAX are never read), all else by repr."""
+    if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.ndim):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     return repr(value)
 

@@ -34,9 +34,8 @@ def apply(
       layout: what is static about the whole mask.
       scaled: whether kept values are divided by the keep probability.
     """
-    words, rate = lax.stop_gradient((words, rate))
-    x, words, rate, *offset = vary_together(jnp.asarray(x), words, rate, *offset)
-    return _linear_p.bind(x, words, rate, *offset, layout=layout, scaled=scaled, batch=())
+    operands = vary_together(jnp.asarray(x), words, lax.stop_gradient(rate), *offset)
+    return _linear_p.bind(*operands, layout=layout, scaled=scaled, batch=())
 
 
 def _masked(
@@ -44,9 +43,11 @@ def _masked(
 ) -> Array:
     """The operator in plain jnp, for one example."""
     probability = masks.keep_probability(layout.source, rate, real_dtype(x))
-    alive = probability != 0  # NaN lives
-    ones = jnp.ones_like(probability)
-    scale = ones / jnp.where(alive, probability, ones) if scaled else jnp.where(jnp.isnan(probability), probability, ones)
+    one = jnp.ones_like(probability)
+    if scaled:
+        scale = one / jnp.where(probability == 0, one, probability)
+    else:
+        scale = jnp.where(jnp.isnan(probability), probability, one)
     sharding = masks.explicit_sharding(jax.typeof(x).sharding)
     start = [(at[0], at[1]) for at in offset[0]] if offset else None
     kept = masks.keep(layout, words, rate, x.shape, start, sharding=sharding)

@@ -101,16 +101,13 @@ def coordinates(shape: Sequence[Any], *, columns: bool = True) -> Coordinates:
     ``columns=False`` all axes are rows, and the row is the flat index.
 
     Raises:
-      ValueError: a column axis has a symbolic size.
+      TypeError: a column axis has a symbolic size.
     """
     first, width = len(shape), 1
     while columns and first and width < MIN_COLUMNS:
         size = shape[first - 1]
         if not isinstance(size, int):
-            raise ValueError(
-                f"dropout: the trailing axes of x that hold {MIN_COLUMNS} elements must have static sizes, "
-                f"got shape {tuple(shape)}; export with those sizes fixed"
-            )
+            raise TypeError(f"the sizes of column axes must be static, got shape {tuple(shape)}")
         if width * size > WORD and width > 1:
             break
         first, width = first - 1, width * size
@@ -144,11 +141,11 @@ def indices(
     where = coordinates(shape, columns=columns)
     first = len(where.row_strides)
     axes = []
-    for axis, n in enumerate(size):
+    for axis in range(len(size)):
         index = _iota(axis, size, sharding)
         axes.append(index if start is None else add64(index, start[axis]))
     col = _sum([lo * np.uint32(stride) for (_, lo), stride in zip(axes[first:], where.col_strides)], len(size))
-    if isinstance(where.num_rows, int) and where.num_rows <= WORD:
+    if isinstance(where.num_rows, int) and where.num_rows <= WORD and not where.long:
         low = [lo * np.uint32(stride) for (_, lo), stride in zip(axes[:first], where.row_strides)]
         return (np.uint32(0), _sum(low, len(size))), col
     row: Pair = (np.uint32(0), np.uint32(0))
@@ -179,7 +176,7 @@ def _iota(axis: int, size: Sequence[Any], sharding: NamedSharding | None) -> Pai
 def pair(value: Any) -> Pair:
     """Return ``(hi, lo)`` of an integer or an array of integers: its value modulo 2**64."""
     if not isinstance(value, Array):
-        exact = np.asarray(value, object)
+        exact = np.asarray(value, object) if isinstance(value, int) else np.asarray(value).astype(object)
         return np.asarray(exact // WORD % WORD).astype(np.uint32)[()], np.asarray(exact % WORD).astype(np.uint32)[()]
     if value.dtype.itemsize == 8:
         return (value >> value.dtype.type(32)).astype(jnp.uint32), value.astype(jnp.uint32)
@@ -190,6 +187,7 @@ def pair(value: Any) -> Pair:
 
 
 def add64(a: Pair, b: Pair) -> Pair:
+    """Sum modulo 2**64 of two numbers ``(hi, lo)``."""
     lo = a[1] + b[1]
     return a[0] + b[0] + (lo < b[1]).astype(jnp.uint32), lo
 
@@ -209,6 +207,4 @@ def vary_together(*arrays: Any) -> tuple[Any, ...]:
     """Cast arrays inside ``jax.shard_map`` to the union of the mesh axes that any of them varies over."""
     varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     axes = frozenset().union(*varying)
-    return tuple(
-        lax.pcast(a, tuple(axes - own), to="varying") if axes - own else a for a, own in zip(arrays, varying)
-    )
+    return tuple(lax.pcast(a, tuple(axes - own), to="varying") if axes - own else a for a, own in zip(arrays, varying))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jdrop import _checks, _linear, masks
@@ -76,8 +77,7 @@ def dropout(
     train = _checks.flag(name, "train", train)
     _checks.choice(name, "scale_at", scale_at, ("train", "eval"))
     _checks.choice(name, "generator", generator, masks.GENERATORS)
-    shape = masks.mask_shape(name, x.shape, shared_axes)
-    rate = _checks.rate(name, rate, shape)
+    rate = _checks.rate(name, rate, masks.mask_shape(name, x.shape, shared_axes))
     names = masks.shard_names(name, x.shape, shard)
     if key is not None:
         _checks.key(name, key)
@@ -86,13 +86,13 @@ def dropout(
     if not train:
         return _expectation(x, rate, generator)
     masks.check_key_varies(name, key, shard)
-    whole, offset = masks.tile(shape, names)
+    whole, offset = masks.tile(x.shape, names)
     source, words, rate = masks.operands(name, key, rate, generator, part=bool(offset))
-    layout = masks.Layout(whole, source)
+    layout = masks.layout(name, masks.mask_shape(name, whole, shared_axes), source)
     return _linear.apply(x, words, rate, offset, layout=layout, scaled=scale_at == "train")
 
 
-def _expectation(x: Array, rate: Array, generator: Generator) -> Array:
+def _expectation(x: Array, rate: np.ndarray | Array, generator: Generator) -> Array:
     """``x * keep_probability``: what evaluation does in the original form."""
     probability = lax.stop_gradient(masks.probability(rate, generator))
     keep = masks.keep_probability(generator, probability, _linear.real_dtype(x))

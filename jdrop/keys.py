@@ -38,7 +38,7 @@ def _trailing_axis(sharding: Any) -> Any:
 def _consume_jvp(primals: Any, tangents: Any) -> Any:
     del tangents  # a key has none
     words = _consume_p.bind(*primals)
-    return words, ad.Zero.from_primal_value(words)
+    return words, ad.Zero(jax.typeof(words).to_tangent_aval())
 
 
 ad.primitive_jvps[_consume_p] = _consume_jvp
@@ -63,7 +63,7 @@ def _absorb(state: Pair, blocks: list[tuple[int, Any, Any]]) -> Pair:
 
 def _start(words: Array, use: int) -> Pair:
     n = words.shape[-1]
-    at = [words[..., i] for i in range(n)] + [np.uint32(0)] * (n % 2)
+    at: list[Any] = [*(words[..., i] for i in range(n)), *[np.uint32(0)] * (n % 2)]
     return _absorb((np.uint32(_TAG), np.uint32(use)), [(0, *at[i : i + 2]) for i in range(0, n, 2)])
 
 
@@ -175,4 +175,3 @@ def _blocks(function: str, argument: str, element: Any) -> list[tuple[int, Any, 
 
 def _is_integer_array(value: Any) -> bool:
     return isinstance(value, (Array, np.ndarray, np.integer)) and jnp.issubdtype(value.dtype, jnp.integer)
-

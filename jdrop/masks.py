@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop import _checks, keys
-from jdrop.bits import WORD, Pair, indices, mul64, pair, threefry2x32, word
+from jdrop.bits import MIN_COLUMNS, WORD, Pair, coordinates, indices, mul64, pair, threefry2x32, word
 
 Generator = Literal["fast", "jax"]
 GENERATORS = ("fast", "jax")
@@ -41,6 +41,17 @@ def mask_shape(function: str, shape: Sequence[Any], shared_axes: Any) -> tuple[A
     """Return the shape of the decisions: the array's, with 1 on shared axes."""
     shared = _checks.axes(function, "shared_axes", shared_axes, len(shape))
     return tuple(1 if axis in shared else n for axis, n in enumerate(shape))
+
+
+def layout(function: str, shape: tuple[Any, ...], source: Any) -> Layout:
+    """Return the layout of a mask; symbolic sizes (``jax.export``) may not be columns."""
+    if source == "fast":
+        try:
+            coordinates(shape)
+        except TypeError:
+            rule = f"must have static sizes on the trailing axes that hold {MIN_COLUMNS} elements"
+            raise ValueError(_checks.text(function, "shape", rule, shape, "export with those sizes fixed")) from None
+    return Layout(shape, source)
 
 
 def is_zero(rate: np.ndarray | Array) -> bool:
@@ -74,16 +85,14 @@ def probability(rate: np.ndarray | Array, generator: Generator) -> Array:
 
 
 def _jax_source(function: str, key: Array) -> Any:
-    if _checks.is_typed_key(key):
-        impl = jax.random.key_impl(key)
-    else:
-        impl = jax.config.jax_default_prng_impl
-        expected = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape
-        if key.shape != expected:
-            fix = "wrap it with jax.random.wrap_key_data(key, impl=...)"
-            rule = f'must have the words of the default implementation {impl} for generator="jax"'
-            raise ValueError(_checks.text(function, "key", rule, _checks.describe(key), fix))
-    return "indexed" if impl == "threefry2x32" and jax.config.jax_threefry_partitionable else impl
+    try:
+        impl = jax.random.key_impl(key)  # legacy keys: the default implementation
+    except (TypeError, ValueError):
+        fix = "wrap it with jax.random.wrap_key_data(key, impl=...)"
+        rule = 'must have the words of the default implementation for generator="jax"'
+        raise ValueError(_checks.text(function, "key", rule, _checks.describe(key), fix)) from None
+    config: Any = jax.config
+    return "indexed" if impl == "threefry2x32" and config.jax_threefry_partitionable else impl
 
 
 # ---------------------------------------------------------------------------------- shards
@@ -98,7 +107,7 @@ def shard_names(function: str, shape: Sequence[Any], shard: Shard) -> tuple[tupl
     if not isinstance(shard, PartitionSpec):
         fix = "pass the in_specs entry of x"
         raise TypeError(_checks.text(function, "shard", "must be a PartitionSpec", _checks.describe(shard), fix))
-    names = tuple(() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in shard)
+    names = tuple(s if isinstance(s, tuple) else () if s is None else (s,) for s in shard)
     manual = jax.sharding.get_abstract_mesh().manual_axes
     used = [name for entry in names for name in entry]
     if len(names) > len(shape) or len(set(used)) != len(used):
@@ -197,7 +206,6 @@ def keep(
         row, col = indices(layout.shape, size, start, sharding)
         t, none = _threshold(rate)
         return (word((seed[0], seed[1]), row, col) >= t) & ~none
-    words = lax.optimization_barrier(words)
     if layout.source == "indexed":
         return _indexed_bits(words, layout.shape, size, start, sharding, rate.dtype) < _jax_threshold(rate)
     key = jax.random.wrap_key_data(words, impl=layout.source)
@@ -207,6 +215,9 @@ def keep(
 def _indexed_bits(words: Array, shape: Any, size: Any, start: Any, sharding: Any, dtype: Any) -> Array:
     """Return the integer of ``nmant`` bits that ``jax.random.uniform`` makes a number of ``dtype`` from."""
     info = jnp.finfo(dtype)
+    # One barrier around both: an index that does not depend on the key would be hoisted out of a scan, and stored.
+    start = start or [(np.uint32(0), np.uint32(0))] * len(shape)
+    words, start = lax.optimization_barrier((words, start))
     index = indices(shape, size, start, sharding, columns=False)[0]
     high, low = threefry2x32((words[0], words[1]), index)
     if info.bits == 64:
@@ -274,7 +285,7 @@ def dropout_mask(
     if is_zero(rate) and key is None:
         return jnp.ones(size, bool, out_sharding=sharding)
     source, words, rate = operands(name, key, rate, generator, part=start is not None)
-    return _dropout_mask(words, rate, start, layout=Layout(decisions, source), size=size, sharding=sharding)
+    return _dropout_mask(words, rate, start, layout=layout(name, decisions, source), size=size, sharding=sharding)
 
 
 def _window(function: str, shape: tuple[Any, ...], window: Any) -> tuple[tuple[int, ...], tuple[Pair, ...]]:

@@ -1,0 +1,156 @@
+"""Does dropout help a wide network on few images?
+
+Trains the same MLP on 200 of scikit-learn's 1,797 digits with and without dropout, and tests it on the other 1,597.
+All runs of both arms train at once under two vmaps, since the rates are just one more traced argument. Each seed draws
+its own split, and its two arms share split, first weights and minibatches, so the difference is taken pair by pair. The
+rates are those of the paper (0.2 on the inputs, 0.5 on the hidden layers), and the last step counts, not the best.
+
+    python examples/digits_mlp.py
+
+Expect, after half a minute (2-core CPU, jax 0.10.2), test accuracy in percent over 16 seeds:
+
+    RESULT
+
+References:
+  Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural Networks from
+  Overfitting, JMLR.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from jax import Array
+from sklearn.datasets import load_digits
+from tqdm import tqdm
+
+import jdrop
+from jdrop.keys import derive, per_example
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NUM_SEEDS = 16
+NUM_TRAIN = 300  # images; the rest is the test set
+SIZES = (64, 256, 256, 10)
+INPUT_RATE, HIDDEN_RATE = 0.1, 0.5
+BATCH = 50
+LEARNING_RATE = 3e-3  # Adam, decayed to 0 by a cosine
+STEPS = 1200
+EVAL_EVERY = 75
+
+Params = list[tuple[Array, Array]]
+
+
+def init(key: Array) -> Params:
+    """He initialisation; the key of a layer is named by its place."""
+    layers = enumerate(zip(SIZES[:-1], SIZES[1:], strict=True))
+    return [(jax.random.normal(derive(key, i), (m, n)) * (2 / m) ** 0.5, jnp.zeros(n)) for i, (m, n) in layers]
+
+
+def forward(params: Params, x: Array, key: Array | None, rates: Array, train: bool) -> Array:
+    """Map images [batch, 64] to logits [batch, 10]; ``rates`` holds one rate a layer."""
+    for i, (w, b) in enumerate(params):
+        layer_key = derive(key, i) if key is not None else None
+        x = jdrop.dropout(layer_key, x, rates[i], train=train) @ w + b
+        x = jax.nn.relu(x) if i < len(params) - 1 else x
+    return x
+
+
+def make_train_step(optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable:
+    """Return the step of every run at once: arms are mapped over outside, seeds inside."""
+
+    def loss_fn(params: Params, x: Array, y: Array, key: Array, rates: Array) -> Array:
+        logits = forward(params, x, key, rates, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    def step(params: Params, opt_state: optax.OptState, rates: Array, key: Array, ids: Array, t: Array) -> tuple:
+        batch = jax.random.choice(derive(key, "batch", t), ids, (BATCH,), replace=False)
+        loss, grads = jax.value_and_grad(loss_fn)(params, images[batch], labels[batch], derive(key, "drop", t), rates)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    seeds = jax.vmap(step, in_axes=(0, 0, None, 0, 0, None))
+    return jax.jit(jax.vmap(seeds, in_axes=(0, 0, 0, None, None, None)), donate_argnums=(0, 1))
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean over seeds and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def plot(path: Path, steps: list[int], curves: np.ndarray, arms: dict[str, list[float]]) -> None:
+    """Draw test accuracy [time, arm, seed] against steps, with a band of two standard errors."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", width_ratios=(2, 1))
+    for i, name in enumerate(arms):
+        mean, error = curves[:, i].mean(1), curves[:, i].std(1, ddof=1) / NUM_SEEDS**0.5
+        left.plot(steps, mean, label=name)
+        left.fill_between(steps, mean - 2 * error, mean + 2 * error, alpha=0.25)
+    left.set(xlabel="step", ylabel="test accuracy (%)", ylim=(max(0.0, curves[-1].min() - 3), None))
+    left.set_title(f"{NUM_TRAIN} training images: mean and two standard errors")
+    left.legend(loc="lower right")
+    right.plot([0, 1], curves[-1], color="gray", alpha=0.6, marker="o", markersize=4)
+    right.set(xticks=[0, 1], xticklabels=list(arms), xlim=(-0.3, 1.3), ylabel="test accuracy (%)")
+    right.set_title("the last step, one line a seed")
+    fig.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Dropout on few images of digits.")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    args = parser.parse_args()
+
+    digits = load_digits()
+    images, labels = jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target)
+    hidden = [HIDDEN_RATE] * (len(SIZES) - 2)
+    arms = {"no dropout": [0.0] * (len(SIZES) - 1), "dropout": [INPUT_RATE, *hidden]}
+    rates = jnp.array(list(arms.values()))
+
+    keys = per_example(jax.random.key(args.seed), jnp.arange(NUM_SEEDS))  # one key a run; both arms share it
+    splits = jax.vmap(lambda key: jax.random.permutation(derive(key, "split"), len(images)))(keys)
+    train_ids, test_ids = splits[:, :NUM_TRAIN], splits[:, NUM_TRAIN:]
+
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
+    params = jax.vmap(lambda key: init(derive(key, "init")))(keys)
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(arms)), params)
+    opt_state = jax.vmap(jax.vmap(optimizer.init))(params)
+    train_step = make_train_step(optimizer, images, labels)
+
+    @jax.jit
+    def evaluate(params: Params) -> Array:
+        def accuracy(params: Params, ids: Array) -> Array:
+            logits = forward(params, images[ids], None, rates[0], train=False)
+            return 100 * jnp.mean(logits.argmax(-1) == labels[ids])
+
+        return jax.vmap(jax.vmap(accuracy), in_axes=(0, None))(params, test_ids)
+
+    steps, curves = [], []
+    bar = tqdm(range(args.steps))
+    for t in bar:
+        params, opt_state, loss = train_step(params, opt_state, rates, keys, train_ids, jnp.uint32(t))
+        if (t + 1) % EVAL_EVERY == 0 or t + 1 == args.steps:
+            steps.append(t + 1)
+            curves.append(np.asarray(evaluate(params)))
+            bar.set_postfix_str(" ".join(f"{name}: {a:.1f}%" for name, a in zip(arms, curves[-1].mean(1), strict=True)))
+
+    last = curves[-1]
+    print(f"{'':18}| mean  | standard error")
+    for name, values in zip(arms, last, strict=True):
+        print("{:18}| {:5.2f} | {:.2f}".format(name, *mean_and_error(values)))
+    gain, error = mean_and_error(last[1] - last[0])
+    print(f"{'paired difference':18}| {gain:+5.2f} | {error:.2f}")
+    print(f"Dropout is better on {int((last[1] > last[0]).sum())} of {NUM_SEEDS} seeds.")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot(args.out / "digits_mlp.png", steps, np.stack(curves), arms)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What the benchmarks share: the contenders, a model, a timing loop on warm buffers, tables and JSON."""
+
+import ctypes
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+import jdrop
+
+Drop = Callable[[Any, Array], Array]  # (key, x) -> y
+DISTRIBUTIONS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "dm-haiku", "torch": "torch"}
+JAX_PEERS = ("linen", "nnx", "equinox", "haiku")
+NONE, SCALE = "no dropout", "scale"
+MISSING = "not installed"
+
+# ---------------------------------------------------------------------------------- contenders
+
+
+def contenders(rate: float) -> dict[str, Drop]:
+    """The contenders that need JAX and jdrop alone; ``scale`` is the floor."""
+    return {
+        SCALE: lambda key, x: x * (1 / (1 - rate)),
+        "jdrop fast": lambda key, x: jdrop.dropout(key, x, rate, train=True),
+        "jdrop jax": lambda key, x: jdrop.dropout(key, x, rate, train=True, generator="jax"),
+        "where(bernoulli)": lambda key, x: jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0),
+    }
+
+
+def peer(name: str, rate: float) -> Drop:
+    """Dropout of another JAX library as its users call it, on a key.
+
+    Raises:
+      ImportError: the library is not installed.
+    """
+    if name == "linen":
+        from flax import linen
+
+        return lambda key, x: linen.Dropout(rate, deterministic=False).apply({}, x, rngs={"dropout": key})
+    if name == "nnx":
+        from flax import nnx
+
+        return lambda key, x: nnx.Dropout(rate, deterministic=False, rngs=nnx.Rngs(dropout=key))(x)
+    if name == "equinox":
+        import equinox
+
+        return lambda key, x: equinox.nn.Dropout(rate)(x, key=key)
+    import haiku
+
+    return lambda key, x: haiku.dropout(key, rate, x)
+
+
+def peers(names: Sequence[str], rate: float) -> dict[str, Drop | None]:
+    """The JAX peers of some names; ``None`` for one that is not installed."""
+    found: dict[str, Drop | None] = {}
+    for name in names:
+        try:
+            found[name] = peer(name, rate)
+        except ImportError:
+            found[name] = None
+    return found
+
+
+def placed(drops: Mapping[str, Drop | None]) -> dict[str, tuple[Drop | None, Array | None]]:
+    """Contenders to place in a model, each with the key that the model splits for it; no dropout comes first."""
+    found: dict[str, tuple[Drop | None, Array | None]] = {NONE: (lambda key, x: x, None)}
+    return found | {name: (drop, None if name == SCALE else jax.random.key(0)) for name, drop in drops.items()}
+
+
+def peer_names(chosen: Sequence[str]) -> list[str]:
+    """The peers that an option names: ``none`` names no one."""
+    return [name for name in chosen if name != "none"]
+
+
+# ---------------------------------------------------------------------------------- a model
+
+Params = dict[str, Array]
+
+
+def init_transformer(layers: int, width: int, stacked: bool) -> Params | list[Params]:
+    """Weights of a transformer: a list of layers, or one dict of stacked arrays to scan over."""
+    keys = jax.random.split(jax.random.key(1), (layers, 4))
+    sizes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+
+    def one(keys: Array) -> Params:
+        weights = {
+            name: jax.random.normal(keys[i], size) / math.sqrt(size[0]) for i, (name, size) in enumerate(sizes.items())
+        }
+        return {**weights, "norm1": jnp.ones(width), "norm2": jnp.ones(width)}
+
+    return jax.vmap(one)(keys) if stacked else [one(k) for k in keys]
+
+
+def transformer(params: Any, key: Array | None, x: Array, drop: Drop, *, heads: int, checkpoint: bool = False) -> Array:
+    """Loss of a transformer on ``[..., time, width]`` with dropout in ``1 + 3 * layers`` places.
+
+    One on the input; in each layer one on the attention probabilities ``[..., heads, time, time]`` and one on each
+    residual branch. The keys come from one split, where there is a key.
+    """
+    layers = jax.tree.leaves(params)[0].shape[0] if isinstance(params, dict) else len(params)
+    keys = [None] * (1 + 3 * layers) if key is None else jax.random.split(key, 1 + 3 * layers)
+
+    def layer(p: Params, keys: Any, x: Array) -> Array:
+        q, k, v = jnp.split((_norm(x, p["norm1"]) @ p["qkv"]).reshape(*x.shape[:-1], heads, -1), 3, axis=-1)
+        probability = jax.nn.softmax(jnp.einsum("...the,...she->...hts", q, k) / math.sqrt(q.shape[-1]))
+        mixed = jnp.einsum("...hts,...she->...the", drop(keys[0], probability), v)
+        x = x + drop(keys[1], mixed.reshape(x.shape) @ p["out"])
+        return x + drop(keys[2], jax.nn.gelu(_norm(x, p["norm2"]) @ p["up"]) @ p["down"])
+
+    if checkpoint:
+        layer = jax.checkpoint(layer)
+    x = drop(keys[0], x)
+    if isinstance(params, dict):
+        stacked = [None] * 3 if key is None else keys[1:].reshape(layers, 3)
+        x, _ = jax.lax.scan(lambda x, scanned: (layer(*scanned, x), None), x, (params, stacked))
+        return (x**2).mean()
+    for i, p in enumerate(params):
+        x = layer(p, keys[3 * i + 1 : 3 * i + 4], x)
+    return (x**2).mean()
+
+
+def _norm(x: Array, scale: Array) -> Array:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale
+
+
+# ---------------------------------------------------------------------------------- timing
+
+
+def keep_buffers_warm() -> bool:
+    """Make glibc reuse freed memory for large arrays, which it would else return to the system and fault in anew.
+
+    Call it before the first array is made. Returns whether it worked: only with glibc.
+    """
+    mmap_threshold, trim_threshold, arena_max = -3, -1, -8
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all([mallopt(mmap_threshold, 1 << 30), mallopt(trim_threshold, 1 << 30), mallopt(arena_max, 1)])
+
+
+Case = Hashable
+
+
+def interleave(
+    blocks: Sequence[Mapping[Case, Callable[[], Any]]], rounds: int, every: Mapping[Case, int] | None = None
+) -> dict[Case, list[Any]]:
+    """Measure each case once a round, in an order drawn anew for each round.
+
+    Args:
+      blocks: cases that are compared, and what measures them. A block is run through before the next one starts.
+      rounds: number of rounds.
+      every: cases that run in every n-th round alone.
+
+    Returns:
+      For each case what was measured, a value a round; ``None`` where a round was left out.
+    """
+    draw = random.Random(0)
+    measured: dict[Case, list[Any]] = {case: [] for block in blocks for case in block}
+    for i in range(rounds):
+        for block in draw.sample(list(blocks), len(blocks)):
+            for case, measure in draw.sample(list(block.items()), len(block)):
+                measured[case].append(None if i % (every or {}).get(case, 1) else measure())
+    return measured
+
+
+def median(values: Sequence[float | None]) -> float:
+    return statistics.median(v for v in values if v is not None)
+
+
+def ratios(values: Sequence[float | None], floor: Sequence[float | None]) -> tuple[float, float, float]:
+    """Median and quartiles of the ratios within a round."""
+    found = [v / f for v, f in zip(values, floor, strict=True) if v is not None and f is not None]
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+    return middle, low, high
+
+
+# ---------------------------------------------------------------------------------- reports
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].strip() if names else cpu
+    device = jax.devices()[0]
+    return {"cpu": cpu, "cores": cores(), "backend": device.platform, "device": device.device_kind}
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions(peers: Sequence[str]) -> dict[str, str]:
+    """Versions of Python, JAX and the peers."""
+    found = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", *sorted({DISTRIBUTIONS[p] for p in peers})):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def report(claim: str | None, peers: Sequence[str], **facts: Any) -> dict[str, Any]:
+    """What heads the numbers, on paper and in JSON: the claim, the command, the machine, the versions."""
+    command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    head = {
+        "claim": (claim or "").splitlines()[0],
+        "command": command,
+        "machine": {**machine(), **facts},
+        "versions": versions(peers),
+    }
+    for name, value in head.items():
+        print(f"{name}: {', '.join(f'{k} {v}' for k, v in value.items()) if isinstance(value, dict) else value}")
+    return head
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table: floats with three digits, nothing for ``None``, the first column to the left."""
+    cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(columns))]
+    print(f"\n{title}")
+    for row in cells:
+        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False))]))
+    sys.stdout.flush()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def write_json(path: str | None, content: Mapping[str, Any]) -> None:
+    """Write a report, if a path is given."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n")

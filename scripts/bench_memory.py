@@ -1,0 +1,99 @@
+"""Claim: a gradient with dropout needs no more temporary memory than without, within 0.5%, and stores no mask.
+
+One table for each variant of a transformer holds the temporary bytes of its compiled gradient, as XLA reports them:
+unrolled or scanned over layers, plain or with ``jax.checkpoint`` around a layer, with one key or with per-example keys
+under ``jax.vmap``. The last table holds what ``jax.vjp`` of a single call keeps for the backward pass.
+"""
+
+import argparse
+import itertools
+from typing import Any
+
+import _bench
+import jax
+import jax.numpy as jnp
+
+VARIANTS = tuple(itertools.product(("unrolled", "scan"), ("plain", "checkpoint"), ("one key", "per-example keys")))
+
+
+def temporary_bytes(
+    drop: _bench.Drop, key: jax.Array | None, variant: tuple[str, str, str], shape: tuple[int, ...], options: Any
+) -> int:
+    """Temporary bytes of the compiled gradient of the model."""
+    loop, remat, keys = variant
+    params = _bench.init_transformer(options.layers, shape[-1], stacked=loop == "scan")
+
+    def model(params: Any, key: Any, x: jax.Array) -> jax.Array:
+        return _bench.transformer(params, key, x, drop, heads=options.heads, checkpoint=remat == "checkpoint")
+
+    def each(params: Any, key: Any, x: jax.Array) -> jax.Array:
+        return jax.vmap(model, in_axes=(None, 0, 0))(params, key, x).mean()
+
+    one = keys == "one key"
+    batch = key if one or key is None else jax.random.split(key, shape[0])
+    compiled = jax.jit(jax.grad(model if one else each)).lower(params, batch, jnp.ones(shape)).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def held(drop: _bench.Drop, key: jax.Array | None, shape: tuple[int, ...]) -> list[jax.Array]:
+    """The arrays that the vjp closure of one call holds."""
+    pull = jax.vjp(lambda x: drop(key, x), jnp.ones(shape))[1]
+    return [leaf for leaf in jax.tree.leaves(pull) if isinstance(leaf, jax.Array)]
+
+
+def model_rows(placed: dict[str, Any], shape: tuple[int, ...], options: Any) -> list[dict[str, Any]]:
+    """Measure the model in all variants, and print a table for each."""
+    rows = []
+    for variant in VARIANTS:
+        found = []
+        for name, (drop, key) in placed.items():
+            found.append({"variant": ", ".join(variant), "contender": name})
+            if drop is None:
+                found[-1]["missing"] = _bench.MISSING
+                continue
+            size = temporary_bytes(drop, key, variant, shape, options)
+            found[-1] |= {"bytes": size, "ratio": size / found[0].get("bytes", size)}
+        columns = ("contender", "temporary bytes", "x none")
+        _bench.table(f"gradient, {', '.join(variant)}", columns, [list(r.values())[1:] for r in found])
+        rows += found
+    return rows
+
+
+def closure_rows(placed: dict[str, Any], shape: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Measure what the backward pass of one call is given, and print a table."""
+    rows: list[dict[str, Any]] = []
+    for name, (drop, key) in placed.items():
+        rows.append({"contender": name})
+        if drop is None:
+            rows[-1]["missing"] = _bench.MISSING
+            continue
+        arrays = held(drop, key, shape)
+        named = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in arrays)
+        rows[-1] |= {"bytes": sum(a.nbytes for a in arrays), "arrays": named}
+    title = f"held by jax.vjp of one call on float32[{','.join(map(str, shape))}]"
+    _bench.table(title, ("contender", "bytes", "arrays"), [list(r.values()) for r in rows])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--size", default="8x128x256", metavar="8x128x256", help="batch, time and width of x")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
+    names = _bench.JAX_PEERS
+    parser.add_argument("--peers", nargs="+", default=names, choices=(*names, "none"), help="other libraries")
+    parser.add_argument("--json", metavar="PATH", help="write the numbers there")
+    options = parser.parse_args()
+    peers = _bench.peer_names(options.peers)
+    head = _bench.report(__doc__, peers)
+    shape = tuple(map(int, options.size.split("x")))
+    placed = _bench.placed(_bench.contenders(options.rate) | _bench.peers(peers, options.rate))
+    rows = model_rows(placed, shape, options)
+    closures = closure_rows({name: one for name, one in placed.items() if name != _bench.NONE}, shape)
+    facts = {"layers": options.layers, "size": options.size, "heads": options.heads, "rate": options.rate}
+    _bench.write_json(options.json, {**head, **facts, "rows": rows, "closures": closures})
+
+
+if __name__ == "__main__":
+    main()

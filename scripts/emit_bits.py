@@ -1,0 +1,109 @@
+"""Claim: the raw words of the library pass outside test suites, which this feeds at 200 MB/s or more.
+
+Writes little-endian uint32 words ``jdrop.bits.word(seed, row, col)`` to standard output for ever; row after row, from
+row 0 on. A closed pipe ends it quietly. Examples, in the shell:
+
+    python scripts/emit_bits.py | RNG_test stdin32 -multithreaded                        # PractRand
+    python scripts/emit_bits.py --columns 16 --order columns | dieharder -a -g 200        # Debian's dieharder
+    python scripts/emit_bits.py --mask-rate 0.5 | RNG_test stdin8                         # the bits of masks
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jdrop import bits, keys
+
+BLOCK = 2**22  # elements made at once: 16 MB of words
+BAND = 1024  # rows at least that are written column by column
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--columns", type=int, default=1024, help="words a row, 1 to 2**32 (default 1024)")
+    parser.add_argument(
+        "--order",
+        choices=("rows", "columns"),
+        default="rows",
+        help=f"row by row, or column by column in bands of {BAND} rows (of more if there are under {BLOCK // BAND} columns)",
+    )
+    parser.add_argument("--key-seed", type=int, default=0, help="write the words of jax.random.key(KEY_SEED)")
+    parser.add_argument(
+        "--mask-rate",
+        type=float,
+        help="write keep decisions at this drop rate, below 1, instead: eight a byte, the first in the lowest bit, "
+        "with COLUMNS a multiple of 8; at rate 0.5 the stream is uniform",
+    )
+    arguments = parser.parse_args()
+    if not 1 <= arguments.columns <= bits.WORD:
+        parser.error(f"--columns must lie in [1, 2**32], got {arguments.columns}")
+    rate = arguments.mask_rate
+    if rate is not None and (not 0 <= np.float32(rate) < 1 or arguments.columns % 8):
+        parser.error(f"--mask-rate must lie in [0, 1), with --columns a multiple of 8, got {rate}, {arguments.columns}")
+    return arguments
+
+
+def blocks(columns: int, order: str) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``(row, rows, col, cols)`` of the blocks in the order in which they are written."""
+    rows = max(1, BLOCK // columns) if order == "rows" else max(BAND, BLOCK // columns // 8 * 8)
+    cols = min(columns, max(1, BLOCK // rows))
+    row = 0
+    while True:
+        for col in range(0, columns, cols):
+            yield row, rows, col, min(cols, columns - col)
+        row += rows
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "cols", "order"))
+def words(seed: Array, row: bits.Pair, col: Array, *, rows: int, cols: int, order: str) -> Array:
+    """Return a block of words: ``[rows, cols]``, or ``[cols, rows]`` if written column by column."""
+    down, across = jnp.arange(rows, dtype=jnp.uint32), jnp.arange(cols, dtype=jnp.uint32) + col
+    down, across = (down[:, None], across[None, :]) if order == "rows" else (down[None, :], across[:, None])
+    return bits.word((seed[0], seed[1]), bits.add64(row, (np.uint32(0), down)), across)
+
+
+@functools.partial(jax.jit, static_argnames=("rows", "cols", "order"))
+def mask_bytes(seed: Array, row: bits.Pair, col: Array, threshold: Array, *, rows: int, cols: int, order: str) -> Array:
+    """Return a block of keep decisions, ``word >= threshold``, eight a byte, the first in the lowest bit."""
+    keep = words(seed, row, col, rows=rows, cols=cols, order=order) >= threshold
+    return jnp.packbits(keep, axis=1, bitorder="little")
+
+
+def stream(columns: int, order: str, key_seed: int, mask_rate: float | None) -> Iterator[np.ndarray]:
+    """Yield blocks of what is written, each computed while its reader handles the one before."""
+    seed = keys.seed(keys.consume(jax.random.key(key_seed)))
+    pending: Array | None = None
+    for row, rows, col, cols in blocks(columns, order):
+        at, size = (seed, bits.pair(row), np.uint32(col)), {"rows": rows, "cols": cols, "order": order}
+        made = words(*at, **size) if mask_rate is None else mask_bytes(*at, threshold(mask_rate), **size)
+        if pending is not None:
+            yield np.asarray(pending)
+        pending = made
+
+
+def threshold(rate: float) -> np.uint32:
+    """Return the word from which on elements are kept, as the library computes it for rates below 1."""
+    return np.uint32(round(float(np.float32(rate)) * bits.WORD))
+
+
+def main() -> int:
+    """Write until the reader closes the pipe."""
+    arguments = parse()
+    try:
+        for block in stream(arguments.columns, arguments.order, arguments.key_seed, arguments.mask_rate):
+            sys.stdout.buffer.write(block.astype(block.dtype.newbyteorder("<"), copy=False).data)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

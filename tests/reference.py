@@ -1,0 +1,141 @@
+"""The mask bits in plain NumPy, written from the text of the design alone: nothing of jdrop is imported.
+
+Slow, direct and independent: 64-bit numbers are uint64 or Python integers, and the place of an element is
+found by counting with Python integers. What this file says is mask version 1.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+TAG = 0x6A64726F
+MASK_SEED, DERIVED_KEY = 1, 2
+STR_HIGH, STR_LOW, INT, OUT = 1, 2, 3, 4
+TWO32, TWO64 = 2**32, 2**64
+ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
+
+Words = Sequence[int]
+Pair = tuple[int, int]
+
+
+def u32(value: int | np.ndarray) -> np.ndarray:
+    """An array of at least one axis, modulo 2**32: its arithmetic wraps without a warning."""
+    return np.atleast_1d(np.asarray(value % TWO32)).astype(np.uint32)
+
+
+def threefry2x32(key: tuple, counter: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Threefry-2x32-20 of Salmon et al. (2011): 20 rounds, a key word injected before them and after every fourth."""
+    k = [u32(key[0]), u32(key[1])]
+    k.append(k[0] ^ k[1] ^ np.uint32(0x1BD11BDA))
+    x0, x1 = u32(counter[0]) + k[0], u32(counter[1]) + k[1]
+    for i in range(20):
+        r = ROTATIONS[i % 8]
+        x0 = x0 + x1
+        x1 = ((x1 << np.uint32(r)) | (x1 >> np.uint32(32 - r))) ^ x0
+        if i % 4 == 3:
+            n = i // 4 + 1
+            x0, x1 = x0 + k[n % 3], x1 + k[(n + 1) % 3] + np.uint32(n)
+    return x0, x1
+
+
+def chain(start: Pair, blocks: Sequence[tuple[int, int, int]]) -> Pair:
+    """Encrypt a state under each block ``(tag, a, b)``, the tag xored into its first word."""
+    state = start
+    for tag, a, b in blocks:
+        out = threefry2x32((a, b), (state[0] ^ tag, state[1]))
+        state = int(out[0][0]), int(out[1][0])
+    return state
+
+
+def key_blocks(words: Words) -> list[tuple[int, int, int]]:
+    padded = [*map(int, words)] + [0] * (len(words) % 2)
+    return [(0, padded[i], padded[i + 1]) for i in range(0, len(padded), 2)]
+
+
+def seed(words: Words) -> Pair:
+    """The seed of a mask from the data words of a key."""
+    return chain((TAG, MASK_SEED), key_blocks(words))
+
+
+def derive(words: Words, *path: str | int) -> list[int]:
+    """The data words of ``jdrop.keys.derive(key, *path)``; negative integers count modulo 2**64."""
+    blocks = key_blocks(words)
+    for element in path:
+        if isinstance(element, str):
+            digest = hashlib.blake2b(element.encode("utf-8"), digest_size=16).digest()
+            a, b, c, d = (int.from_bytes(digest[i : i + 4], "big") for i in range(0, 16, 4))
+            blocks += [(STR_HIGH, a, b), (STR_LOW, c, d)]
+        else:
+            blocks += [(INT, element % TWO64 // TWO32, element % TWO32)]
+    state = chain((TAG, DERIVED_KEY), blocks)
+    out: list[int] = []
+    for j in range((len(words) + 1) // 2):
+        out += chain(state, [(OUT, 0, j)])
+    return out[: len(words)]
+
+
+def mix(k0: np.ndarray, k1: np.ndarray, col: np.ndarray) -> np.ndarray:
+    """A word from a row's key and a column."""
+    x = col * np.uint32(0x9E3779B9) + k0
+    y = col ^ k1
+    x = x ^ (x >> np.uint32(16))
+    y = y + x * np.uint32(0x7FEB352D)
+    y = y ^ (y >> np.uint32(15))
+    x = x + y * np.uint32(0x846CA68B)
+    x = x ^ (x >> np.uint32(16))
+    y = y + x * np.uint32(0xAC4C1B51)
+    return y ^ (y >> np.uint32(15))
+
+
+def element_words(seed_: Pair, rows: Sequence[int], cols: Sequence[int]) -> np.ndarray:
+    """The words of elements by their rows, 64-bit numbers, and columns: a row's key is made for each element anew."""
+    row, col = np.array([r % TWO64 for r in rows], np.uint64), np.array(cols, np.uint64)
+    k0, k1 = threefry2x32(seed_, (row // TWO32, row))
+    return mix(k0, k1, u32(col))
+
+
+def split_axes(shape: Sequence[int]) -> int:
+    """How many leading axes are rows: the columns are the shortest suffix of at least 128 elements, at most 2**32."""
+    for first in range(len(shape) - 1, 0, -1):
+        width = math.prod(shape[first:])
+        if width >= 128 or (width > 1 and width * shape[first - 1] > TWO32):
+            return first
+    return 0
+
+
+def place(shape: Sequence[int], index: Sequence[int]) -> Pair:
+    """Row and column of the element at ``index`` of an array of ``shape``."""
+    first = split_axes(shape)
+    row = col = 0
+    for n, i in zip(shape[:first], index[:first], strict=True):
+        row = row * n + i
+    for n, i in zip(shape[first:], index[first:], strict=True):
+        col = col * n + i
+    words_a_row = -(-math.prod(shape[first:]) // TWO32)  # above 1 only for a single axis longer than 2**32
+    return row * max(words_a_row, 1) + col // TWO32, col % TWO32
+
+
+def positions(window: Sequence[Pair]) -> Iterator[tuple[int, ...]]:
+    """The indices of a window, the last axis fastest."""
+    for flat in np.ndindex(*(size for _, size in window)):
+        yield tuple(start + i for (start, _), i in zip(window, flat, strict=True))
+
+
+def words(key_words: Words, shape: Sequence[int], window: Sequence[Pair] | None = None) -> np.ndarray:
+    """The words of an array, or of a window of it: one ``(start, size)`` an axis."""
+    window = [(0, n) for n in shape] if window is None else window
+    places = [place(shape, index) for index in positions(window)]
+    found = element_words(seed(key_words), [row for row, _ in places], [col for _, col in places])
+    return found.reshape([size for _, size in window])
+
+
+def threshold(rate: float) -> int:
+    """Words below this are dropped: float32(rate) * 2**32, ties to even (the product is exact in float64)."""
+    return round(float(np.float32(rate)) * TWO32)
+
+
+def mask(key_words: Words, shape: Sequence[int], rate: float, window: Sequence[Pair] | None = None) -> np.ndarray:
+    """Which elements are kept."""
+    return words(key_words, shape, window).astype(np.uint64) >= np.uint64(threshold(rate))

@@ -1,0 +1,309 @@
+"""Mask version 1 and derived keys are frozen: literals first, then the NumPy version on random shapes.
+
+A failure here means that trained models would see other masks. Never change a literal: make a new mask version.
+"""
+
+import functools
+import hashlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import jdrop
+from jdrop import bits, keys
+
+KEYS = {
+    "threefry2x32": (0, 42),
+    "rbg": (0, 42, 0, 42),
+    "unsafe_rbg": (1, 2, 3, 4),
+    "threefry4x32": (0xFFFFFFFF, 0, 0x80000000, 7),
+    "philox2x32": (2193621824,),
+    "philox4x32": (1801635674, 389949022),
+}
+MAIN = KEYS["threefry2x32"]
+
+
+def typed(impl: str) -> jax.Array:
+    return jax.random.wrap_key_data(jnp.asarray(np.array(KEYS[impl], np.uint32)), impl=impl)
+
+
+def legacy(words: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.array(words, np.uint32))
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "size"))
+def _words(words, start, *, shape, size):
+    seed = keys.seed(words)
+    row, col = bits.indices(shape, size, start)
+    return jnp.broadcast_to(bits.word((seed[0], seed[1]), row, col), size)
+
+
+def library_words(key, shape, window=None):
+    window = [(0, n) for n in shape] if window is None else window
+    start = tuple(bits.pair(at) for at, _ in window)
+    return np.asarray(_words(keys.consume(key), start, shape=tuple(shape), size=tuple(n for _, n in window)))
+
+
+def packed(mask) -> bytes:
+    """The first element is the lowest bit of the first byte."""
+    return np.packbits(np.asarray(mask).ravel(), bitorder="little").tobytes()
+
+
+# ---------------------------------------------------------------------------------- literals
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "answer"),
+    [  # the known answers that come with Random123
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_threefry_gives_its_published_answers(key, counter, answer):
+    assert tuple(int(w[0]) for w in reference.threefry2x32(key, counter)) == answer
+    of_library = jax.jit(bits.threefry2x32)(tuple(map(np.uint32, key)), tuple(map(np.uint32, counter)))
+    assert tuple(map(int, of_library)) == answer
+
+
+SEEDS = [
+    ("threefry2x32", (0x79E18488, 0xD01E08C3)),
+    ("rbg", (0x96A49465, 0x3E332285)),
+    ("unsafe_rbg", (0xE11B4791, 0x7CD02095)),
+    ("threefry4x32", (0xD0DF772D, 0xCD926598)),
+    ("philox2x32", (0x71E605B1, 0xC965F1C6)),
+    ("philox4x32", (0x3B1EE875, 0xEBF3618A)),
+]
+
+
+@pytest.mark.parametrize(("impl", "answer"), SEEDS)
+def test_seeds_are_frozen(impl, answer):
+    assert reference.seed(KEYS[impl]) == answer
+    assert tuple(keys.seed(keys.consume(typed(impl))).tolist()) == answer
+    assert tuple(keys.seed(keys.consume(legacy(KEYS[impl]))).tolist()) == answer
+
+
+WORDS = [
+    ("threefry2x32", (), (), 0xA07B1333),
+    ("threefry2x32", (5,), (4,), 0x36FAF387),
+    ("threefry2x32", (3, 130), (2, 129), 0x8D3AE89E),
+    ("threefry2x32", (2, 3, 64), (1, 2, 63), 0xCAACFB13),
+    ("threefry2x32", (2**26, 100), (2**26 - 1, 99), 0x9B438F24),  # two column axes: 100 is below 128, 2**26 joins
+    ("threefry2x32", (2**26, 100), (2**25 + 3, 1), 0x49BC7548),
+    ("threefry2x32", (2**40, 256), (2**32, 0), 0x84CFD6FB),  # the high word of the row
+    ("threefry2x32", (2**40, 256), (2**40 - 1, 255), 0xDDC450EA),
+    ("threefry2x32", (3, 2**32, 2), (2, 2**32 - 1, 1), 0xA2D9C4A1),  # 2**32 does not join 2
+    ("threefry2x32", (2**33,), (2**32 + 5,), 0x2D828362),  # one axis too long for columns: its high word is a row
+    ("threefry2x32", (3, 2**33), (2, 2**33 - 1), 0x2EE32461),
+    ("threefry2x32", (2**40, 1), (2**39 + 1, 0), 0x91FB54A2),
+    ("rbg", (3, 130), (1, 77), 0xBC11ED18),
+    ("unsafe_rbg", (3, 130), (1, 77), 0xA397AE7D),
+    ("threefry4x32", (3, 130), (1, 77), 0xDA2E2F93),
+    ("philox2x32", (3, 130), (1, 77), 0xA28B593D),
+    ("philox4x32", (3, 130), (1, 77), 0x00D49005),
+]
+
+
+@pytest.mark.parametrize(("impl", "shape", "index", "answer"), WORDS)
+def test_words_are_frozen(impl, shape, index, answer):
+    window = [(i, 1) for i in index]
+    assert int(reference.words(KEYS[impl], shape, window).ravel()[0]) == answer
+    assert int(library_words(typed(impl), shape, window).ravel()[0]) == answer
+    assert int(library_words(legacy(KEYS[impl]), shape, window).ravel()[0]) == answer
+
+
+MASKS = [
+    ((), 0.5, None, "01"),
+    ((5,), 0.5, None, "07"),
+    (
+        (3, 130),
+        0.1,
+        None,
+        "fffffffddbf77fdffbbfdffffefffff7feffb7dffbffff7ffeeff7f5ff7ffffbfff7fffdfffbffffb7dd7ffff7dfffbf2b",
+    ),
+    (
+        (2, 3, 64),
+        0.5,
+        None,
+        "e7e7e4ac5b9331c8db2b009ee4e05986127096e7c178eb4c16c329f4f65c299ebbda7d3c9850a4fc64b11660a2080cc3",
+    ),
+    ((2, 5, 7, 3), 0.25, None, "eff7fdbddb977ddedbabcbffe6fcfdb7b6ffbff7f7fbfbffe4f603"),
+    ((200, 1), 0.5, None, "e7e7e4ac5b9331c8db2b009ee4e05986127096e7c178eb4c64"),
+    ((2**26, 100), 0.5, ((2**26 - 2, 2), (0, 100)), "dc5993e116fbdbcc54eefa35477a2cbdf0b335b315ea80fec2"),
+    ((2**40, 256), 0.5, ((2**32 - 1, 2), (100, 64)), "5f89709c07036da6252702dfa950254f"),
+    ((2**33,), 0.5, ((2**32 - 64, 128),), "297a551d3836412a16c329f4f65c299e"),
+]
+
+
+@pytest.mark.parametrize(("shape", "rate", "window", "answer"), MASKS)
+def test_small_masks_are_frozen(shape, rate, window, answer):
+    assert packed(reference.mask(MAIN, shape, rate, window)).hex() == answer
+    assert packed(jdrop.dropout_mask(typed("threefry2x32"), shape, rate, window=window)).hex() == answer
+
+
+LARGE = (300, 1000)
+DIGESTS = [
+    (1e-6, "a029edd095745096980649d9d4211b902ceeb74b64e1e97c78d51f24afbc427d"),
+    (0.1, "78de4bc3b4ad8d0b5b35d0f971a44e30c08a179f21f48eed447ae0ecbd97c3c3"),
+    (0.5, "d75c2b308c2dd94fbbd469e7025868273c7be9178c2276edc0fd235f5b4e0376"),
+    (0.999, "65ed1e2df10cc8ec1c7f4a68cb9543cc1258ab4ac33f67365c71f3e3c80057b7"),
+]
+
+
+@pytest.mark.parametrize(("rate", "answer"), DIGESTS)
+def test_large_masks_are_frozen(rate, answer):
+    key = typed("threefry2x32")
+    assert hashlib.sha256(packed(jdrop.dropout_mask(key, LARGE, rate))).hexdigest() == answer
+    assert hashlib.sha256(packed(jdrop.dropout_mask(key, LARGE, jnp.float32(rate)))).hexdigest() == answer
+    y = jdrop.dropout(key, jnp.ones(LARGE), rate, train=True)
+    assert hashlib.sha256(packed(np.asarray(y) != 0)).hexdigest() == answer
+
+
+DERIVED = [
+    ("threefry2x32", ("a",), (0xD632EFEE, 0x54EE15B4)),
+    ("threefry2x32", ("encoder", 3, "attention", 1000), (0x31682AC7, 0x730731C5)),
+    ("threefry2x32", (0,), (0x4B2A6CC9, 0x479BA857)),
+    ("threefry2x32", ("0",), (0x67CFE242, 0xB4AEFB18)),
+    ("threefry2x32", ("",), (0x77DFA0BF, 0x607FED3E)),
+    ("threefry2x32", ("Größe",), (0x06BCC2DD, 0x36B67132)),
+    ("threefry2x32", (2**64 - 1,), (0x0BC4AE84, 0x1D76896F)),
+    ("threefry2x32", (2**32,), (0x0DD07B59, 0x905A903D)),
+    ("threefry2x32", (1, 0), (0x851E8B6C, 0x353AF169)),
+    ("threefry2x32", (0, 1), (0x2A07D3A5, 0x566F366F)),
+    ("rbg", ("a", 7), (0x98075388, 0x42E21EB7, 0xDA4E6329, 0x39EDE609)),
+    ("unsafe_rbg", ("a", 7), (0xD314BA8A, 0x3323B3EC, 0x0023F9A7, 0x20E0F26C)),
+    ("threefry4x32", ("a", 7), (0x7E8A7AAD, 0x5410F7E3, 0xF2FF33B5, 0x0120B83D)),
+    ("philox2x32", ("a", 7), (0x07F6FD4B,)),
+    ("philox4x32", ("a", 7), (0xAD53BD36, 0xB848F81B)),
+]
+
+
+@pytest.mark.parametrize(("impl", "path", "answer"), DERIVED)
+def test_derived_keys_are_frozen(impl, path, answer):
+    assert tuple(reference.derive(KEYS[impl], *path)) == answer
+    derived = keys.derive(typed(impl), *path)
+    assert derived.dtype == typed(impl).dtype
+    assert tuple(jax.random.key_data(derived).tolist()) == answer
+    assert tuple(keys.derive(legacy(KEYS[impl]), *path).tolist()) == answer
+
+
+IDS = {
+    0: (0x4B2A6CC9, 0x479BA857),
+    1: (0x38C3F421, 0xB7E4884F),
+    -1: (0x0BC4AE84, 0x1D76896F),
+    -300: (0xE78AF2EE, 0xD5043FC1),
+    2**31 - 1: (0x9BF2AB23, 0xCC0ECF30),
+    -(2**31): (0x6B8399C3, 0x6786CEBA),
+    2**40 + 1: (0xFC563D8E, 0xD7EBE5CE),
+    -(2**63): (0x8B18A80F, 0xDC65CB5F),
+}
+DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
+
+
+def ids_of(dtype: str) -> list[int]:
+    """Eight of the ids that a dtype can hold, some of them repeated."""
+    info = np.iinfo(dtype)
+    return ([i for i in IDS if info.min <= i <= info.max] * 8)[:8]
+
+
+def as_words(batch) -> list[tuple[int, ...]]:
+    return [tuple(words) for words in jax.random.key_data(batch).tolist()]
+
+
+def test_reference_derives_the_frozen_keys_of_ids():
+    assert {i: tuple(reference.derive(MAIN, i)) for i in IDS} == IDS
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_of_numpy_ids_are_frozen(dtype):
+    key, ids = typed("threefry2x32"), ids_of(dtype)
+    assert as_words(keys.per_example(key, np.array(ids, dtype))) == [IDS[i] for i in ids]
+    assert as_words(keys.derive(key, np.array(ids, dtype)[1]).reshape(1)) == [IDS[ids[1]]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_of_jax_ids_are_frozen(dtype):
+    key, ids = typed("threefry2x32"), ids_of(dtype)
+    with jax.enable_x64("64" in dtype):
+        array = jnp.asarray(np.array(ids, dtype))
+        assert array.dtype == dtype
+        assert as_words(keys.per_example(key, array)) == [IDS[i] for i in ids]
+        assert as_words(keys.derive(key, array[1]).reshape(1)) == [IDS[ids[1]]]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_keys_of_traced_ids_are_frozen(dtype):
+    ids = ids_of(dtype)
+    with jax.enable_x64("64" in dtype):
+        batch = jax.jit(keys.per_example)(typed("threefry2x32"), jnp.asarray(np.array(ids, dtype)))
+    assert as_words(batch) == [IDS[i] for i in ids]
+
+
+# ---------------------------------------------------------------------------------- the library equals the reference
+
+
+def random_shapes(count: int) -> list[tuple[int, ...]]:
+    """Shapes of 0 to 5 axes and at most 4,000 elements, the sizes around what the geometry turns on."""
+    draw = np.random.default_rng(0)
+    shapes: list[tuple[int, ...]] = []
+    while len(shapes) < count:
+        shape = tuple(draw.choice([0, 1, 2, 3, 5, 8, 16, 64, 127, 128, 129, 300], draw.integers(0, 6)).tolist())
+        if np.prod(shape, dtype=np.int64) <= 4000 and (0 not in shape or draw.random() < 0.1):
+            shapes.append(shape)
+    return shapes
+
+
+@pytest.mark.parametrize("shape", random_shapes(20), ids=str)
+def test_words_equal_the_reference(shape):
+    np.testing.assert_array_equal(library_words(typed("threefry2x32"), shape), reference.words(MAIN, shape))
+
+
+HUGE = [
+    (2**16, 2**16, 3),  # 2**16 * 3 columns, not all of 2**32 * 3
+    (2**20, 2**20, 2**20, 100),
+    (2**35, 7, 130),
+    (2**32 + 1,),
+    (5, 2**40),
+    (2**31, 2**33),
+    (2**40, 1, 1),
+]
+
+
+@pytest.mark.parametrize("shape", HUGE, ids=str)
+def test_windows_of_huge_arrays_equal_the_reference(shape):
+    draw = np.random.default_rng(1)
+    corners = [tuple(0 for _ in shape), tuple(max(n - 3, 0) for n in shape)]
+    corners += [tuple(int(draw.integers(0, max(n - 3, 1))) for n in shape) for _ in range(4)]
+    for corner in [*corners, tuple(min(2**32 - 1, max(n - 3, 0)) for n in shape)]:
+        window = [(at, min(3, n)) for at, n in zip(corner, shape, strict=True)]
+        found = library_words(typed("threefry2x32"), shape, window)
+        np.testing.assert_array_equal(found, reference.words(MAIN, shape, window), err_msg=str(window))
+
+
+@pytest.mark.parametrize("impl", KEYS)
+def test_masks_and_scale_equal_the_reference(impl):
+    shape = (5, 3, 50)
+    words = reference.words(KEYS[impl], shape).astype(np.uint64)
+    for rate in (0.0, 1e-10, 1e-6, 0.1, 1 / 3, 0.5, 0.9, 0.999, 1 - 2**-24, 1.0):
+        t = reference.threshold(rate)
+        keep = words >= np.uint64(t)
+        np.testing.assert_array_equal(jdrop.dropout_mask(typed(impl), shape, rate), keep)
+        scale = np.float32(2**32) / np.float32(2**32 - t) if t < 2**32 else np.float32(0)
+        y = jdrop.dropout(legacy(KEYS[impl]), jnp.ones(shape), jnp.float32(rate), train=True)
+        np.testing.assert_array_equal(y, np.where(keep, scale, np.float32(0)))
+
+
+def test_threshold_rounds_half_to_even():
+    halves = {2.0**-33: 0, 3 * 2.0**-33: 2, 5 * 2.0**-33: 2, 7 * 2.0**-33: 4, 0.1: 429496736, 1 - 2.0**-24: 2**32 - 256}
+    assert {rate: reference.threshold(rate) for rate in halves} == halves
+    for rate, t in halves.items():
+        with jax.enable_x64(True):
+            kept = jdrop.dropout(None, jnp.ones((), jnp.float64), rate, train=False, scale_at="eval")
+        assert float(kept) == (2**32 - t) / 2**32
+
+
+def test_the_mask_version_is_one():
+    assert jdrop.MASK_VERSION == 1

@@ -1,0 +1,78 @@
+"""schedules: values, tracing, errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdrop import dropout, schedules
+
+
+def test_early_and_late_switch_at_the_step():
+    steps = jnp.arange(5)
+    np.testing.assert_array_equal(schedules.early(0.5, 3)(steps), np.float32([0.5, 0.5, 0.5, 0, 0]))
+    np.testing.assert_array_equal(schedules.late(0.5, 3)(steps), np.float32([0, 0, 0, 0.5, 0.5]))
+
+
+def test_curriculum_is_the_formula():
+    steps = np.array([0, 1, 10, 1000, 10**7])
+    found = schedules.curriculum(0.4, 0.01)(steps)
+    np.testing.assert_allclose(found, 0.4 * -np.expm1(-0.01 * steps), rtol=1e-6)
+    assert found[0] == 0.0 and found.dtype == jnp.float32
+    tiny = schedules.curriculum(0.4, 1e-9)(1)  # no cancellation
+    np.testing.assert_allclose(tiny, 0.4e-9, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "schedule", [schedules.early(0.5, 3), schedules.late(0.5, 3), schedules.curriculum(0.5, 0.1), optax.linear_schedule(0, 0.5, 5)]
+)  # fmt: skip
+def test_a_traced_step_drives_dropout_without_recompiling(schedule):
+    traces = 0
+
+    @jax.jit
+    def f(step):
+        nonlocal traces
+        traces += 1
+        rate = schedule(step)
+        assert rate.dtype == jnp.float32 and rate.shape == ()
+        return rate, dropout(jax.random.key(0), jnp.ones((4, 256)), rate, train=True)
+
+    for step in (0, 2, 3, 100):
+        rate, y = f(step)
+        expected = dropout(jax.random.key(0), jnp.ones((4, 256)), jnp.float32(schedule(step)), train=True)
+        np.testing.assert_allclose(y, expected, rtol=1e-6)
+        np.testing.assert_allclose(rate, schedule(step), rtol=1e-6)
+    assert traces == 1
+
+
+@pytest.mark.parametrize(
+    ("convention", "rates"),
+    [("i/(n-1)", (0, 0.1, 0.2, 0.3)), ("i/n", (0, 0.075, 0.15, 0.225)), ("(i+1)/n", (0.075, 0.15, 0.225, 0.3))],
+)
+def test_depth_rates(convention, rates):
+    found = schedules.depth_rates(0.3, 4, convention)
+    assert isinstance(found, tuple) and all(type(r) is float for r in found)
+    np.testing.assert_allclose(found, rates, rtol=1e-12)
+    one = schedules.depth_rates(0.3, 1, convention)
+    assert one == ((0.3,) if convention == "(i+1)/n" else (0.0,))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: schedules.early(1.5, 3), ValueError, r"early: rate must lie in \[0, 1\], got 1.5"),
+        (lambda: schedules.early(float("nan"), 3), ValueError, r"early: rate must lie in \[0, 1\], got nan"),
+        (lambda: schedules.early(0.5, -1), ValueError, "early: until must be at least 0, got -1"),
+        (lambda: schedules.late("a", 1), TypeError, "late: rate must be a number, got 'a'"),
+        (lambda: schedules.late(0.5, -1), ValueError, "late: start must be at least 0"),
+        (lambda: schedules.curriculum(0.5, -0.1), ValueError, "curriculum: gamma must be at least 0"),
+        (lambda: schedules.curriculum(0.5, True), TypeError, "curriculum: gamma must be a number, got True"),
+        (lambda: schedules.depth_rates(0.5, 0, "i/n"), ValueError, "depth_rates: num_layers must be at least 1"),
+        (lambda: schedules.depth_rates(0.5, 2.0, "i/n"), TypeError, "depth_rates: num_layers must be an integer"),
+        (lambda: schedules.depth_rates(0.5, 2, "linear"), ValueError, r"depth_rates: convention must be 'i/\(n-1\)'"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

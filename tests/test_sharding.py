@@ -1,0 +1,247 @@
+"""The same mask on one device and on eight, with no collective and no mask of the whole on any."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jdrop import dropout, dropout_mask
+from jdrop.keys import derive, per_example
+
+KEY = jax.random.key(21)
+SHAPE = (64, 32, 256)
+X = jnp.arange(1.0, 1 + 64 * 32 * 256).reshape(SHAPE)
+SPECS = [P("a"), P(None, "a"), P(None, None, "b"), P("a", None, "b"), P(("a", "b")), P("b", "a"), P()]
+COLLECTIVES = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
+
+
+def mesh(kind):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+
+
+def parts(the_mesh, spec):
+    names = [n for entry in spec if entry for n in (entry if isinstance(entry, tuple) else (entry,))]
+    return int(np.prod([the_mesh.shape[n] for n in names], initial=1))
+
+
+def largest(text):
+    sizes = re.findall(r"= \(?\w+\[([\d,]+)\]", text)
+    return max(int(np.prod([int(n) for n in size.split(",")])) for size in sizes)
+
+
+def drop(key, x, **options):
+    return dropout(key, x, 0.3, train=True, **options)
+
+
+def forward(key, x, **options):
+    return drop(key, x, **options)
+
+
+def backward(key, x, **options):
+    return jax.vjp(lambda x: drop(key, x, **options), x)[1](x)[0]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("f", [forward, backward])
+def test_jit_over_a_mesh(kind, generator, f):
+    expected = np.asarray(drop(KEY, X, generator=generator))
+    the_mesh = mesh(kind)
+    with jax.set_mesh(the_mesh):
+        for spec in SPECS:
+            x = jax.device_put(X, NamedSharding(the_mesh, spec))
+            compiled = jax.jit(lambda k, x: f(k, x, generator=generator)).lower(KEY, x).compile()
+            y, text = compiled(KEY, x), compiled.as_text()
+            np.testing.assert_array_equal(y, expected)
+            assert y.sharding.is_equivalent_to(x.sharding, x.ndim), spec
+            assert not re.search(COLLECTIVES, text), spec
+            assert largest(text) <= X.size // parts(the_mesh, spec), spec
+            np.testing.assert_array_equal(f(KEY, x, generator=generator), expected)  # eager
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_shared_axes_and_array_rates_over_a_mesh(kind):
+    rates = jnp.linspace(0.1, 0.9, 32)[None, :, None]
+    expected = np.asarray(dropout(KEY, X, rates, train=True, shared_axes=2))
+    the_mesh = mesh(kind)
+    with jax.set_mesh(the_mesh):
+        for spec in SPECS:
+            x = jax.device_put(X, NamedSharding(the_mesh, spec))
+            f = jax.jit(lambda k, x: dropout(k, x, rates, train=True, shared_axes=2))
+            compiled = f.lower(KEY, x).compile()
+            np.testing.assert_array_equal(compiled(KEY, x), expected)
+            assert not re.search(COLLECTIVES, compiled.as_text())
+
+
+@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("f", [forward, backward])
+def test_shard_map_with_shard(generator, check_vma, f):
+    expected = np.asarray(drop(KEY, X, generator=generator))
+    the_mesh = mesh(AxisType.Auto)
+    for spec in SPECS:
+        tiled = jax.shard_map(
+            lambda k, x, spec=spec: f(k, x, generator=generator, shard=spec),
+            mesh=the_mesh,
+            in_specs=(P(), spec),
+            out_specs=spec,
+            check_vma=check_vma,
+        )
+        x = jax.device_put(X, NamedSharding(the_mesh, spec))
+        compiled = jax.jit(tiled).lower(KEY, x).compile()
+        np.testing.assert_array_equal(compiled(KEY, x), expected)
+        assert not re.search(COLLECTIVES, compiled.as_text())
+        assert largest(compiled.as_text()) <= X.size // parts(the_mesh, spec)
+
+
+def test_gradient_through_shard_map():
+    spec = P("a", None, "b")
+    tiled = jax.shard_map(
+        lambda k, x: drop(k, x, shard=spec), mesh=mesh(AxisType.Auto), in_specs=(P(), spec), out_specs=spec
+    )
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(drop(KEY, x))))(X)
+    np.testing.assert_allclose(jax.grad(lambda x: jnp.sum(jnp.sin(tiled(KEY, x))))(X), expected, rtol=1e-6)
+
+
+def test_shard_map_with_shared_axes():
+    expected = np.asarray(dropout(KEY, X, 0.3, train=True, shared_axes=(1,)))
+    for spec in (P("a"), P(None, "a"), P("b", "a")):
+        tiled = jax.shard_map(
+            lambda k, x, spec=spec: dropout(k, x, 0.3, train=True, shared_axes=(1,), shard=spec),
+            mesh=mesh(AxisType.Auto),
+            in_specs=(P(), spec),
+            out_specs=spec,
+        )
+        np.testing.assert_array_equal(tiled(KEY, X), expected)
+
+
+def test_shard_map_over_some_axes_of_the_mesh():
+    spec = P("a")
+    tiled = jax.shard_map(
+        lambda k, x: drop(k, x, shard=spec),
+        mesh=mesh(AxisType.Auto),
+        in_specs=(P(), spec),
+        out_specs=spec,
+        axis_names={"a"},
+    )
+    np.testing.assert_array_equal(jax.jit(tiled)(KEY, X), drop(KEY, X))
+
+
+def test_shard_map_wants_a_key_of_each_devices_own_or_shard():
+    the_mesh = mesh(AxisType.Auto)
+
+    def tiled(f, key_spec=P(), check_vma=True):
+        f = jax.shard_map(
+            f, mesh=the_mesh, in_specs=(key_spec, P("a", "b")), out_specs=P("a", "b"), check_vma=check_vma
+        )
+        return jax.jit(f)
+
+    for check_vma in (True, False):
+        with pytest.raises(ValueError, match=r"dropout: key must vary over the manual mesh axes .*'a'.* pass shard="):
+            tiled(drop, check_vma=check_vma)(KEY, X)
+    y = tiled(lambda k, x: drop(k, x, shard=P()))(KEY, X)  # meant: every tile has the mask of a tile's shape
+    tile = drop(KEY, jnp.ones((16, 16, 256)))
+    np.testing.assert_array_equal(y != 0, np.tile(np.asarray(tile) != 0, (4, 2, 1)))
+
+    def own(k, x):
+        return drop(derive(k, jax.lax.axis_index("a"), jax.lax.axis_index("b")), x)
+
+    y = tiled(own)(KEY, X)
+    for i in range(4):
+        for j in range(2):
+            block = X[16 * i : 16 * i + 16, 16 * j : 16 * j + 16]
+            expected = drop(derive(KEY, i, j), block)
+            np.testing.assert_array_equal(y[16 * i : 16 * i + 16, 16 * j : 16 * j + 16], expected)
+
+
+def test_replication_is_never_claimed_falsely():
+    """x is the same on all devices, the key is not: the result must not pass for replicated."""
+    keys = jax.random.split(KEY, 4)
+
+    def f(keys, x):
+        return drop(keys[0], x, shard=P())
+
+    args = dict(mesh=jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4]))
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.shard_map(f, in_specs=(P("a"), P()), out_specs=P(), **args)(keys, X)
+    y = jax.shard_map(f, in_specs=(P("a"), P()), out_specs=P("a"), **args)(keys, X)
+    np.testing.assert_array_equal(y, jnp.concatenate([drop(k, X) for k in keys]))
+
+
+@pytest.mark.parametrize(
+    ("shard", "error", "message"),
+    [
+        (P("a"), ValueError, r"dropout: shard must name manual mesh axes, here \(\)"),
+        ("a", TypeError, "dropout: shard must be a PartitionSpec, got 'a'"),
+        (P(None, None, None, None), ValueError, "dropout: shard must name each mesh axis once, over the 3 axes of x"),
+    ],
+)
+def test_bad_shards(shard, error, message):
+    with pytest.raises(error, match=message):
+        drop(KEY, X, shard=shard)
+
+
+def test_shard_with_bits_that_do_not_go_by_index():
+    key = jax.random.key(0, impl="rbg")
+    tiled = jax.shard_map(
+        lambda k, x: drop(k, x, shard=P("a"), generator="jax"),
+        mesh=mesh(AxisType.Auto),
+        in_specs=(P(), P("a")),
+        out_specs=P("a"),
+    )
+    with pytest.raises(NotImplementedError, match="dropout: generator must be"):
+        tiled(key, X)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("generator", ["fast", "jax"])
+def test_dropout_mask_with_out_sharding(kind, generator):
+    expected = np.asarray(dropout_mask(KEY, SHAPE, 0.3, generator=generator))
+    the_mesh = mesh(kind)
+    with jax.set_mesh(the_mesh):
+        for spec in SPECS:
+            for sharding in (spec, NamedSharding(the_mesh, spec)):
+                f = jax.jit(lambda k, s=sharding: dropout_mask(k, SHAPE, 0.3, generator=generator, out_sharding=s))
+                compiled = f.lower(KEY).compile()
+                mask, text = compiled(KEY), compiled.as_text()
+                np.testing.assert_array_equal(mask, expected)
+                assert mask.sharding.is_equivalent_to(NamedSharding(the_mesh, spec), 3)
+                assert not re.search(COLLECTIVES, text)
+                assert largest(text) <= X.size // parts(the_mesh, spec)
+        eager = dropout_mask(KEY, SHAPE, 0.3, generator=generator, out_sharding=P("a"))
+        np.testing.assert_array_equal(eager, expected)
+        assert eager.sharding.is_equivalent_to(NamedSharding(the_mesh, P("a")), 3)
+
+
+def test_out_sharding_needs_a_mesh():
+    with pytest.raises(ValueError, match="dropout_mask: out_sharding needs a mesh in context"):
+        dropout_mask(KEY, SHAPE, 0.3, out_sharding=P("a"))
+    with pytest.raises(TypeError, match="dropout_mask: out_sharding must be a PartitionSpec or NamedSharding"):
+        dropout_mask(KEY, SHAPE, 0.3, out_sharding="a")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_per_example_masks_over_a_mesh(kind):
+    ids = jnp.arange(100, 164)
+
+    def f(key, ids, x):
+        return jax.vmap(lambda k, x: drop(k, x))(per_example(key, ids), x)
+
+    def g(key, ids, x):
+        return jax.grad(lambda x: jnp.sum(f(key, ids, x) ** 2))(x)
+
+    the_mesh = mesh(kind)
+    for h in (f, g):
+        expected = np.asarray(jax.jit(h)(KEY, ids, X))
+        with jax.set_mesh(the_mesh):
+            for spec in (P("a"), P(("a", "b")), P("a", "b")):
+                x = jax.device_put(X, NamedSharding(the_mesh, spec))
+                i = jax.device_put(ids, NamedSharding(the_mesh, P(spec[0])))
+                compiled = jax.jit(h).lower(KEY, i, x).compile()
+                np.testing.assert_array_equal(compiled(KEY, i, x), expected)
+                assert not re.search(COLLECTIVES, compiled.as_text())
+                assert largest(compiled.as_text()) <= X.size // parts(the_mesh, spec)
