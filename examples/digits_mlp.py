@@ -18,7 +18,9 @@ References:
 
 import argparse
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +51,7 @@ Params = list[tuple[Array, Array]]
 
 def init(key: Array) -> Params:
     """He initialisation; the key of a layer is named by its place."""
-    layers = enumerate(zip(SIZES[:-1], SIZES[1:], strict=True))
+    layers = enumerate(pairwise(SIZES))
     return [(jax.random.normal(derive(key, i), (m, n)) * (2 / m) ** 0.5, jnp.zeros(n)) for i, (m, n) in layers]
 
 
@@ -62,18 +64,20 @@ def forward(params: Params, x: Array, key: Array | None, rates: Array, train: bo
     return x
 
 
-def make_train_step(optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable:
+def make_train_step(optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable[..., Any]:
     """Return the step of every run at once: arms are mapped over outside, seeds inside."""
 
     def loss_fn(params: Params, x: Array, y: Array, key: Array, rates: Array) -> Array:
         logits = forward(params, x, key, rates, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
-    def step(params: Params, opt_state: optax.OptState, rates: Array, key: Array, ids: Array, t: Array) -> tuple:
+    def step(
+        params: Params, opt_state: optax.OptState, rates: Array, key: Array, ids: Array, t: Array
+    ) -> tuple[Params, optax.OptState]:
         batch = jax.random.choice(derive(key, "batch", t), ids, (BATCH,), replace=False)
-        loss, grads = jax.value_and_grad(loss_fn)(params, images[batch], labels[batch], derive(key, "drop", t), rates)
+        grads = jax.grad(loss_fn)(params, images[batch], labels[batch], derive(key, "drop", t), rates)
         updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state
 
     seeds = jax.vmap(step, in_axes=(0, 0, None, 0, 0, None))
     return jax.jit(jax.vmap(seeds, in_axes=(0, 0, 0, None, None, None)), donate_argnums=(0, 1))
@@ -134,7 +138,7 @@ def main() -> None:
     steps, curves = [], []
     bar = tqdm(range(args.steps))
     for t in bar:
-        params, opt_state, loss = train_step(params, opt_state, rates, keys, train_ids, jnp.uint32(t))
+        params, opt_state = train_step(params, opt_state, rates, keys, train_ids, jnp.uint32(t))
         if (t + 1) % EVAL_EVERY == 0 or t + 1 == args.steps:
             steps.append(t + 1)
             curves.append(np.asarray(evaluate(params)))

@@ -19,9 +19,11 @@ to one mask an example, both with a standard error:
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,7 @@ SIZES = (784, 128, 128, 10)
 RATES = (0.2, 0.5, 0.5)  # input, then hidden layers
 BATCH = 50
 LEARNING_RATE = 2e-3  # Adam, decayed to 0 by a cosine
-STEPS = 800
+STEPS = 1500
 
 Params = list[tuple[Array, Array]]
 
@@ -52,7 +54,7 @@ Params = list[tuple[Array, Array]]
 class Way(NamedTuple):
     """How masks are drawn."""
 
-    drop: bool = True
+    rates: tuple[float, ...] = RATES
     by_keys: bool = False  # vmap over one key an example
     shared_axes: tuple[int, ...] = ()
     new_key: bool = True  # derive the key from the step, as one should
@@ -60,7 +62,7 @@ class Way(NamedTuple):
 
 REFERENCE = "one an example"
 WAYS = {
-    "no dropout": Way(drop=False),
+    "no dropout": Way(rates=(0.0, 0.0, 0.0)),
     REFERENCE: Way(),
     "one an example, by keys": Way(by_keys=True),
     "one a minibatch": Way(shared_axes=(0,)),
@@ -71,40 +73,57 @@ WAYS = {
 
 def init(key: Array) -> Params:
     """He initialisation; the key of a layer is named by its place."""
-    layers = enumerate(zip(SIZES[:-1], SIZES[1:], strict=True))
+    layers = enumerate(pairwise(SIZES))
     return [(jax.random.normal(derive(key, i), (m, n)) * (2 / m) ** 0.5, jnp.zeros(n)) for i, (m, n) in layers]
 
 
-def forward(params: Params, x: Array, key: Array | None, way: Way, train: bool) -> Array:
+def forward(
+    params: Params, x: Array, key: Array | None, rates: Array, train: bool, shared_axes: Sequence[int] = ()
+) -> Array:
     """Map images [batch, 784] or one image [784] to logits."""
     for i, (w, b) in enumerate(params):
-        if train and way.drop:
-            x = jdrop.dropout(derive(key, i), x, RATES[i], train=True, shared_axes=way.shared_axes)
-        x = x @ w + b
+        layer_key = derive(key, i) if key is not None else None
+        x = jdrop.dropout(layer_key, x, rates[i], train=train, shared_axes=shared_axes) @ w + b
         x = jax.nn.relu(x) if i < len(params) - 1 else x
     return x
 
 
-def make_train_step(optimizer: optax.GradientTransformation, images: Array, labels: Array, way: Way) -> Callable:
-    """Return the step of all seeds."""
+def make_train_step(optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable[..., Any]:
+    """Return the step of all seeds. It compiles once for each ``by_keys`` and ``shared_axes``; rates are traced."""
 
-    def loss_fn(params: Params, ids: Array, key: Array) -> Array:
-        x, y = images[ids], labels[ids]
-        if way.by_keys:
-            one = jax.vmap(forward, in_axes=(None, 0, 0, None, None))
-            logits = one(params, x, per_example(key, ids), way, True)
+    def loss_fn(
+        params: Params, ids: Array, key: Array, rates: Array, by_keys: bool, shared_axes: Sequence[int]
+    ) -> Array:
+        if by_keys:  # the network of one example, mapped: an example's key follows from its id
+            one = jax.vmap(lambda x, key: forward(params, x, key, rates, train=True))
+            logits = one(images[ids], per_example(key, ids))
         else:
-            logits = forward(params, x, key, way, True)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            logits = forward(params, images[ids], key, rates, train=True, shared_axes=shared_axes)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[ids]).mean()
 
-    def step(params: Params, opt_state: optax.OptState, key: Array, ids: Array, t: Array) -> tuple:
-        batch = jax.random.choice(derive(key, "batch", t), ids, (BATCH,), replace=False)
-        drop_key = derive(key, "drop", t) if way.new_key else derive(key, "drop")
-        loss, grads = jax.value_and_grad(loss_fn)(params, batch, drop_key)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
+    @partial(jax.jit, static_argnames=("by_keys", "shared_axes"), donate_argnums=(0, 1))
+    def train_step(
+        params: Params,
+        opt_state: optax.OptState,
+        keys: Array,
+        train_ids: Array,
+        t: Array,
+        drop_t: Array,
+        rates: Array,
+        *,
+        by_keys: bool,
+        shared_axes: Sequence[int],
+    ) -> tuple[Params, optax.OptState]:
+        def step(params: Params, opt_state: optax.OptState, key: Array, ids: Array) -> tuple[Params, optax.OptState]:
+            batch = jax.random.choice(derive(key, "batch", t), ids, (BATCH,), replace=False)
+            drop_key = derive(key, "drop", drop_t)
+            grads = jax.grad(loss_fn)(params, batch, drop_key, rates, by_keys, shared_axes)
+            updates, opt_state = optimizer.update(grads, opt_state)
+            return optax.apply_updates(params, updates), opt_state
 
-    return jax.jit(jax.vmap(step, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1))
+        return jax.vmap(step)(params, opt_state, keys, train_ids)
+
+    return train_step
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
@@ -144,20 +163,27 @@ def main() -> None:
     def evaluate(params: Params) -> Array:
         def accuracy(run: tuple[Params, Array]) -> Array:
             params, ids = run
-            logits = forward(params, images[ids], None, Way(), train=False)
+            logits = forward(params, images[ids], None, jnp.zeros(len(params)), train=False)
             return 100 * jnp.mean(logits.argmax(-1) == labels[ids])
 
         return jax.lax.map(accuracy, (params, test_ids))
 
+    @jax.jit
+    def start(keys: Array) -> tuple[Params, optax.OptState]:
+        params = jax.vmap(lambda key: init(derive(key, "init")))(keys)
+        return params, jax.vmap(optimizer.init)(params)
+
+    train_step = make_train_step(optimizer, images, labels)
     accuracies: dict[str, np.ndarray] = {}
     bar = tqdm(total=args.steps * len(WAYS))
     for name, way in WAYS.items():
         bar.set_description(name)
-        params = jax.vmap(lambda key: init(derive(key, "init")))(keys)
-        opt_state = jax.vmap(optimizer.init)(params)
-        train_step = make_train_step(optimizer, images, labels, way)
+        params, opt_state = start(keys)
+        options = {"by_keys": way.by_keys, "shared_axes": way.shared_axes}
         for t in range(args.steps):
-            params, opt_state, loss = train_step(params, opt_state, keys, train_ids, jnp.uint32(t))
+            now, rates = jnp.uint32(t), jnp.array(way.rates)
+            drop_t = now if way.new_key else jnp.uint32(0)
+            params, opt_state = train_step(params, opt_state, keys, train_ids, now, drop_t, rates, **options)
             bar.update()
         accuracies[name] = np.asarray(evaluate(params))
     bar.close()

@@ -15,20 +15,20 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from jdrop import masks
-from jdrop.bits import vary_together
+from jdrop import decisions
+from jdrop._shards import explicit_sharding, vary_together
 
 _STATIC = ("layout", "scaled", "batch")
 
 
 def apply(
-    x: Array, words: Array, rate: Array, offset: tuple[Array, ...], *, layout: masks.Layout, scaled: bool
+    x: Array, words: Array, rate: Array, offset: tuple[Array, ...], *, layout: decisions.Layout, scaled: bool
 ) -> Array:
     """Return x where it is kept, divided by the keep probability if ``scaled``, and 0 where it is dropped.
 
     Args:
       x: floating array: the whole, or with ``offset`` a part of it.
-      words: what seeds the mask, see :func:`jdrop.masks.operands`.
+      words: what seeds the mask, see :func:`jdrop.decisions.operands`.
       rate: the probability, see there; broadcasts to the decisions.
       offset: nothing, or where the part starts: uint32 [ndim, 2] of ``(hi, lo)``.
       layout: what is static about the whole mask.
@@ -39,18 +39,18 @@ def apply(
 
 
 def _masked(
-    x: Array, words: Array, rate: Array, *offset: Array, layout: masks.Layout, scaled: bool, on_cpu: bool
+    x: Array, words: Array, rate: Array, *offset: Array, layout: decisions.Layout, scaled: bool, on_cpu: bool
 ) -> Array:
     """The operator in plain jnp, for one example."""
-    probability = masks.keep_probability(layout.source, rate, real_dtype(x))
+    probability = decisions.keep_probability(layout.source, rate, real_dtype(x))
     one = jnp.ones_like(probability)
     if scaled:
         scale = one / jnp.where(probability == 0, one, probability)
     else:
         scale = jnp.where(jnp.isnan(probability), probability, one)
-    sharding = masks.explicit_sharding(jax.typeof(x).sharding)
+    sharding = explicit_sharding(jax.typeof(x).sharding)
     start = [(at[0], at[1]) for at in offset[0]] if offset else None
-    kept = masks.keep(layout, words, rate, x.shape, start, sharding=sharding)
+    kept = decisions.keep(layout, words, rate, x.shape, start, sharding=sharding)
     return multiply(x, scale, where=kept, on_cpu=on_cpu)
 
 

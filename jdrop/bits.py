@@ -201,10 +201,3 @@ def mul64(a: Pair, stride: Any) -> Pair:
     middle = (a0 * b0 >> half) + (cross & low) + a1 * b0
     carry = a1 * b1 + (cross >> half) + (middle >> half)
     return a[0] * lo + a[1] * hi + carry, a[1] * lo
-
-
-def vary_together(*arrays: Any) -> tuple[Any, ...]:
-    """Cast arrays inside ``jax.shard_map`` to the union of the mesh axes that any of them varies over."""
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    axes = frozenset().union(*varying)
-    return tuple(lax.pcast(a, tuple(axes - own), to="varying") if axes - own else a for a, own in zip(arrays, varying))

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jdrop import _checks, _linear, masks
-from jdrop.masks import Generator, RateLike, Shard
+from jdrop import _checks, _linear, _shards, decisions
+from jdrop._shards import Shard
+from jdrop.decisions import Generator, RateLike
 
 
 def dropout(
@@ -76,24 +77,24 @@ def dropout(
     _checks.array(name, "x", x)
     train = _checks.flag(name, "train", train)
     _checks.choice(name, "scale_at", scale_at, ("train", "eval"))
-    _checks.choice(name, "generator", generator, masks.GENERATORS)
-    rate = _checks.rate(name, rate, masks.mask_shape(name, x.shape, shared_axes))
-    names = masks.shard_names(name, x.shape, shard)
+    _checks.choice(name, "generator", generator, decisions.GENERATORS)
+    rate = _checks.rate(name, rate, decisions.mask_shape(name, x.shape, shared_axes))
+    names = _shards.names_of(name, x.shape, shard)
     if key is not None:
         _checks.key(name, key)
-    if masks.is_zero(rate) or (not train and scale_at == "train"):
+    if decisions.is_zero(rate) or (not train and scale_at == "train"):
         return x
     if not train:
         return _expectation(x, rate, generator)
-    masks.check_key_varies(name, key, shard)
-    whole, offset = masks.tile(x.shape, names)
-    source, words, rate = masks.operands(name, key, rate, generator, part=bool(offset))
-    layout = masks.layout(name, masks.mask_shape(name, whole, shared_axes), source)
+    _shards.check_key_varies(name, key, shard)
+    whole, offset = _shards.tile(x.shape, names)
+    source, words, rate = decisions.operands(name, key, rate, generator, part=bool(offset))
+    layout = decisions.layout(name, decisions.mask_shape(name, whole, shared_axes), source)
     return _linear.apply(x, words, rate, offset, layout=layout, scaled=scale_at == "train")
 
 
 def _expectation(x: Array, rate: np.ndarray | Array, generator: Generator) -> Array:
     """``x * keep_probability``: what evaluation does in the original form."""
-    probability = lax.stop_gradient(masks.probability(rate, generator))
-    keep = masks.keep_probability(generator, probability, _linear.real_dtype(x))
+    probability = lax.stop_gradient(decisions.probability(rate, generator))
+    keep = decisions.keep_probability(generator, probability, _linear.real_dtype(x))
     return _linear.multiply(jnp.asarray(x), keep, where=keep != 0)

@@ -1,5 +1,6 @@
 """Keys without bookkeeping: a seed from a key, and derived keys for a place, a time or an example."""
 
+import functools
 import hashlib
 from typing import Any
 
@@ -67,6 +68,7 @@ def _start(words: Array, use: int) -> Pair:
     return _absorb((np.uint32(_TAG), np.uint32(use)), [(0, *at[i : i + 2]) for i in range(0, n, 2)])
 
 
+@jax.jit
 def seed(words: Array) -> Array:
     """Hash a key's data words to the seed of a mask, uint32 [2]."""
     return jnp.stack(_start(words, _SEED), axis=-1)
@@ -148,11 +150,17 @@ def per_example(key: Array, ids: Array) -> Array:
 def _derive(key: Array, blocks: list[tuple[int, Any, Any]]) -> Array:
     typed = _checks.is_typed_key(key)
     words = jax.random.key_data(key) if typed else jnp.asarray(key)
-    n = words.shape[-1]
-    state = _absorb(_start(words, _DERIVE), blocks)
-    out = [w for i in range(-(-n // 2)) for w in _absorb(state, [(_OUT, np.uint32(0), np.uint32(i))])]
-    derived = jnp.stack(out[:n], axis=-1)
+    tags = tuple(tag for tag, _, _ in blocks)
+    derived = _derived_words(words, [(a, b) for _, a, b in blocks], tags=tags)
     return jax.random.wrap_key_data(derived, impl=jax.random.key_impl(key)) if typed else derived
+
+
+@functools.partial(jax.jit, static_argnames="tags")
+def _derived_words(words: Array, pairs: list[Pair], *, tags: tuple[int, ...]) -> Array:
+    state = _absorb(_start(words, _DERIVE), [(tag, a, b) for tag, (a, b) in zip(tags, pairs)])
+    n = words.shape[-1]
+    out = [w for i in range(-(-n // 2)) for w in _absorb(state, [(_OUT, np.uint32(0), np.uint32(i))])]
+    return jnp.stack(out[:n], axis=-1)
 
 
 def _blocks(function: str, argument: str, element: Any) -> list[tuple[int, Any, Any]]:

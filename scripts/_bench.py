@@ -95,10 +95,13 @@ def init_transformer(layers: int, width: int, stacked: bool) -> Params | list[Pa
     sizes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
 
     def one(keys: Array) -> Params:
-        weights = {
-            name: jax.random.normal(keys[i], size) / math.sqrt(size[0]) for i, (name, size) in enumerate(sizes.items())
-        }
-        return {**weights, "norm1": jnp.ones(width), "norm2": jnp.ones(width)}
+        p = {}
+        for i, (name, size) in enumerate(sizes.items()):
+            p[name] = jax.random.normal(keys[i], size) / math.sqrt(size[0])
+            p[name + "_bias"] = jnp.zeros(size[1])
+        for name in ("norm1", "norm2"):
+            p[name], p[name + "_bias"] = jnp.ones(width), jnp.zeros(width)
+        return p
 
     return jax.vmap(one)(keys) if stacked else [one(k) for k in keys]
 
@@ -112,12 +115,18 @@ def transformer(params: Any, key: Array | None, x: Array, drop: Drop, *, heads: 
     layers = jax.tree.leaves(params)[0].shape[0] if isinstance(params, dict) else len(params)
     keys = [None] * (1 + 3 * layers) if key is None else jax.random.split(key, 1 + 3 * layers)
 
+    def norm(p: Params, name: str, x: Array) -> Array:
+        return jax.nn.standardize(x, epsilon=1e-6) * p[name] + p[name + "_bias"]
+
+    def dense(p: Params, name: str, x: Array) -> Array:
+        return x @ p[name] + p[name + "_bias"]
+
     def layer(p: Params, keys: Any, x: Array) -> Array:
-        q, k, v = jnp.split((_norm(x, p["norm1"]) @ p["qkv"]).reshape(*x.shape[:-1], heads, -1), 3, axis=-1)
+        q, k, v = jnp.split(dense(p, "qkv", norm(p, "norm1", x)).reshape(*x.shape[:-1], heads, -1), 3, axis=-1)
         probability = jax.nn.softmax(jnp.einsum("...the,...she->...hts", q, k) / math.sqrt(q.shape[-1]))
         mixed = jnp.einsum("...hts,...she->...the", drop(keys[0], probability), v)
-        x = x + drop(keys[1], mixed.reshape(x.shape) @ p["out"])
-        return x + drop(keys[2], jax.nn.gelu(_norm(x, p["norm2"]) @ p["up"]) @ p["down"])
+        x = x + drop(keys[1], dense(p, "out", mixed.reshape(x.shape)))
+        return x + drop(keys[2], dense(p, "down", jax.nn.gelu(dense(p, "up", norm(p, "norm2", x)))))
 
     if checkpoint:
         layer = jax.checkpoint(layer)
@@ -129,11 +138,6 @@ def transformer(params: Any, key: Array | None, x: Array, drop: Drop, *, heads: 
     for i, p in enumerate(params):
         x = layer(p, keys[3 * i + 1 : 3 * i + 4], x)
     return (x**2).mean()
-
-
-def _norm(x: Array, scale: Array) -> Array:
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * scale
 
 
 # ---------------------------------------------------------------------------------- timing

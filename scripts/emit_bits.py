@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
         "--order",
         choices=("rows", "columns"),
         default="rows",
-        help=f"row by row, or column by column in bands of {BAND} rows (of more if there are under {BLOCK // BAND} columns)",
+        help=f"row by row, or column by column in bands of {BAND} rows (more, if under {BLOCK // BAND} columns)",
     )
     parser.add_argument("--key-seed", type=int, default=0, help="write the words of jax.random.key(KEY_SEED)")
     parser.add_argument(

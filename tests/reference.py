@@ -22,7 +22,7 @@ Pair = tuple[int, int]
 
 def u32(value: int | np.ndarray) -> np.ndarray:
     """An array of at least one axis, modulo 2**32: its arithmetic wraps without a warning."""
-    return np.atleast_1d(np.asarray(value % TWO32)).astype(np.uint32)
+    return np.atleast_1d(value % TWO32 if isinstance(value, int) else value).astype(np.uint32)
 
 
 def threefry2x32(key: tuple, counter: tuple) -> tuple[np.ndarray, np.ndarray]:

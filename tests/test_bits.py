@@ -1,6 +1,5 @@
 """bits: geometry and 64-bit arithmetic. (The bits themselves: test_known_answers.py.)"""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,8 +95,3 @@ def test_a_word_is_the_same_alone_and_in_an_array():
     for r, c in ((0, 0), (4, 200), (8, 299)):
         assert int(bits.word(seed, (np.uint32(0), jnp.uint32(r)), jnp.uint32(c))) == words[r, c]
     assert words.dtype == np.uint32 and len(np.unique(words)) == words.size
-
-
-def test_vary_together_leaves_arrays_alone_outside_shard_map():
-    a, b = jnp.ones(3), jax.random.key_data(jax.random.key(0))
-    assert bits.vary_together(a, b) == (a, b)

@@ -134,10 +134,8 @@ def test_shard_map_over_some_axes_of_the_mesh():
 def test_shard_map_wants_a_key_of_each_devices_own_or_shard():
     the_mesh = mesh(AxisType.Auto)
 
-    def tiled(f, key_spec=P(), check_vma=True):
-        f = jax.shard_map(
-            f, mesh=the_mesh, in_specs=(key_spec, P("a", "b")), out_specs=P("a", "b"), check_vma=check_vma
-        )
+    def tiled(f, check_vma=True):
+        f = jax.shard_map(f, mesh=the_mesh, in_specs=(P(), P("a", "b")), out_specs=P("a", "b"), check_vma=check_vma)
         return jax.jit(f)
 
     for check_vma in (True, False):
@@ -245,3 +243,10 @@ def test_per_example_masks_over_a_mesh(kind):
                 np.testing.assert_array_equal(compiled(KEY, i, x), expected)
                 assert not re.search(COLLECTIVES, compiled.as_text())
                 assert largest(compiled.as_text()) <= X.size // parts(the_mesh, spec)
+
+
+def test_vary_together_leaves_arrays_alone_outside_shard_map():
+    from jdrop._shards import vary_together
+
+    a, b = jnp.ones(3), jax.random.key_data(KEY)
+    assert vary_together(a, b) == (a, b)

@@ -1,0 +1,71 @@
+"""Arrays on meshes: tiles of ``jax.shard_map``, and types that carry a sharding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jdrop import _checks
+from jdrop.bits import mul64
+
+Shard = PartitionSpec | None
+
+
+def names_of(function: str, shape: Sequence[Any], shard: Shard) -> tuple[tuple[str, ...], ...]:
+    """Require a partition of an array over manual mesh axes, and return the mesh axes of each of its axes."""
+    if shard is None:
+        return ()
+    if not isinstance(shard, PartitionSpec):
+        fix = "pass the in_specs entry of x"
+        raise TypeError(_checks.text(function, "shard", "must be a PartitionSpec", _checks.describe(shard), fix))
+    names = tuple(s if isinstance(s, tuple) else () if s is None else (s,) for s in shard)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    used = [name for entry in names for name in entry]
+    if len(names) > len(shape) or len(set(used)) != len(used):
+        rule = f"must name each mesh axis once, over the {len(shape)} axes of x"
+        raise ValueError(_checks.text(function, "shard", rule, shard, "pass the in_specs entry of x"))
+    if not set(used) <= set(manual):
+        rule = f"must name manual mesh axes, here {tuple(manual)}"
+        raise ValueError(_checks.text(function, "shard", rule, shard, "use it inside jax.shard_map, over these axes"))
+    return names
+
+
+def check_key_varies(function: str, key: Array | None, shard: Shard) -> None:
+    """Inside ``shard_map``, require a key of each device's own, or word on how the array is laid out."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if shard is None and manual and key is not None:
+        alike = [name for name in manual if name not in jax.typeof(key).manual_axis_type.varying]
+        if alike:
+            fix = "pass shard=, the PartitionSpec of x, or shard=PartitionSpec() if every tile shall have the same mask"
+            rule = f"must vary over the manual mesh axes {tuple(alike)} when shard is None"
+            raise ValueError(_checks.text(function, "key", rule, "the same key on every device", fix))
+
+
+def tile(shape: Sequence[Any], names: tuple[tuple[str, ...], ...]) -> tuple[tuple[Any, ...], tuple[Array, ...]]:
+    """Return the whole array's shape and, as no or one uint32 array [ndim, 2], where this device's tile starts."""
+    if not any(names):
+        return tuple(shape), ()
+    whole, starts = list(shape), []
+    for axis, size in enumerate(shape):
+        index = jnp.uint32(0)
+        for name in names[axis] if axis < len(names) else ():
+            index = index * np.uint32(lax.axis_size(name)) + lax.axis_index(name).astype(jnp.uint32)
+            whole[axis] *= lax.axis_size(name)
+        starts.append(jnp.stack(mul64((np.uint32(0), index), size)))
+    return tuple(whole), (jnp.stack(starts),)
+
+
+def explicit_sharding(sharding: NamedSharding) -> NamedSharding | None:
+    """The sharding that new arrays must be given, if any: on an explicit mesh it is part of their type."""
+    return sharding if sharding.mesh.explicit_axes else None
+
+
+def vary_together(*arrays: Any) -> tuple[Any, ...]:
+    """Cast arrays inside ``jax.shard_map`` to the union of the mesh axes that any of them varies over."""
+    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    axes = frozenset().union(*varying)
+    return tuple(lax.pcast(a, tuple(axes - own), to="varying") if axes - own else a for a, own in zip(arrays, varying))

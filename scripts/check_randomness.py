@@ -1,0 +1,262 @@
+"""Claim: the words of the library are uniform, and independent along columns, rows, steps and neighbouring keys.
+
+Needs no outside program and takes under a minute: ``python scripts/check_randomness.py``; exit code 0 or 1. Every test
+has a statistic with a known distribution for truly random words, and a two-sided p-value from it: too even is as bad as
+too uneven. All keys are fixed. With N tests in all, the generator fails if any p-value is below ``1e-4 / N``
+(Bonferroni): a perfect one would fail at one ``--key-seed`` in 10,000. ``scripts/emit_bits.py`` feeds the large suites.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from scipy import stats
+
+from jdrop import bits, keys
+
+FAMILY_ERROR = 1e-4
+MATRIX_WORDS = 2**17  # words at most whose 32 x 32 pairs of bits are compared
+COLUMNS = 1024
+KEY_ROWS, KEY_COLUMNS = 64, 256  # words of each key that are compared with another key's
+REACH = 64  # lags of a mask, up to this far along both axes
+
+Words = Callable[[Array, np.ndarray, np.ndarray], np.ndarray]
+"""``words(keys [k], rows uint64 [r], cols uint32 [c]) -> uint32 [k, r, c]``: the generator under test."""
+
+
+class Result(NamedTuple):
+    """One test: what was compared, by which statistic, and the p-value."""
+
+    subject: str
+    statistic: str
+    p: float
+
+
+@jax.jit
+def _library(key_words: Array, hi: Array, lo: Array, cols: Array) -> Array:
+    def one(key_words: Array) -> Array:
+        seed = keys.seed(key_words)
+        return bits.word((seed[0], seed[1]), (hi[:, None], lo[:, None]), cols[None, :])
+
+    return jax.vmap(one)(key_words)
+
+
+def library(key: Array, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Return the words of the library."""
+    hi, lo = (rows >> np.uint64(32)).astype(np.uint32), rows.astype(np.uint32)
+    return np.asarray(_library(jax.random.key_data(key), hi, lo, cols))
+
+
+# ---------------------------------------------------------------------------------- statistics
+
+
+def normal(z: np.ndarray | float) -> float:
+    """Return p of the largest of some standard normal numbers; for several, the bound of Bonferroni."""
+    z = np.atleast_1d(z)
+    return min(1.0, 2 * float(stats.norm.sf(np.abs(z).max())) * z.size)
+
+
+def chi_squared(x: float, df: int) -> float:
+    """Return p of a chi-squared number, too small counting like too large."""
+    return min(1.0, 2 * float(min(stats.chi2.sf(x, df), stats.chi2.cdf(x, df))))
+
+
+def cells(index: np.ndarray, count: int) -> tuple[float, int]:
+    """Return Pearson's chi-squared and its degrees of freedom for indices that should fill ``count`` cells evenly."""
+    expected = index.size / count
+    return float(((np.bincount(index, minlength=count) - expected) ** 2).sum() / expected), count - 1
+
+
+def stream(w: np.ndarray) -> Iterator[tuple[str, float]]:
+    """Each of the 32 bits is fair, and each of the 4 bytes uniform; bits and bytes of a word are independent."""
+    n = w.size
+    of_bytes = [np.bincount((w >> np.uint32(s)).astype(np.uint8), minlength=256) for s in (0, 8, 16, 24)]
+    ones = [(of_byte * (np.arange(256) >> b & 1)).sum() for of_byte in of_bytes for b in range(8)]
+    z = (2 * np.array(ones) - n) / np.sqrt(n)  # ones ~ Binomial(n, 1/2)
+    yield "32 bits, largest z", normal(z)
+    yield "32 bits, chi2", chi_squared(float((z**2).sum()), 32)
+    x = sum(float(((of_byte - n / 256) ** 2).sum()) for of_byte in of_bytes) / (n / 256)
+    yield "4 bytes, chi2", chi_squared(x, 4 * 255)
+
+
+def couple(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, float]]:
+    """``a[i]`` and ``b[i]`` are independent: as numbers, as pairs of high or low bits, by difference, bit by bit."""
+    a, b = a.ravel(), b.ravel()
+    n = a.size
+    u, v = (w * 2.0**-32 - (0.5 - 2.0**-33) for w in (a, b))  # mean 0, variance 1/12
+    yield "correlation, z", normal(float(u @ v) * 12 / np.sqrt(n))
+    for name, shift in (("high", 28), ("low", 0)):
+        pair = (a >> np.uint32(shift) & np.uint32(15)) * np.uint32(16) + (b >> np.uint32(shift) & np.uint32(15))
+        yield f"16 x 16 cells of {name} bits, chi2", chi_squared(*cells(pair, 256))
+    for name, difference in (("xor", a ^ b), ("difference", a - b)):
+        for statistic, p in stream(difference):
+            yield f"{name}: {statistic}", p
+    sums = np.asarray(_sums_of_signs(a[:MATRIX_WORDS], b[:MATRIX_WORDS]), np.float64)
+    z = sums / np.sqrt(min(n, MATRIX_WORDS))  # sums of n fair signs, pairwise independent
+    yield "32 x 32 pairs of bits, largest z", normal(z)
+    yield "32 x 32 pairs of bits, chi2", chi_squared(float((z**2).sum()), z.size)
+
+
+@jax.jit
+def _sums_of_signs(a: Array, b: Array) -> Array:
+    """Sum over i of s(bit j of a[i]) * s(bit k of b[i]), float32 [32, 32], with s(0) = -1 and s(1) = 1: exact."""
+    bit = np.arange(32, dtype=np.uint32)[:, None]
+    signs = [((w[None, :] >> bit) & np.uint32(1)).astype(jnp.float32) * 2 - 1 for w in (a, b)]
+    return jnp.matmul(signs[0], signs[1].T, precision="highest")
+
+
+def mask_lags(mask: np.ndarray, keep: float) -> Iterator[tuple[str, float]]:
+    """A mask keeps as often as it should, and no element tells of another at any lag (circular) within reach."""
+    n, variance = mask.size, keep * (1 - keep)
+    yield "kept, z", normal((mask.sum() - n * keep) / np.sqrt(n * variance))
+    spectrum = np.fft.rfft2(mask - keep)
+    sums = np.fft.irfft2(np.abs(spectrum) ** 2, mask.shape)  # over i of d[i] * d[i + lag]: n terms of variance**2
+    ahead = sums[1 : REACH + 1, np.arange(-REACH, REACH + 1)]  # a lag and its negative are the same pairs
+    z = np.concatenate([sums[0, 1 : REACH + 1], ahead.ravel()]) / (np.sqrt(n) * variance)
+    yield f"{z.size} lags in two dimensions, largest z", normal(z)
+
+
+# ---------------------------------------------------------------------------------- what is compared
+
+
+def apart(count: int, distance: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return numbers from ``start`` on, and those ``distance`` after them, uint64, no number twice."""
+    i = np.arange(count, dtype=np.uint64)
+    first = i % np.uint64(distance) + i // np.uint64(distance) * np.uint64(2) * np.uint64(distance) + np.uint64(start)
+    return first, first + np.uint64(distance)
+
+
+def one_stream(words: Words, key: Array, n: int) -> Iterator[Result]:
+    """Rows one after another, 1024 columns and 1."""
+    for columns in (COLUMNS, 1):
+        rows = np.arange(4 * n // columns, dtype=np.uint64)
+        w = words(key[None], rows, np.arange(columns, dtype=np.uint32)).ravel()
+        subject = f"{columns} column{'s'[: columns - 1]}, row by row"
+        for statistic, p in stream(w):
+            yield Result(subject, statistic, p)
+        yield Result(subject, "next word, 256 x 256 cells, chi2", chi_squared(*cells(_bytes(w[0::2], w[1::2]), 2**16)))
+        u = w * 2.0**-32 - (0.5 - 2.0**-33)
+        for lag in (1, 2, 4, 8, 16, 32, 64, COLUMNS, COLUMNS + 1):
+            yield Result(
+                subject, f"serial correlation, lag {lag}, z", normal(float(u @ np.roll(u, lag)) * 12 / np.sqrt(w.size))
+            )
+        for statistic, p in couple(w[0::2][:n], w[1::2][:n]):
+            yield Result(subject, f"next word: {statistic}", p)
+
+
+def _bytes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (a >> np.uint32(24)) * np.uint32(256) + (b >> np.uint32(24))
+
+
+def column_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
+    """Two columns of many rows, at all distances that are powers of two."""
+    rows = np.arange(n, dtype=np.uint64)
+    for base in (0, 0x12345677):
+        for power in range(32):
+            cols = np.array([base, (base + 2**power) % 2**32], np.uint32)
+            w = words(key[None], rows, cols)[0]
+            for statistic, p in couple(w[:, 0], w[:, 1]):
+                yield Result(f"columns {base}, +2**{power}", statistic, p)
+
+
+def row_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
+    """Rows r and r + distance; rows are 64-bit numbers."""
+    cols = np.arange(COLUMNS, dtype=np.uint32)
+    for start, power in [(1, 0), *((0, power) for power in (0, 1, 2, 3, 4, 6, 8, 16, 31, 32, 33, 48, 63))]:
+        w = [words(key[None], rows, cols) for rows in apart(n // COLUMNS, 2**power, start)]
+        for statistic, p in couple(*w):
+            yield Result(f"rows r, r + 2**{power}, from {start}", statistic, p)
+
+
+def key_families(key: Array) -> dict[str, Callable[[np.ndarray], Array]]:
+    """Return the ways to many keys: each maps numbers to keys."""
+    return {
+        "jax.random.key(i)": jax.vmap(jax.random.key),
+        "jax.random.fold_in(key, i)": jax.vmap(lambda i: jax.random.fold_in(key, i)),
+        "jax.random.split(key)[i]": lambda i: jax.random.split(key, int(i.max()) + 1)[i],
+        "derive(key, i)": jax.vmap(lambda i: keys.derive(key, i)),
+        "derive(key, 'layer', i, 'drop')": jax.vmap(lambda i: keys.derive(key, "layer", i, "drop")),
+        "per_example(key, i)": lambda i: keys.per_example(key, i),
+    }
+
+
+def key_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
+    """The same elements under neighbouring keys: of seeds, steps, examples and splits."""
+    rows, cols = np.arange(KEY_ROWS, dtype=np.uint64), np.arange(KEY_COLUMNS, dtype=np.uint32)
+    for name, keys_of in key_families(key).items():
+        for start, power in [(1, 0), (0, 0), (0, 1), (0, 4), (0, 8), (0, 16), (0, 30)]:
+            if "split" in name and power > 8:
+                continue
+            at = apart(n // (KEY_ROWS * KEY_COLUMNS), 2**power, start)
+            w = [words(keys_of(i.astype(np.uint32)), rows, cols) for i in at]
+            for statistic, p in couple(*w):
+                yield Result(f"{name}, i and i + 2**{power}, from {start}", statistic, p)
+
+
+def draws(words: Words, key: Array, n: int) -> Iterator[Result]:
+    """A mask and the draws of ``jax.random`` from the same key."""
+    w = words(key[None], np.arange(n // COLUMNS, dtype=np.uint64), np.arange(COLUMNS, dtype=np.uint32))
+    for statistic, p in couple(w, np.asarray(jax.random.bits(key, w.shape))):
+        yield Result("words and jax.random.bits(key)", statistic, p)
+
+
+def mask_images(words: Words, key: Array, n: int) -> Iterator[Result]:
+    """Masks as images, at several rates."""
+    for columns in (COLUMNS, 128):
+        w = words(key[None], np.arange(n // columns, dtype=np.uint64), np.arange(columns, dtype=np.uint32))[0]
+        for rate in (0.1, 0.5, 0.9):
+            t = round(float(np.float32(rate)) * 2**32)
+            for statistic, p in mask_lags(w >= np.uint32(t), 1 - t / 2**32):
+                yield Result(f"mask [{len(w)}, {columns}] at rate {rate}", statistic, p)
+
+
+GROUPS: dict[str, Callable[[Words, Array, int], Iterator[Result]]] = {
+    "one stream": one_stream,
+    "pairs of columns": column_pairs,
+    "pairs of rows": row_pairs,
+    "pairs of keys": key_pairs,
+    "draws of jax.random": draws,
+    "masks in two dimensions": mask_images,
+}
+
+
+def check(words: Words, log2_words: int, key_seed: int, groups: list[str] | None = None) -> dict[str, list[Result]]:
+    """Run the groups of tests on a generator; most tests compare ``2**log2_words`` pairs of words."""
+    key = jax.random.key(key_seed)
+    return {name: list(GROUPS[name](words, key, 2**log2_words)) for name in groups or GROUPS}
+
+
+def rejected(results: dict[str, list[Result]]) -> list[Result]:
+    """Return the tests that fail."""
+    every = [result for group in results.values() for result in group]
+    return [result for result in every if not result.p >= FAMILY_ERROR / len(every)]
+
+
+def main() -> int:
+    """Print a table, one line a group with its smallest p-value, and all failures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--key-seed", type=int, default=0)
+    parser.add_argument("--log2-words", type=int, default=20, help="pairs of words in most tests, from 14 (default 20)")
+    arguments = parser.parse_args()
+    begin = time.perf_counter()
+    results = check(library, arguments.log2_words, arguments.key_seed)
+    failures, count = rejected(results), sum(map(len, results.values()))
+    print(f"{'group':24} {'tests':>5}  {'smallest p':>10}  in")
+    for group, tests in results.items():
+        worst = min(tests, key=lambda result: result.p)
+        print(f"{group:24} {len(tests):5}  {worst.p:10.2e}  {worst.subject}; {worst.statistic}")
+    for failure in failures:
+        print(f"FAILED {failure.subject}; {failure.statistic}: p = {failure.p:.2e}")
+    verdict = f"{len(failures)} FAILED" if failures else "all passed"
+    print(f"{count} tests, bound on p {FAMILY_ERROR / count:.1e}: {verdict}, in {time.perf_counter() - begin:.0f} s")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
