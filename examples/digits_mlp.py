@@ -1,15 +1,17 @@
 """Does dropout help a wide network on few images?
 
-Trains the same MLP on 200 of scikit-learn's 1,797 digits with and without dropout, and tests it on the other 1,597.
+Trains the same MLP on 300 of scikit-learn's 1,797 digits with and without dropout, and tests it on the other 1,497.
 All runs of both arms train at once under two vmaps, since the rates are just one more traced argument. Each seed draws
 its own split, and its two arms share split, first weights and minibatches, so the difference is taken pair by pair. The
-rates are those of the paper (0.2 on the inputs, 0.5 on the hidden layers), and the last step counts, not the best.
+settings were chosen with ``--seed 1``, so these numbers had no say in them. The last step counts, not the best.
 
     python examples/digits_mlp.py
 
-Expect, after half a minute (2-core CPU, jax 0.10.2), test accuracy in percent over 16 seeds:
+Expect, after 40 seconds (2-core CPU, jax 0.10.2), test accuracy in percent over 16 seeds, dropout ahead on all of them:
 
-    RESULT
+    no dropout        | 95.08 | 0.12
+    dropout           | 95.89 | 0.13
+    paired difference | +0.81 | 0.15
 
 References:
   Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural Networks from
@@ -124,7 +126,7 @@ def main() -> None:
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
     params = jax.vmap(lambda key: init(derive(key, "init")))(keys)
     params = jax.tree.map(lambda leaf: jnp.stack([leaf] * len(arms)), params)
-    opt_state = jax.vmap(jax.vmap(optimizer.init))(params)
+    opt_state = jax.jit(jax.vmap(jax.vmap(optimizer.init)))(params)
     train_step = make_train_step(optimizer, images, labels)
 
     @jax.jit
@@ -145,7 +147,7 @@ def main() -> None:
             bar.set_postfix_str(" ".join(f"{name}: {a:.1f}%" for name, a in zip(arms, curves[-1].mean(1), strict=True)))
 
     last = curves[-1]
-    print(f"{'':18}| mean  | standard error")
+    print(f"{'test accuracy':18}| mean  | standard error")
     for name, values in zip(arms, last, strict=True):
         print("{:18}| {:5.2f} | {:.2f}".format(name, *mean_and_error(values)))
     gain, error = mean_and_error(last[1] - last[0])

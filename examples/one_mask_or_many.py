@@ -12,10 +12,18 @@ The seeds train together under vmap. They share first weights and minibatches ov
 
     python examples/one_mask_or_many.py
 
-Expect, after MINUTES (2-core CPU, jax 0.10.2), test accuracy in percent over 12 seeds, and the paired difference
-to one mask an example, both with a standard error:
+Expect, after 2 minutes (2-core CPU, jax 0.10.2), test accuracy in percent over 20 seeds, and the paired difference
+to one mask an example, each with a standard error:
 
-    RESULT
+    no dropout              |    90.69 |  0.09 |      -0.82 | 0.09
+    one an example          |    91.52 |  0.12 |      +0.00 | 0.00
+    one an example, by keys |    91.64 |  0.09 |      +0.12 | 0.06
+    one a minibatch         |    91.29 |  0.09 |      -0.23 | 0.08
+    one a row, same key     |    91.12 |  0.10 |      -0.40 | 0.09
+    one for all, same key   |    78.41 |  0.96 |     -13.10 | 0.94
+
+So one an example is better by a little. The same key at every step loses half of that gain or, with one mask for all
+rows, far more than all: the weights that are never trained come back at test time.
 """
 
 import argparse
@@ -40,7 +48,7 @@ from jdrop.keys import derive, per_example
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NUM_SEEDS = 12
+NUM_SEEDS = 20
 NUM_TRAIN = 1000  # images; the rest is the test set
 SIZES = (784, 128, 128, 10)
 RATES = (0.2, 0.5, 0.5)  # input, then hidden layers
@@ -133,15 +141,17 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 def plot(path: Path, accuracies: dict[str, np.ndarray]) -> None:
     """Draw the accuracy of each seed, and the mean with two standard errors."""
-    fig, ax = plt.subplots(figsize=(8, 3.5), layout="constrained")
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained", sharey=True)
     for row, values in enumerate(accuracies.values()):
         mean, error = mean_and_error(values)
-        ax.plot(values, np.full(len(values), row) + 0.18, ".", color="gray", alpha=0.6)
-        ax.errorbar(mean, row, xerr=2 * error, fmt="o", capsize=3)
-    ax.set(yticks=range(len(accuracies)), yticklabels=list(accuracies), xlabel="test accuracy (%)")
-    ax.set_title(f"MNIST, {NUM_TRAIN} training images: seeds (grey), mean and two standard errors")
-    ax.invert_yaxis()
-    ax.grid(axis="x", alpha=0.3)
+        for ax in axes:
+            ax.plot(values, np.full(len(values), row) + 0.2, ".", color="gray", alpha=0.6)
+            ax.errorbar(mean, row, xerr=2 * error, fmt="o", capsize=3)
+    best = max(values.max() for values in accuracies.values())
+    axes[0].set(yticks=range(len(accuracies)), yticklabels=list(accuracies), xlabel="test accuracy (%)")
+    axes[1].set(xlim=(best - 3, best + 0.2), xlabel="test accuracy (%), the upper end")
+    axes[0].invert_yaxis()
+    fig.suptitle(f"MNIST, {NUM_TRAIN} training images: seeds (grey), mean and two standard errors")
     fig.savefig(path, dpi=120)
 
 

@@ -34,7 +34,7 @@ def apply(
       layout: what is static about the whole mask.
       scaled: whether kept values are divided by the keep probability.
     """
-    operands = vary_together(jnp.asarray(x), words, lax.stop_gradient(rate), *offset)
+    operands = vary_together(jnp.asarray(x), words, rate, *offset)
     return _linear_p.bind(*operands, layout=layout, scaled=scaled, batch=())
 
 

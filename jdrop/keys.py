@@ -139,12 +139,12 @@ def per_example(key: Array, ids: Array) -> Array:
         fix = "pass the examples' indices as an integer array"
         raise TypeError(_checks.text("per_example", "ids", "must be an integer array", _checks.describe(ids), fix))
 
-    def one(i: Array) -> Array:
-        return _derive(key, [(_INT, *pair(i))])
+    def one(high: Array, low: Array) -> Array:
+        return _derive(key, [(_INT, high, low)])
 
     for _ in ids.shape:
         one = jax.vmap(one)
-    return one(jnp.asarray(ids))
+    return one(*pair(ids))
 
 
 def _derive(key: Array, blocks: list[tuple[int, Any, Any]]) -> Array:

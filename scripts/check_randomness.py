@@ -169,8 +169,8 @@ def row_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
     """Rows r and r + distance; rows are 64-bit numbers."""
     cols = np.arange(COLUMNS, dtype=np.uint32)
     for start, power in [(1, 0), *((0, power) for power in (0, 1, 2, 3, 4, 6, 8, 16, 31, 32, 33, 48, 63))]:
-        w = [words(key[None], rows, cols) for rows in apart(n // COLUMNS, 2**power, start)]
-        for statistic, p in couple(*w):
+        w = words(key[None], np.concatenate(apart(n // COLUMNS, 2**power, start)), cols)[0]
+        for statistic, p in couple(*np.split(w, 2)):
             yield Result(f"rows r, r + 2**{power}, from {start}", statistic, p)
 
 
@@ -194,8 +194,8 @@ def key_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
             if "split" in name and power > 8:
                 continue
             at = apart(n // (KEY_ROWS * KEY_COLUMNS), 2**power, start)
-            w = [words(keys_of(i.astype(np.uint32)), rows, cols) for i in at]
-            for statistic, p in couple(*w):
+            w = words(keys_of(np.concatenate(at).astype(np.uint32)), rows, cols)
+            for statistic, p in couple(*np.split(w, 2)):
                 yield Result(f"{name}, i and i + 2**{power}, from {start}", statistic, p)
 
 

@@ -178,9 +178,11 @@ def transformed_jit() -> Row:
     y, mask = drop(key, x), jdrop.dropout_mask(key, SHAPE, RATE)
     compiled = jax.jit(lambda key, x, rate: drop(key, x, rate))
     pairs = [(y, compiled(key, x, RATE)), (mask, jax.jit(lambda key: jdrop.dropout_mask(key, SHAPE, RATE))(key))]
-    pairs.append(
-        (mask, jax.jit(lambda key, x: jnp.sin(drop(key, jnp.cos(x) + 2)) ** 2 + (drop(key, x) == 0))(key, x) < 1)
-    )
+
+    def fused(key: Array, x: Array) -> Array:
+        return jnp.where(drop(key, jnp.cos(x) + 2) == 0, jnp.zeros_like(x), jnp.sin(x))  # sin > 0 on [1, 2]
+
+    pairs.append((mask, jax.jit(fused)(key, x) != 0))
     return same("jit", pairs, "dropout and mask")
 
 
@@ -269,7 +271,7 @@ def shards() -> Row:
     key, x = jax.random.key(5), jnp.asarray(np.random.default_rng(1).uniform(1, 2, (4 * count, 256)), jnp.float32)
     y, mask = drop(key, x), jdrop.dropout_mask(key, x.shape, RATE)
     pairs = []
-    for spec in [PartitionSpec("a", "b"), PartitionSpec("b", "a"), PartitionSpec(("a", "b"), None), PartitionSpec("b")]:
+    for spec in [PartitionSpec("a", "b"), PartitionSpec(("b", "a"), None)]:
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh(sizes, ("a", "b"), axis_types=(kind, kind))
             placed = jax.device_put(x, NamedSharding(mesh, spec))
@@ -281,7 +283,7 @@ def shards() -> Row:
                 gradient = jax.jit(jax.grad(lambda x, key=key, tiles=tiles: tiles(key, x).sum()))(placed)
                 pairs.append((drop(key, jnp.ones_like(x)), gradient))
                 pairs.append((mask, jdrop.dropout_mask(key, x.shape, RATE, out_sharding=spec)))
-    return same("shard", pairs, f"{count} devices, 4 layouts, automatic and explicit meshes")
+    return same("shard", pairs, f"{count} devices, 2 layouts, automatic and explicit meshes")
 
 
 # ---------------------------------------------------------------------------------- different where it should
@@ -351,7 +353,7 @@ def draws() -> Row:
 def jax_generator() -> Row:
     """``generator="jax"`` draws bit for bit the mask of ``jax.random.bernoulli``."""
     pairs = []
-    for impl in KEY_WORDS:
+    for impl in ("threefry2x32", "rbg", "philox4x32"):
         key = jax.random.key(5, impl=impl)
         expected = jax.random.bernoulli(jax.random.clone(key), 1 - RATE, SHAPE)
         pairs.append((expected, jdrop.dropout_mask(key, SHAPE, RATE, generator="jax")))

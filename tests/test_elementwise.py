@@ -247,6 +247,14 @@ def test_inverted_and_original_dropout():
     )
 
 
+@pytest.mark.parametrize("generator", ["fast", "jax"])
+def test_original_dropout_with_a_traced_rate(generator):
+    x = some((4, 256))
+    f = jax.jit(lambda x, r: dropout(None, x, r, train=False, scale_at="eval", generator=generator))
+    for rate, factor in ((0.0, 1), (-1.0, 1), (0.25, 0.75), (1.0, 0), (2.0, 0)):
+        np.testing.assert_array_equal(f(x, rate), x * factor)
+
+
 def test_jit_equals_eager_and_needs_train_static():
     x = some((8, 256))
     f = jax.jit(dropout, static_argnames="train")

@@ -91,6 +91,21 @@ def test_huge_shapes_are_abstract_until_they_are_computed():
     jax.jit(lambda: dropout_mask(KEY, (2**33,), 0.5)).lower()
 
 
+def test_a_word_equal_to_the_threshold_is_kept():
+    """Words with 24 significant bits are thresholds of float32 rates: just there, and not one step above."""
+    from jdrop import bits, keys
+
+    shape = (64, 512)
+    seed = keys.seed(keys.consume(KEY))
+    words = np.asarray(bits.word((seed[0], seed[1]), *bits.indices(shape, shape)))
+    at = np.argwhere((words % 256 == 0) & (words > 0))
+    assert len(at) > 50
+    for i, j in at[:5]:
+        rate = np.float32(words[i, j] / 2**32)
+        assert bool(dropout_mask(KEY, shape, rate)[i, j])
+        assert not bool(dropout_mask(KEY, shape, np.nextafter(rate, np.float32(1)))[i, j])
+
+
 # ------------------------------------------------------------------------------------ generator="jax"
 
 

@@ -1,0 +1,69 @@
+"""Every example runs, writes its plot, and prints the table that its docstring shows."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+PACKAGES = ("matplotlib", "mlxtend", "optax", "sklearn", "tqdm")
+example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+
+
+def docstring(path):
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+
+
+def row_labels(text):
+    """What stands before the first ``|`` of each line of a table."""
+    return [line.split("|")[0].strip() for line in text.splitlines() if "|" in line]
+
+
+def test_there_are_examples():
+    assert EXAMPLES
+
+
+@example
+def test_docstring_says_how_to_run_and_what_to_expect(path):
+    text = docstring(path)
+    lines = [line.strip() for line in text.splitlines()]
+    assert f"python examples/{path.name}" in lines
+    assert "?" in text.splitlines()[0], "the first line asks a question"
+    assert len(row_labels(text)) >= 2, "the docstring shows the table that is printed"
+    assert any(unit in text for unit in ("second", "minute"))
+    assert "jax 0." in text, "the docstring says what the numbers were measured on"
+
+
+@example
+def test_is_one_short_file_of_its_own(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 220
+    others = {other.stem for other in EXAMPLES} | {"examples"}
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+    assert not imported & others
+
+
+@example
+def test_runs(path, tmp_path):
+    for package in PACKAGES:
+        pytest.importorskip(package)
+    command = [sys.executable, str(path), "--steps", "2", "--out", str(tmp_path)]
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600)
+    assert run.returncode == 0, run.stderr
+    assert "Warning" not in run.stderr, run.stderr
+    plots = [plot.read_bytes() for plot in tmp_path.glob("*.png")]
+    assert plots
+    assert all(plot.startswith(b"\x89PNG\r\n\x1a\n") for plot in plots)
+    printed, expected = row_labels(run.stdout), row_labels(docstring(path))
+    assert len(set(expected)) == len(expected)
+    assert [label for label in expected if label not in printed] == []
