@@ -106,7 +106,29 @@ def init_transformer(layers: int, width: int, stacked: bool) -> Params | list[Pa
     return jax.vmap(one)(keys) if stacked else [one(k) for k in keys]
 
 
-def transformer(params: Any, key: Array | None, x: Array, drop: Drop, *, heads: int, checkpoint: bool = False) -> Array:
+Norm = Callable[[Array], Array]
+
+
+def one_pass(x: Array) -> Array:
+    """Standardize by ``E[x^2] - E[x]^2``, as ``jax.nn.standardize`` and the layer norm of Flax do."""
+    return jax.nn.standardize(x, epsilon=1e-6)
+
+
+def two_pass(x: Array) -> Array:
+    """Standardize by ``E[(x - E[x])^2]``, as models written by hand do."""
+    return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def transformer(
+    params: Any,
+    key: Array | None,
+    x: Array,
+    drop: Drop,
+    *,
+    heads: int,
+    standardize: Norm = one_pass,
+    checkpoint: bool = False,
+) -> Array:
     """Loss of a transformer on ``[..., time, width]`` with dropout in ``1 + 3 * layers`` places.
 
     One on the input; in each layer one on the attention probabilities ``[..., heads, time, time]`` and one on each
@@ -116,7 +138,7 @@ def transformer(params: Any, key: Array | None, x: Array, drop: Drop, *, heads: 
     keys = [None] * (1 + 3 * layers) if key is None else jax.random.split(key, 1 + 3 * layers)
 
     def norm(p: Params, name: str, x: Array) -> Array:
-        return jax.nn.standardize(x, epsilon=1e-6) * p[name] + p[name + "_bias"]
+        return standardize(x) * p[name] + p[name + "_bias"]
 
     def dense(p: Params, name: str, x: Array) -> Array:
         return x @ p[name] + p[name + "_bias"]

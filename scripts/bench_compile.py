@@ -2,6 +2,11 @@
 
 The model is unrolled, its keys come from one ``jax.random.split``. Contenders are traced, lowered and compiled from
 scratch in every round, in an order drawn anew; a ratio is formed to the same model without dropout of the same round.
+
+The ratio depends on the model, so there are two that differ in the layer norm. One-pass moments (``jax.nn.standardize``,
+Flax) leave layers whose kernels XLA compiles once for all; two-pass moments, as written by hand, make XLA's CPU compiler
+repeat whole layers in its kernels, and dropout breaks these chains. ``ms each`` is the time over no dropout, divided
+by the number of dropouts.
 """
 
 import argparse
@@ -13,13 +18,17 @@ import _bench
 import jax
 import jax.numpy as jnp
 
+NORMS = {"one-pass": _bench.one_pass, "two-pass": _bench.two_pass}
 
-def compile_once(drop: _bench.Drop, params: Any, key: Any, x: Any, heads: int) -> dict[str, float]:
+
+def compile_once(
+    drop: _bench.Drop, params: Any, key: Any, x: Any, heads: int, standardize: _bench.Norm
+) -> dict[str, float]:
     """Trace, lower and compile the gradient, and count what came out."""
     jax.clear_caches()
-    gradient = jax.grad(lambda params, key, x: _bench.transformer(params, key, x, drop, heads=heads))
+    model = functools.partial(_bench.transformer, drop=drop, heads=heads, standardize=standardize)
     start = time.perf_counter()
-    lowered = jax.jit(gradient).lower(params, key, x)
+    lowered = jax.jit(jax.grad(model)).lower(params, key, x)
     middle = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
@@ -28,7 +37,7 @@ def compile_once(drop: _bench.Drop, params: Any, key: Any, x: Any, heads: int) -
     return {**seconds, "fusions": text.count(" fusion("), "whiles": text.count(" while("), "lines": text.count("\n")}
 
 
-def row(runs: list[dict[str, float]], floor: list[dict[str, float]]) -> dict[str, float]:
+def row(runs: list[dict[str, float]], floor: list[dict[str, float]], places: int) -> dict[str, float]:
     """Medians of the seconds and of the ratios to no dropout."""
     times = {kind: ([r[kind] for r in runs], [r[kind] for r in floor]) for kind in ("lower", "compile", "total")}
     ratio, low, high = _bench.ratios(*times["compile"])
@@ -39,8 +48,27 @@ def row(runs: list[dict[str, float]], floor: list[dict[str, float]]) -> dict[str
         "compile_ratio_25": low,
         "compile_ratio_75": high,
         "total_ratio": _bench.ratios(*times["total"])[0],
+        "milliseconds_each": 1e3 * _bench.median([a - b for a, b in zip(*times["total"], strict=True)]) / places,
         **{kind: runs[-1][kind] for kind in ("fusions", "whiles", "lines")},
     }
+
+
+def measure(norm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Compile all contenders in one model, and print a table."""
+    x = jnp.ones(tuple(map(int, options.size.split("x"))))
+    params = _bench.init_transformer(options.layers, x.shape[-1], stacked=False)
+    places = 1 + 3 * options.layers
+    cases = {
+        name: functools.partial(compile_once, drop, params, key, x, options.heads, NORMS[norm])
+        for name, (drop, key) in _bench.placed(_bench.contenders(options.rate)).items()
+    }
+    cases[_bench.NONE]()  # the first compilation of a process is slower
+    runs = _bench.interleave([cases], options.rounds)
+    rows = [{"contender": name, **row(runs[name], runs[_bench.NONE], places)} for name in cases]
+    columns = ("contender", "trace+lower s", "compile s", "x none", "25%", "75%", "total x none", "ms each")
+    title = f"gradient of {options.layers} layers with {norm} layer norm, {places} dropouts, {options.size}"
+    _bench.table(title, (*columns, "fusions", "whiles", "lines"), [tuple(r.values()) for r in rows])
+    return [{"norm": norm, **r} for r in rows]
 
 
 def main() -> None:
@@ -48,27 +76,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12, help="layers; dropouts are three times as many and one")
     parser.add_argument("--size", default="4x64x128", metavar="4x64x128", help="batch, time and width of x")
     parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--norms", nargs="+", default=tuple(NORMS), choices=tuple(NORMS), help="layer norms")
     parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", metavar="PATH", help="write the numbers there")
     options = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     head = _bench.report(__doc__, [])
-    x = jnp.ones(tuple(map(int, options.size.split("x"))))
-    params = _bench.init_transformer(options.layers, x.shape[-1], stacked=False)
-
-    placed = _bench.placed(_bench.contenders(options.rate))
-    cases = {
-        name: functools.partial(compile_once, drop, params, key, x, options.heads)
-        for name, (drop, key) in placed.items()
-    }
-    cases[_bench.NONE]()  # the first compilation of a process is slower
-    runs = _bench.interleave([cases], options.rounds)
-    rows = [{"contender": name, **row(runs[name], runs[_bench.NONE])} for name in cases]
-    columns = ("contender", "trace+lower s", "compile s", "x none", "25%", "75%", "x none, total", *list(rows[0])[7:])
-    title = f"gradient of {options.layers} layers, {1 + 3 * options.layers} dropouts, {options.size}"
-    _bench.table(title, columns, [tuple(r.values()) for r in rows])
-    _bench.write_json(options.json, {**head, "layers": options.layers, "size": options.size, "rows": rows})
+    rows = [row for norm in options.norms for row in measure(norm, options)]
+    facts = {"layers": options.layers, "size": options.size, "heads": options.heads, "rate": options.rate}
+    _bench.write_json(options.json, {**head, **facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""The benchmarks run, on tiny sizes, and write what they measured; nothing here asserts a time."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
+OURS = {"scale", "jdrop fast", "jdrop jax", "where(bernoulli)"}
+
+
+def run(script, *options, out):
+    command = [sys.executable, "-W", "error", str(SCRIPTS / script), *options]
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reports")
+    speed, memory = folder / "speed.json", folder / "memory.json"
+    options = ("--sizes", "64x128", "--rounds", "2", "--peers", "none", "--json", str(speed))
+    speed_report = run("bench_dropout.py", *options, out=speed)
+    options = ("--layers", "1", "--size", "2x16x32", "--heads", "2", "--peers", "none", "--json", str(memory))
+    return speed, memory, speed_report, run("bench_memory.py", *options, out=memory)
+
+
+def test_bench_dropout(reports):
+    printed, found = reports[2]
+    assert found["claim"] in printed and found["claim"].startswith("Claim: ")
+    assert {"cpu", "cores", "device"} <= set(found["machine"]) and {"jax", "python"} <= set(found["versions"])
+    for dtype in ("float32", "bfloat16"):
+        for direction in ("forward", "forward+backward"):
+            rows = [r for r in found["rows"] if (r["dtype"], r["direction"]) == (dtype, direction)]
+            assert {r["contender"] for r in rows} == OURS
+            assert all(r["ratio"] > 0 and r["rounds"] >= 1 for r in rows)
+
+
+def test_bench_memory(reports):
+    printed, found = reports[3]
+    assert "no dropout" in printed
+    assert len({r["variant"] for r in found["rows"]}) == 8  # unrolled or scan, checkpoint or not, one key or many
+    held = {r["contender"]: r["bytes"] for r in found["closures"]}
+    assert held["jdrop fast"] == held["jdrop jax"] == 12  # a seed and a rate
+    assert held["where(bernoulli)"] >= 2 * 16 * 32
+
+
+def test_bench_compile(tmp_path):
+    path = tmp_path / "compile.json"
+    options = ("--layers", "1", "--size", "2x16x32", "--heads", "2", "--rounds", "1", "--json", str(path))
+    _, found = run("bench_compile.py", *options, out=path)
+    rows = {r["contender"]: r for r in found["rows"]}
+    assert {*OURS, "no dropout"} == set(rows)
+    assert all(r["compile_ratio"] > 0 and r["fusions"] > 0 for r in rows.values())
+
+
+def test_plot(reports, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "bench.png"
+    command = [sys.executable, str(SCRIPTS / "plot_bench.py"), "--time", str(reports[0]), "--memory", str(reports[1])]
+    subprocess.run([*command, "--size", "64x128", "--out", str(picture)], check=True, capture_output=True)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_peers_are_measured_or_named_as_missing(need, tmp_path):
+    for library in ("flax", "equinox", "haiku", "torch"):
+        need(library)
+    path = tmp_path / "peers.json"
+    options = ("--sizes", "32x128", "--rounds", "1", "--dtypes", "float32", "--json", str(path))
+    _, found = run("bench_dropout.py", *options, out=path)
+    measured = {r["contender"] for r in found["rows"] if "ratio" in r}
+    assert {"linen", "nnx", "equinox", "haiku", "torch"} <= measured
