@@ -89,7 +89,15 @@ def _batched(*operands: Array, batch: tuple[Any, ...], **static: Any) -> Array:
 _plain = jax.jit(_batched, static_argnames=(*_STATIC, "on_cpu"))  # traced once for all calls of one shape
 
 _linear_p = Primitive("jdrop_mask")
-_linear_p.def_impl(jax.jit(_linear_p.bind, static_argnames=_STATIC))
+_compiled = jax.jit(_linear_p.bind, static_argnames=_STATIC)
+
+
+@_linear_p.def_impl
+def _(*operands: Array, **static: Any) -> Any:
+    with jax.disable_jit(False):  # a primitive runs compiled, also where the user wants no jit
+        return _compiled(*operands, **static)
+
+
 _linear_p.def_abstract_eval(lambda x, *operands, **static: x.update(weak_type=False))
 for _platform in (None, "cpu"):
     _rule = mlir.lower_fun(functools.partial(_plain, on_cpu=_platform == "cpu"), multiple_results=False)

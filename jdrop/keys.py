@@ -2,12 +2,14 @@
 
 import functools
 import hashlib
+import operator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -23,7 +25,13 @@ _STR_HIGH, _STR_LOW, _INT, _OUT = 1, 2, 3, 4
 # jax.debug_key_reuse does not see jax.random.key_data. A primitive that it does not know it takes for a
 # use of the key, so reading the words through one marks the key consumed: once a mask.
 _consume_p = Primitive("jdrop_key_words")
-_consume_p.def_impl(jax.jit(_consume_p.bind))
+_consume = jax.jit(_consume_p.bind)
+
+
+@_consume_p.def_impl
+def _(key: Any) -> Any:
+    with jax.disable_jit(False):  # a primitive runs compiled, also where the user wants no jit
+        return _consume(key)
 
 
 @_consume_p.def_abstract_eval
@@ -55,10 +63,10 @@ def consume(key: Array) -> Array:
 # ---------------------------------------------------------------------------------- seeds and derived keys
 
 
-def _absorb(state: Pair, blocks: list[tuple[int, Any, Any]]) -> Pair:
+def _absorb(state: Pair, blocks: Iterable[Any]) -> Pair:
     """Encrypt a state under each block ``(tag, a, b)`` in turn; the tag says what the block is."""
     for tag, a, b in blocks:
-        state = threefry2x32((a, b), (state[0] ^ np.uint32(tag), state[1]))
+        state = threefry2x32((a, b), (state[0] ^ jnp.asarray(tag, jnp.uint32), state[1]))
     return state
 
 
@@ -157,7 +165,13 @@ def _derive(key: Array, blocks: list[tuple[int, Any, Any]]) -> Array:
 
 @functools.partial(jax.jit, static_argnames="tags")
 def _derived_words(words: Array, pairs: list[Pair], *, tags: tuple[int, ...]) -> Array:
-    state = _absorb(_start(words, _DERIVE), [(tag, a, b) for tag, (a, b) in zip(tags, pairs)])
+    state, parts = _start(words, _DERIVE), [part for pair in pairs for part in pair]
+    mixed = functools.reduce(operator.xor, parts, state[0])
+    alike = mixed ^ mixed  # 0, mapped and sharded as all parts together: what a loop wants of its carry and inputs
+    high, low = (jnp.stack([pair[k] ^ alike for pair in pairs]) for k in (0, 1))
+    # A loop: unrolled, a long path takes seconds to compile on CPU.
+    tagged = (jnp.array(tags, jnp.uint32), high, low)
+    state, _ = lax.scan(lambda s, block: (_absorb(s, [block]), None), (state[0] ^ alike, state[1] ^ alike), tagged)
     n = words.shape[-1]
     out = [w for i in range(-(-n // 2)) for w in _absorb(state, [(_OUT, np.uint32(0), np.uint32(i))])]
     return jnp.stack(out[:n], axis=-1)

@@ -89,21 +89,19 @@ def peer_names(chosen: Sequence[str]) -> list[str]:
 Params = dict[str, Array]
 
 
-def init_transformer(layers: int, width: int, stacked: bool) -> Params | list[Params]:
-    """Weights of a transformer: a list of layers, or one dict of stacked arrays to scan over."""
-    keys = jax.random.split(jax.random.key(1), (layers, 4))
+def transformer_weights(layers: int, width: int, stacked: bool) -> Any:
+    """Shapes of the weights of a transformer: a list of layers, or one dict of stacked arrays to scan over.
+
+    Shapes are enough, because the model is compiled and not run.
+    """
     sizes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
+    sizes |= {f"{name}_bias": size[1:] for name, size in sizes.items()}
+    sizes |= {name: (width,) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")}
 
-    def one(keys: Array) -> Params:
-        p = {}
-        for i, (name, size) in enumerate(sizes.items()):
-            p[name] = jax.random.normal(keys[i], size) / math.sqrt(size[0])
-            p[name + "_bias"] = jnp.zeros(size[1])
-        for name in ("norm1", "norm2"):
-            p[name], p[name + "_bias"] = jnp.ones(width), jnp.zeros(width)
-        return p
+    def one(*stack: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {name: jax.ShapeDtypeStruct((*stack, *size), jnp.float32) for name, size in sizes.items()}
 
-    return jax.vmap(one)(keys) if stacked else [one(k) for k in keys]
+    return one(layers) if stacked else [one() for _ in range(layers)]
 
 
 Norm = Callable[[Array], Array]

@@ -3,10 +3,10 @@
 The model is unrolled, its keys come from one ``jax.random.split``. Contenders are traced, lowered and compiled from
 scratch in every round, in an order drawn anew; a ratio is formed to the same model without dropout of the same round.
 
-The ratio depends on the model, so there are two that differ in the layer norm. One-pass moments (``jax.nn.standardize``,
-Flax) leave layers whose kernels XLA compiles once for all; two-pass moments, as written by hand, make XLA's CPU compiler
-repeat whole layers in its kernels, and dropout breaks these chains. ``ms each`` is the time over no dropout, divided
-by the number of dropouts.
+The ratio depends on the model, so there are two, which differ in the layer norm. With one-pass moments (``standardize``
+of ``jax.nn``, Flax) all layers share their kernels, and XLA compiles these once. With two-pass moments, as in models
+written by hand, XLA for CPU repeats long chains of operations in its kernels, and dropout breaks these chains.
+``ms each`` is the time over no dropout, divided by the number of dropouts.
 """
 
 import argparse
@@ -55,8 +55,8 @@ def row(runs: list[dict[str, float]], floor: list[dict[str, float]], places: int
 
 def measure(norm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile all contenders in one model, and print a table."""
-    x = jnp.ones(tuple(map(int, options.size.split("x"))))
-    params = _bench.init_transformer(options.layers, x.shape[-1], stacked=False)
+    x = jax.ShapeDtypeStruct(tuple(map(int, options.size.split("x"))), jnp.float32)
+    params = _bench.transformer_weights(options.layers, x.shape[-1], stacked=False)
     places = 1 + 3 * options.layers
     cases = {
         name: functools.partial(compile_once, drop, params, key, x, options.heads, NORMS[norm])

@@ -21,7 +21,8 @@ def temporary_bytes(
 ) -> int:
     """Temporary bytes of the compiled gradient of the model."""
     loop, remat, keys = variant
-    params = _bench.init_transformer(options.layers, shape[-1], stacked=loop == "scan")
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = _bench.transformer_weights(options.layers, shape[-1], stacked=loop == "scan")
 
     def model(params: Any, key: Any, x: jax.Array) -> jax.Array:
         return _bench.transformer(params, key, x, drop, heads=options.heads, checkpoint=remat == "checkpoint")
@@ -31,7 +32,7 @@ def temporary_bytes(
 
     one = keys == "one key"
     batch = key if one or key is None else jax.random.split(key, shape[0])
-    compiled = jax.jit(jax.grad(model if one else each)).lower(params, batch, jnp.ones(shape)).compile()
+    compiled = jax.jit(jax.grad(model if one else each)).lower(params, batch, x).compile()
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 

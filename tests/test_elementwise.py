@@ -264,6 +264,15 @@ def test_jit_equals_eager_and_needs_train_static():
         jax.jit(dropout)(KEY, x, 0.5, train=True)
 
 
+def test_disabled_jit_gives_the_same():
+    x = some((4, 200))
+    y, mask, key = dropout(KEY, x, 0.5, train=True), dropout_mask(KEY, x.shape, 0.5), jdrop.keys.derive(KEY, "a", 1)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(dropout(KEY, x, 0.5, train=True), y)
+        np.testing.assert_array_equal(dropout_mask(KEY, x.shape, 0.5), mask)
+        assert bool(jdrop.keys.derive(KEY, "a", 1) == key)
+
+
 def test_a_longer_batch_keeps_the_masks_of_the_shorter():
     short, long = (dropout_mask(KEY, (n, 4, 100), 0.5) for n in (3, 9))
     np.testing.assert_array_equal(short, long[:3])

@@ -18,7 +18,8 @@ import jdrop
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_checks", "bits"],
-    ["schedules", "keys", "_shards"],
+    ["schedules", "_shards"],
+    ["keys"],
     ["decisions"],
     ["masks", "_linear"],
     ["elementwise"],

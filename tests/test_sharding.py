@@ -232,14 +232,18 @@ def test_per_example_masks_over_a_mesh(kind):
     def g(key, ids, x):
         return jax.grad(lambda x: jnp.sum(f(key, ids, x) ** 2))(x)
 
+    def h(key, ids, x):
+        keys = jax.vmap(lambda i: derive(key, "layer", i, "attention", 3))(ids)
+        return jax.vmap(lambda k, x: drop(k, x))(keys, x)
+
     the_mesh = mesh(kind)
-    for h in (f, g):
-        expected = np.asarray(jax.jit(h)(KEY, ids, X))
+    for f_or_g in (f, g, h):
+        expected = np.asarray(jax.jit(f_or_g)(KEY, ids, X))
         with jax.set_mesh(the_mesh):
             for spec in (P("a"), P(("a", "b")), P("a", "b")):
                 x = jax.device_put(X, NamedSharding(the_mesh, spec))
                 i = jax.device_put(ids, NamedSharding(the_mesh, P(spec[0])))
-                compiled = jax.jit(h).lower(KEY, i, x).compile()
+                compiled = jax.jit(f_or_g).lower(KEY, i, x).compile()
                 np.testing.assert_array_equal(compiled(KEY, i, x), expected)
                 assert not re.search(COLLECTIVES, compiled.as_text())
                 assert largest(compiled.as_text()) <= X.size // parts(the_mesh, spec)
