@@ -43,19 +43,22 @@ def held(drop: _bench.Drop, key: jax.Array | None, shape: tuple[int, ...]) -> li
 
 
 def model_rows(placed: dict[str, Any], shape: tuple[int, ...], options: Any) -> list[dict[str, Any]]:
-    """Measure the model in all variants, and print a table for each."""
+    """Measure the model in its variants, and print a table for each."""
     rows = []
     for variant in VARIANTS:
-        found = []
+        label = ", ".join(variant)
+        if not any(part in label for part in options.only):
+            continue
+        found: list[dict[str, Any]] = []
         for name, (drop, key) in placed.items():
-            found.append({"variant": ", ".join(variant), "contender": name})
+            found.append({"variant": label, "contender": name})
             if drop is None:
                 found[-1]["missing"] = _bench.MISSING
                 continue
             size = temporary_bytes(drop, key, variant, shape, options)
             found[-1] |= {"bytes": size, "ratio": size / found[0].get("bytes", size)}
         columns = ("contender", "temporary bytes", "x none")
-        _bench.table(f"gradient, {', '.join(variant)}", columns, [list(r.values())[1:] for r in found])
+        _bench.table(f"gradient, {label}", columns, [list(r.values())[1:] for r in found])
         rows += found
     return rows
 
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
     names = _bench.JAX_PEERS
     parser.add_argument("--peers", nargs="+", default=names, choices=(*names, "none"), help="other libraries")
+    parser.add_argument("--only", nargs="+", default=("",), metavar="PART", help="variants whose names hold a PART")
     parser.add_argument("--json", metavar="PATH", help="write the numbers there")
     options = parser.parse_args()
     peers = _bench.peer_names(options.peers)
