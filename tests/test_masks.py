@@ -208,3 +208,12 @@ def test_a_mask_shares_nothing_with_the_keys_own_draws():
         dropout_mask(jdrop.keys.derive(KEY, 0), shape, 0.5),
     ):
         assert abs(float(jnp.mean(ours == draw)) - 0.5) < 5 * np.sqrt(0.25 / ours.size)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 23), ("float16", 10), ("bfloat16", 7)])
+def test_thresholds_of_generator_jax_are_rounded_up(dtype, bits):
+    """``uniform < p`` holds for ceil(p * 2**bits) of the 2**bits values; random draws would rarely tell."""
+    from jdrop.decisions import _jax_threshold
+
+    for p in jnp.array([0.0, 1e-4, 0.1, 0.3, 0.5, 0.7, 0.999, 1.0], dtype):
+        assert int(_jax_threshold(p)) == int(np.ceil(np.float64(p) * 2**bits))
