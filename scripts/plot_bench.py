@@ -23,6 +23,13 @@ def bars(axes: Any, names: list[str], values: list[float], title: str) -> None:
     axes.set_title(title, fontsize=9)
 
 
+def caption(report: dict[str, Any]) -> str:
+    """The machine and the versions of a report."""
+    machine = report["machine"]
+    versions = (f"{name} {version}" for name, version in report["versions"].items())
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}; {', '.join(versions)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--time", required=True, metavar="PATH", help="JSON of bench_dropout.py")
@@ -43,9 +50,8 @@ def main() -> None:
         rows = [r for r in memory["rows"] if r["variant"] == f"{how}, plain, one key" and "ratio" in r]
         title = f"temporary bytes, gradient of a transformer, {how}\n(x no dropout)"
         bars(axes, [r["contender"] for r in rows], [r["ratio"] for r in rows], title)
-    machine = ", ".join(str(v) for k, v in time["machine"].items() if k in ("cpu", "cores", "device"))
-    versions = ", ".join(f"{k} {v}" for k, v in time["versions"].items())
-    figure.supxlabel(f"{time['command']}; {memory['command']}\n{machine} cores; {versions}", fontsize=7)
+    lines = dict.fromkeys(caption(report) for report in (time, memory))  # the same machine is named once
+    figure.supxlabel("\n".join([f"{time['command']}; {memory['command']}", *lines]), fontsize=7)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=110)
 
