@@ -3,6 +3,9 @@
 One table for each variant of a transformer holds the temporary bytes of its compiled gradient, as XLA reports them:
 unrolled or scanned over layers, plain or with ``jax.checkpoint`` around a layer, with one key or with per-example keys
 under ``jax.vmap``. The last table holds what ``jax.vjp`` of a single call keeps for the backward pass.
+
+``fixed mask`` multiplies by one constant array: no random numbers, no mask in temporary memory. What it needs beyond
+no dropout is how XLA schedules a model with a multiplication in these places; a plain scalar scale XLA moves elsewhere.
 """
 
 import argparse
@@ -12,8 +15,14 @@ from typing import Any
 import _bench
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 VARIANTS = tuple(itertools.product(("unrolled", "scan"), ("plain", "checkpoint"), ("one key", "per-example keys")))
+
+
+def fixed_mask(rate: float) -> _bench.Drop:
+    """Multiply by a constant array, the same one for all inputs of a shape."""
+    return lambda key, x: x * ((np.random.default_rng(0).random(x.shape) >= rate) / np.float32(1 - rate))
 
 
 def temporary_bytes(
@@ -93,7 +102,8 @@ def main() -> None:
     peers = _bench.peer_names(options.peers)
     head = _bench.report(__doc__, peers)
     shape = tuple(map(int, options.size.split("x")))
-    placed = _bench.placed(_bench.contenders(options.rate) | _bench.peers(peers, options.rate))
+    drops = _bench.contenders(options.rate) | {"fixed mask": fixed_mask(options.rate)}
+    placed = _bench.placed(drops | _bench.peers(peers, options.rate))
     rows = model_rows(placed, shape, options)
     closures = closure_rows({name: one for name, one in placed.items() if name != _bench.NONE}, shape)
     facts = {"layers": options.layers, "size": options.size, "heads": options.heads, "rate": options.rate}
