@@ -48,15 +48,23 @@ def key(function: str, value: Any) -> None:
         raise ValueError(text(function, "key", "must be one key", f"a batch of shape {batch}", fix))
 
 
-def array(function: str, argument: str, value: Any) -> None:
+def array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT) -> None:
     """Require an array of real or complex floating point numbers."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         fix = "convert it with jnp.asarray"
         raise TypeError(text(function, argument, "must be an array", describe(value), fix))
-    if is_typed_key(value) or value.dtype.name not in INEXACT:
+    if is_typed_key(value) or value.dtype.name not in dtypes:
         fix = "pass key first, then a float array"
-        rule = "must be float16, bfloat16, float32, float64 or complex"
+        rule = f"must be float16, bfloat16, float32, float64{' or complex' if dtypes == INEXACT else ''}"
         raise TypeError(text(function, argument, rule, describe(value), fix))
+
+
+def integers(function: str, argument: str, value: Any) -> None:
+    """Require an array of integers."""
+    known = isinstance(value, (jax.Array, np.ndarray, np.generic)) and not is_typed_key(value)
+    if not known or not jnp.issubdtype(value.dtype, jnp.integer):
+        fix = "pass token ids as an integer array"
+        raise TypeError(text(function, argument, "must be an integer array", describe(value), fix))
 
 
 def flag(function: str, argument: str, value: Any) -> bool:
@@ -69,30 +77,30 @@ def flag(function: str, argument: str, value: Any) -> bool:
     raise TypeError(text(function, argument, "must be a bool", describe(value), f"pass {argument}=True or False"))
 
 
-def rate(function: str, value: Any, shape: Sequence[int]) -> np.ndarray | Array:
+def rate(
+    function: str, value: Any, shape: Sequence[int], argument: str = "rate", high: float = 1.0
+) -> np.ndarray | Array:
     """Require a drop probability, or an array of them that broadcasts to a mask's shape.
 
-    Python and NumPy values come back as NumPy arrays, checked to lie in [0, 1]; arrays of JAX are never
-    read. What is no scalar comes back with the mask's number of axes.
+    Python and NumPy values come back as NumPy arrays, checked to lie in [0, high]; arrays of JAX are never
+    read. What is no scalar comes back with the mask's number of axes. Another ``argument`` in the place of a
+    rate may have another upper limit.
     """
+    meaning = "the probability of dropping" if argument == "rate" else "a number of at least 0"
     if is_typed_key(value) or not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
-        fix = "pass a float, the probability of dropping"
-        raise TypeError(text(function, "rate", "must be a number or an array", describe(value), fix))
+        fix = f"pass a float, {meaning}"
+        raise TypeError(text(function, argument, "must be a number or an array", describe(value), fix))
     concrete = not isinstance(value, jax.Array)
     number = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
     probability: Any = np.asarray(float(value) if number else value) if concrete else value
     if probability.dtype.name not in FLOATS:
         fix = "convert it to float32"
-        raise TypeError(text(function, "rate", "must be a real floating point number", describe(value), fix))
-    if concrete and not np.all((probability >= 0) & (probability <= 1)):
-        fix = "pass the probability of dropping"
-        raise ValueError(text(function, "rate", "must lie in [0, 1]", describe(value), fix))
-    sizes = tuple(probability.shape)
-    if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], tuple(shape)[::-1])):
-        fix = "give it the mask's sizes or 1 (1 on shared axes)"
-        rule = f"must broadcast to the mask's shape {tuple(shape)}"
-        raise ValueError(text(function, "rate", rule, f"shape {sizes}", fix))
-    return probability.reshape((1,) * (len(shape) - len(sizes)) + sizes) if sizes else probability
+        raise TypeError(text(function, argument, "must be a real floating point number", describe(value), fix))
+    if concrete and not np.all((probability >= 0) & (probability <= high) & np.isfinite(probability)):
+        rule = f"must lie in [0, {high:g}]" if np.isfinite(high) else "must be finite and at least 0"
+        raise ValueError(text(function, argument, rule, describe(value), f"pass {meaning}"))
+    broadcasts(function, argument, probability, shape)
+    return ranked(probability, len(shape))
 
 
 def axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, ...]:
@@ -109,6 +117,16 @@ def axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, ...]
     if len(set(canonical)) != len(canonical):
         raise ValueError(text(function, argument, "must not repeat an axis", describe(value), "name each axis once"))
     return canonical
+
+
+def different_axes(function: str, ndim: int, **named: Any) -> tuple[int, ...]:
+    """Require axes that are all different, and return them."""
+    found = [axis for argument, value in named.items() for axis in axes(function, argument, value, ndim)]
+    if len(set(found)) != len(found):
+        first, *rest = named
+        rule = f"must be none of {' and '.join(rest)}"
+        raise ValueError(text(function, first, rule, named[first], "name each axis once"))
+    return tuple(found)
 
 
 def choice(function: str, argument: str, value: Any, choices: Sequence[str]) -> None:
@@ -140,10 +158,25 @@ def number(function: str, argument: str, value: Any, low: float, high: float) ->
     return float(value)
 
 
-def count(function: str, argument: str, value: Any) -> int:
-    """Require a Python or NumPy integer of at least 1."""
+def count(function: str, argument: str, value: Any, low: int = 1) -> int:
+    """Require a Python or NumPy integer of at least ``low``."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(text(function, argument, "must be an integer", describe(value), "pass a Python int"))
-    if value < 1:
-        raise ValueError(text(function, argument, "must be at least 1", value, "pass a positive int"))
+    if value < low:
+        raise ValueError(text(function, argument, f"must be at least {low}", value, "pass a larger int"))
     return int(value)
+
+
+def broadcasts(function: str, argument: str, value: Any, shape: Sequence[Any]) -> None:
+    """Require an array that broadcasts to a shape."""
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        raise TypeError(text(function, argument, "must be an array", describe(value), "convert it with jnp.asarray"))
+    sizes = tuple(value.shape)
+    if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], tuple(shape)[::-1])):
+        rule = f"must broadcast to shape {tuple(shape)}"
+        raise ValueError(text(function, argument, rule, f"shape {sizes}", "give it these sizes or 1"))
+
+
+def ranked(value: Array, ndim: int) -> Array:
+    """Give an array that broadcasts leading axes of size 1, as many as it lacks; a scalar stays one."""
+    return value.reshape((1,) * (ndim - value.ndim) + value.shape) if value.ndim else value

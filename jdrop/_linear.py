@@ -1,12 +1,14 @@
-"""A mask as a linear operator: ``y = D(seed, rate) x``, which is its own transpose.
+"""One primitive for all that is random: ``y = f(draw, x)``, whose derivative by x is linear and made again.
 
-One primitive, linear in x, whose mask is made again wherever it is needed: what the backward pass keeps
-is the seed and the rate. It batches to itself, because a rule in terms of ``where`` would bring the
-stored mask back. Derivatives with respect to the rate are none: a keep decision has no derivative.
+A :class:`Rule` says what a member of the family does to its data with a :class:`Draw`, the keep decisions or the
+noise. What the backward pass keeps is a seed and a rate, because the rule's derivative is a rule of the same kind: an
+elementwise linear map, which is its own transpose. The primitive batches to itself, because a rule in terms of
+``where`` would bring the stored mask back. Derivatives with respect to the rate are none: a decision has none.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,44 +16,88 @@ import numpy as np
 from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop import decisions
 from jdrop._shards import explicit_sharding, vary_together
+from jdrop.bits import Pair
 
-_STATIC = ("layout", "scaled", "batch")
+_STATIC = ("rule", "layout", "batch")
+
+
+class Draw(NamedTuple):
+    """What a rule may ask for, for one example: decisions, noise, and their probabilities."""
+
+    layout: decisions.Layout
+    words: Array
+    rate: Array
+    """What was passed as the rate; broadcasts to the decisions."""
+    size: tuple[Any, ...]
+    """Shape of the data: the whole, or a tile of it."""
+    places: tuple[Array, ...]
+    """Where a tile starts, as for :func:`apply`, or what else a rule was passed to look decisions up by."""
+    sharding: NamedSharding | None
+    on_cpu: bool = False
+
+    @property
+    def start(self) -> list[Pair] | None:
+        """Where the tile starts along each axis, ``(hi, lo)``."""
+        return [(at[0], at[1]) for at in self.places[0]] if self.places else None
+
+    def kept(self, size: tuple[Any, ...] | None = None) -> Array:
+        """Which decisions keep: a bool array with 1 on shared axes; ``size`` if decisions are not as many as data."""
+        size = self.size if size is None else size
+        return decisions.keep(self.layout, self.words, self.rate, size, self.start, sharding=self._spread(size))
+
+    def word(self, size: tuple[Any, ...] | None = None) -> Array:
+        """The uint32 words behind the decisions of ``generator="fast"``; as :meth:`kept`."""
+        size = self.size if size is None else size
+        return decisions.word_of(self.layout, self.words, size, self.start, sharding=self._spread(size))
+
+    def probability(self, dtype: Any) -> Array:
+        """The probability that a decision really keeps with."""
+        return decisions.keep_probability(self.layout.source, self.rate, dtype)
+
+    def _spread(self, size: tuple[Any, ...]) -> NamedSharding | None:
+        if self.sharding is None:
+            return None
+        spec = (s if n == whole else None for s, n, whole in zip(self.sharding.spec, size, self.size))
+        return self.sharding.update(spec=PartitionSpec(*spec))
+
+    def multiply(self, x: Array, factor: Array, *, where: Array) -> Array:
+        """:func:`multiply`, with the rounding of this platform."""
+        return multiply(x, factor, where=where, on_cpu=self.on_cpu)
+
+
+class Rule(NamedTuple):
+    """What a member does to its data."""
+
+    value: Callable[..., Array]
+    """``(draw, *data) -> y``, of the shape and dtype of the data."""
+    partials: tuple["Rule", ...] = ()
+    """The derivative by each of the data, linear and elementwise. None: ``value`` is so, in its one datum."""
 
 
 def apply(
-    x: Array, words: Array, rate: Array, offset: tuple[Array, ...], *, layout: decisions.Layout, scaled: bool
+    rule: Rule,
+    data: Sequence[Array],
+    words: Array,
+    rate: Array,
+    places: tuple[Array, ...],
+    layout: decisions.Layout,
 ) -> Array:
-    """Return x where it is kept, divided by the keep probability if ``scaled``, and 0 where it is dropped.
+    """Apply a rule to data of one shape and dtype.
 
     Args:
-      x: floating array: the whole, or with ``offset`` a part of it.
-      words: what seeds the mask, see :func:`jdrop.decisions.operands`.
+      rule: what to do.
+      data: arrays: the whole, or with ``places`` a tile of it.
+      words: what seeds the draw, see :func:`jdrop.decisions.operands`.
       rate: the probability, see there; broadcasts to the decisions.
-      offset: nothing, or where the part starts: uint32 [ndim, 2] of ``(hi, lo)``.
-      layout: what is static about the whole mask.
-      scaled: whether kept values are divided by the keep probability.
+      places: nothing, or where the tile starts: uint32 [ndim, 2] of ``(hi, lo)``; or arrays of a rule's own.
+      layout: what is static about all decisions.
     """
-    operands = vary_together(jnp.asarray(x), words, rate, *offset)
-    return _linear_p.bind(*operands, layout=layout, scaled=scaled, batch=())
-
-
-def _masked(
-    x: Array, words: Array, rate: Array, *offset: Array, layout: decisions.Layout, scaled: bool, on_cpu: bool
-) -> Array:
-    """The operator in plain jnp, for one example."""
-    probability = decisions.keep_probability(layout.source, rate, real_dtype(x))
-    one = jnp.ones_like(probability)
-    if scaled:
-        scale = one / jnp.where(probability == 0, one, probability)
-    else:
-        scale = jnp.where(jnp.isnan(probability), probability, one)
-    sharding = explicit_sharding(jax.typeof(x).sharding)
-    start = [(at[0], at[1]) for at in offset[0]] if offset else None
-    kept = decisions.keep(layout, words, rate, x.shape, start, sharding=sharding)
-    return multiply(x, scale, where=kept, on_cpu=on_cpu)
+    operands = vary_together(*(jnp.asarray(x) for x in data), words, rate, *places)
+    return _draw_p.bind(*operands, rule=rule, layout=layout, batch=())
 
 
 def real_dtype(x: Array) -> Any:
@@ -59,11 +105,11 @@ def real_dtype(x: Array) -> Any:
     return jnp.float64 if x.dtype in (jnp.float64, jnp.complex128) else jnp.float32
 
 
-def multiply(x: Array, scale: Array, *, where: Array, on_cpu: bool = False) -> Array:
+def multiply(x: Array, factor: Array, *, where: Array, on_cpu: bool = False) -> Array:
     """Multiply by a real factor in float32 (float64 for float64 x), rounded once; exactly 0 elsewhere."""
     if jnp.iscomplexobj(x):
-        return jnp.where(where, lax.complex(x.real * scale, x.imag * scale), jnp.zeros((), x.dtype))
-    product = jnp.where(where, x.astype(scale.dtype) * scale, jnp.zeros((), scale.dtype))
+        return jnp.where(where, lax.complex(x.real * factor, x.imag * factor), jnp.zeros((), x.dtype))
+    product = jnp.where(where, x.astype(factor.dtype) * factor, jnp.zeros((), factor.dtype))
     return _round_to_bfloat16(product) if on_cpu and x.dtype == jnp.bfloat16 else product.astype(x.dtype)
 
 
@@ -78,52 +124,79 @@ def _round_to_bfloat16(x: Array) -> Array:
     return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
 
 
+def draw(
+    x: Array, words: Array, rate: Array, places: tuple[Array, ...], layout: decisions.Layout, *, on_cpu: bool = False
+) -> Draw:
+    """Return the draw for data of the shape and sharding of x."""
+    return Draw(layout, words, rate, x.shape, places, explicit_sharding(jax.typeof(x).sharding), on_cpu)
+
+
+def _one(*operands: Array, rule: Rule, layout: decisions.Layout, on_cpu: bool) -> Array:
+    """The rule in plain jnp, for one example."""
+    data, (words, rate, *places) = operands[: _data(rule)], operands[_data(rule) :]
+    return rule.value(draw(data[0], words, rate, tuple(places), layout, on_cpu=on_cpu), *data)
+
+
+def _data(rule: Rule) -> int:
+    return max(1, len(rule.partials))
+
+
 def _batched(*operands: Array, batch: tuple[Any, ...], **static: Any) -> Array:
-    """The operator under as many levels of vmap as ``batch`` has entries: the axes of the operands in each."""
-    masked = functools.partial(_masked, **static)
+    """The rule under as many levels of vmap as ``batch`` has entries: the axes of the operands in each."""
+    f = functools.partial(_one, **static)
     for axes in batch:
-        masked = jax.vmap(masked, in_axes=axes, out_axes=axes[0])
-    return masked(*operands)
+        f = jax.vmap(f, in_axes=axes, out_axes=axes[0])
+    return f(*operands)
 
 
 _plain = jax.jit(_batched, static_argnames=(*_STATIC, "on_cpu"))  # traced once for all calls of one shape
 
-_linear_p = Primitive("jdrop_mask")
-_compiled = jax.jit(_linear_p.bind, static_argnames=_STATIC)
+_draw_p = Primitive("jdrop_draw")
+_compiled = jax.jit(_draw_p.bind, static_argnames=_STATIC)
 
 
-@_linear_p.def_impl
+@_draw_p.def_impl
 def _(*operands: Array, **static: Any) -> Any:
     with jax.disable_jit(False):  # a primitive runs compiled, also where the user wants no jit
         return _compiled(*operands, **static)
 
 
-_linear_p.def_abstract_eval(lambda x, *operands, **static: x.update(weak_type=False))
+_draw_p.def_abstract_eval(lambda x, *operands, **static: x.update(weak_type=False))
 for _platform in (None, "cpu"):
-    _rule = mlir.lower_fun(functools.partial(_plain, on_cpu=_platform == "cpu"), multiple_results=False)
-    mlir.register_lowering(_linear_p, _rule, platform=_platform)
+    _lowering = mlir.lower_fun(functools.partial(_plain, on_cpu=_platform == "cpu"), multiple_results=False)
+    mlir.register_lowering(_draw_p, _lowering, platform=_platform)
 
 
-def _jvp(primals: Any, tangents: Any, **static: Any) -> Any:
-    y, t = _linear_p.bind(*primals, **static), tangents[0]
-    return y, t if isinstance(t, ad.Zero) else _linear_p.bind(t, *primals[1:], **static)
+def _jvp(primals: Any, tangents: Any, *, rule: Rule, batch: tuple[Any, ...], **static: Any) -> Any:
+    y = _draw_p.bind(*primals, rule=rule, batch=batch, **static)
+    count = _data(rule)
+    one = tuple((axes[0], *axes[count:]) for axes in batch)  # all data are mapped along the same axis
+    terms = [
+        _draw_p.bind(t, *primals[count:], rule=partial, batch=one, **static)
+        for partial, t in zip(rule.partials or (rule,), tangents)
+        if not isinstance(t, ad.Zero)
+    ]
+    return y, functools.reduce(ad.add_tangents, terms) if terms else ad.Zero(jax.typeof(y).to_tangent_aval())
 
 
 def _transpose(cotangent: Any, x: Any, *operands: Any, **static: Any) -> Any:
-    del x
+    del x  # only rules of one datum without partials get here: they are linear
     if not isinstance(cotangent, ad.Zero):
-        cotangent = _linear_p.bind(cotangent, *operands, **static)
+        cotangent = _draw_p.bind(cotangent, *operands, **static)
     return cotangent, *[None] * len(operands)
 
 
-def _batch(operands: Any, dims: Any, *, batch: tuple[Any, ...], **static: Any) -> Any:
-    (x, *rest), (x_dim, *dims) = operands, dims
-    if x_dim is None:  # one x, many masks: the copies are not stored, and their gradient is summed by JAX
-        size = next(a.shape[d] for a, d in zip(rest, dims) if d is not None)
-        x, x_dim = jnp.broadcast_to(x, (size, *x.shape)), 0
-    return _linear_p.bind(x, *rest, batch=(*batch, (x_dim, *dims)), **static), x_dim
+def _batch(operands: Any, dims: Any, *, rule: Rule, batch: tuple[Any, ...], **static: Any) -> Any:
+    count = _data(rule)
+    size = next(a.shape[d] for a, d in zip(operands, dims) if d is not None)
+    data, axes = [], []
+    for x, d in zip(operands[:count], dims):  # one x, many masks: the copies are not stored, JAX sums their gradient
+        data.append(jnp.broadcast_to(x, (size, *x.shape)) if d is None else jnp.moveaxis(x, d, dims[0] or 0))
+        axes.append(dims[0] or 0)
+    y = _draw_p.bind(*data, *operands[count:], rule=rule, batch=(*batch, (*axes, *dims[count:])), **static)
+    return y, axes[0]
 
 
-ad.primitive_jvps[_linear_p] = _jvp
-ad.primitive_transposes[_linear_p] = _transpose
-batching.primitive_batchers[_linear_p] = _batch
+ad.primitive_jvps[_draw_p] = _jvp
+ad.primitive_transposes[_draw_p] = _transpose
+batching.primitive_batchers[_draw_p] = _batch

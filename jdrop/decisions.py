@@ -33,8 +33,12 @@ class Layout(NamedTuple):
 
 def mask_shape(function: str, shape: Sequence[Any], shared_axes: Any) -> tuple[Any, ...]:
     """Return the shape of the decisions: the array's, with 1 on shared axes."""
-    shared = _checks.axes(function, "shared_axes", shared_axes, len(shape))
-    return tuple(1 if axis in shared else n for axis, n in enumerate(shape))
+    return with_ones(shape, _checks.axes(function, "shared_axes", shared_axes, len(shape)))
+
+
+def with_ones(shape: Sequence[Any], axes: Sequence[int]) -> tuple[Any, ...]:
+    """Return a shape with 1 on some axes."""
+    return tuple(1 if axis in axes else n for axis, n in enumerate(shape))
 
 
 def layout(function: str, shape: tuple[Any, ...], source: Any) -> Layout:
@@ -104,6 +108,11 @@ def keep_probability(source: Any, rate: Array, dtype: Any) -> Array:
     return jnp.where(jnp.isnan(rate), jnp.full_like(kept, jnp.nan), kept)
 
 
+def expectation(rate: np.ndarray | Array, generator: Generator, dtype: Any) -> Array:
+    """Return the keep probability as a constant: what evaluation multiplies by where training does not divide."""
+    return keep_probability(generator, lax.stop_gradient(probability(rate, generator)), dtype)
+
+
 def _threshold(rate: Array) -> tuple[Array, Array]:
     """Drop words below ``t = round_half_even(rate * 2**32)``; at rate 1, which uint32 cannot hold, drop all."""
     inside = (rate > 0) & (rate < 1)  # NaN is outside, and keeps
@@ -136,31 +145,63 @@ def keep(
       start: where that part starts, ``(hi, lo)`` an axis; ``None`` means at 0.
       sharding: how that part is laid over an explicit mesh.
     """
-    shared = [n == 1 for n in layout.shape]
-    size = tuple(1 if one else n for one, n in zip(shared, size))
-    if start is not None:
-        start = [(np.uint32(0), np.uint32(0)) if one else at for one, at in zip(shared, start)]
-    if sharding is not None:
-        sharding = sharding.update(spec=PartitionSpec(*(None if one else s for one, s in zip(shared, sharding.spec))))
+    size, start, sharding = _own(layout, size, start, sharding)
     if layout.source == "fast":
-        # The barrier keeps XLA from merging the masks of the forward and the backward pass, and so storing one.
-        seed = lax.optimization_barrier(words)
-        row, col = indices(layout.shape, size, start, sharding)
         t, none = _threshold(rate)
-        return (word((seed[0], seed[1]), row, col) >= t) & ~none
+        return (word_of(layout, words, size, start, sharding=sharding) >= t) & ~none
     if layout.source == "indexed":
         return _indexed_bits(words, layout.shape, size, start, sharding, rate.dtype) < _jax_threshold(rate)
     key = jax.random.wrap_key_data(words, impl=layout.source)
     return jax.random.bernoulli(key, rate, size, out_sharding=sharding) | jnp.isnan(rate)
 
 
+def word_of(
+    layout: Layout,
+    words: Array,
+    size: Sequence[Any],
+    start: Sequence[Pair] | None = None,
+    *,
+    sharding: NamedSharding | None = None,
+) -> Array:
+    """Return the uint32 words of ``generator="fast"``, with 1 on shared axes; arguments as for :func:`keep`."""
+    size, start, sharding = _own(layout, size, start, sharding)
+    # The barrier keeps XLA from merging the masks of the forward and the backward pass, and so storing one.
+    seed = lax.optimization_barrier(words)
+    row, col = indices(layout.shape, size, start, sharding)
+    return word((seed[0], seed[1]), row, col)
+
+
+def keep_rows(layout: Layout, words: Array, rate: Array, index: Pair) -> Array:
+    """Return which rows are kept, of a mask of shape [rows, 1]; ``index`` is ``(hi, lo)`` of each row asked for."""
+    if layout.source == "indexed":
+        words = lax.optimization_barrier(words)
+        return _bits_of(words, index, rate.dtype) < _jax_threshold(rate)
+    seed = lax.optimization_barrier(words)
+    t, none = _threshold(rate)
+    return (word((seed[0], seed[1]), (np.uint32(0), index[0]), index[1]) >= t) & ~none
+
+
+def _own(layout: Layout, size: Sequence[Any], start: Any, sharding: Any) -> tuple[Any, Any, Any]:
+    """Return size, start and sharding of the decisions of a part of the array: 1, 0 and none on shared axes."""
+    shared = [n == 1 for n in layout.shape]
+    size = tuple(1 if one else n for one, n in zip(shared, size))
+    if start is not None:
+        start = [(np.uint32(0), np.uint32(0)) if one else at for one, at in zip(shared, start)]
+    if sharding is not None:
+        sharding = sharding.update(spec=PartitionSpec(*(None if one else s for one, s in zip(shared, sharding.spec))))
+    return size, start, sharding
+
+
 def _indexed_bits(words: Array, shape: Any, size: Any, start: Any, sharding: Any, dtype: Any) -> Array:
     """Return the integer of ``nmant`` bits that ``jax.random.uniform`` makes a number of ``dtype`` from."""
-    info = jnp.finfo(dtype)
     # One barrier around both: an index that does not depend on the key would be hoisted out of a scan, and stored.
     start = start or [(np.uint32(0), np.uint32(0))] * len(shape)
     words, start = lax.optimization_barrier((words, start))
-    index = indices(shape, size, start, sharding, columns=False)[0]
+    return _bits_of(words, indices(shape, size, start, sharding, columns=False)[0], dtype)
+
+
+def _bits_of(words: Array, index: Pair, dtype: Any) -> Array:
+    info = jnp.finfo(dtype)
     high, low = threefry2x32((words[0], words[1]), index)
     if info.bits == 64:
         return ((high.astype(jnp.uint64) << np.uint64(32)) | low.astype(jnp.uint64)) >> np.uint64(64 - info.nmant)

@@ -1,13 +1,14 @@
-"""Dropout on every element."""
+"""Dropout of elements: to zero, or for SELU networks to the negative limit of that activation."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from jdrop import _checks, _linear, _shards, decisions
+from jdrop import _checks, _linear, _member, decisions
+from jdrop._linear import Draw, Rule
 from jdrop._shards import Shard
 from jdrop.decisions import Generator, RateLike
 
@@ -75,26 +76,93 @@ def dropout(
     """
     name = "dropout"
     _checks.array(name, "x", x)
-    train = _checks.flag(name, "train", train)
     _checks.choice(name, "scale_at", scale_at, ("train", "eval"))
-    _checks.choice(name, "generator", generator, decisions.GENERATORS)
-    rate = _checks.rate(name, rate, decisions.mask_shape(name, x.shape, shared_axes))
-    names = _shards.names_of(name, x.shape, shard)
-    if key is not None:
-        _checks.key(name, key)
-    if decisions.is_zero(rate) or (not train and scale_at == "train"):
+    options: Any = {"shared_axes": shared_axes, "generator": generator, "shard": shard}
+    call = _member.check(name, key, x.shape, rate, train=train, **options)
+    if call.train and not call.idle:
+        return call.apply(_member.SCALED if scale_at == "train" else _member.KEPT, x)
+    if scale_at == "train" or decisions.is_zero(call.rate):
         return x
-    if not train:
-        return _expectation(x, rate, generator)
-    _shards.check_key_varies(name, key, shard)
-    whole, offset = _shards.tile(x.shape, names)
-    source, words, rate = decisions.operands(name, key, rate, generator, part=bool(offset))
-    layout = decisions.layout(name, decisions.mask_shape(name, whole, shared_axes), source)
-    return _linear.apply(x, words, rate, offset, layout=layout, scaled=scale_at == "train")
+    return _expectation(x, call.rate, generator)
 
 
 def _expectation(x: Array, rate: np.ndarray | Array, generator: Generator) -> Array:
     """``x * keep_probability``: what evaluation does in the original form."""
-    probability = lax.stop_gradient(decisions.probability(rate, generator))
-    keep = decisions.keep_probability(generator, probability, _linear.real_dtype(x))
+    keep = decisions.expectation(rate, generator, _linear.real_dtype(x))
     return _linear.multiply(jnp.asarray(x), keep, where=keep != 0)
+
+
+_LIMIT = -1.7580993408473766  # SELU(-inf) = -alpha * lambda of Klambauer et al.
+
+
+def alpha_dropout(
+    key: Array | None,
+    x: Array,
+    rate: RateLike,
+    *,
+    train: bool,
+    shared_axes: int | Sequence[int] = (),
+    generator: Generator = "fast",
+    shard: Shard = None,
+) -> Array:
+    """Drop elements to the negative limit of SELU, and keep mean 0 and variance 1 of its activations.
+
+    ``y[i] = a * (x[i] if m[i] else s) + b`` with ``m[i] ~ Bernoulli(q)``, ``q = 1 - rate``, ``s = SELU(-inf) =
+    -1.7581``, ``a = 1 / sqrt(q * (1 + (1 - q) * s**2))`` and ``b = -a * (1 - q) * s``. The keep probability q is the
+    one really used. The gradient is ``a * m[i]``; its mask is made again, not stored. With shared axes it is feature
+    alpha dropout.
+
+    Args:
+      key: one PRNG key, used once. ``None`` is fine if ``train`` is false or ``rate`` is the number 0.
+      x: float16, bfloat16, float32 or float64 array of any shape: activations of mean 0 and variance 1. A dropped slot
+        gets ``a * s + b``, and its gradient is exactly 0, also where x is NaN or infinite.
+      rate: probability of dropping, or an array of them that broadcasts to the decisions, as for
+        :func:`jdrop.dropout`. Rate 1 gives zeros, the limit of the formula.
+      train: ``True`` draws a mask; ``False`` returns x itself.
+      shared_axes: axes along which one decision is shared.
+      generator: as for :func:`jdrop.dropout`.
+      shard: as for :func:`jdrop.dropout`.
+
+    Returns:
+      An array of the shape and dtype of x.
+
+    Raises:
+      ValueError: a rate, an axis or an option is out of range, or ``key`` is a batch of keys.
+      TypeError: an argument is of the wrong type, x is complex, ``key`` is missing, or ``train`` is traced.
+
+    References:
+      Klambauer, Unterthiner, Mayr, Hochreiter (2017), Self-Normalizing Neural Networks, NeurIPS.
+
+    Example:
+      >>> import jax, jdrop
+      >>> x = jax.random.normal(jax.random.key(0), [1000, 100])
+      >>> y = jdrop.alpha_dropout(jax.random.key(1), x, 0.5, train=True)
+      >>> round(float(y.mean()), 1) + 0.0, round(float(y.var()), 1)
+      (0.0, 1.0)
+    """
+    name = "alpha_dropout"
+    _checks.array(name, "x", x, _checks.FLOATS)
+    options: Any = {"shared_axes": shared_axes, "generator": generator, "shard": shard}
+    call = _member.check(name, key, x.shape, rate, train=train, **options)
+    return x if call.idle else call.apply(_ALPHA, x)
+
+
+def _alpha(draw: Draw, x: Array) -> Array:
+    q, a = _alpha_factor(draw, x)
+    b = -a * (1 - q) * _LIMIT
+    dropped = a * q * _LIMIT  # a * s + b
+    y = jnp.where(draw.kept(), x.astype(a.dtype) * a + b, dropped)
+    return jnp.where(q == 0, jnp.zeros_like(y), y).astype(x.dtype)
+
+
+def _alpha_factor(draw: Draw, x: Array) -> tuple[Array, Array]:
+    q = draw.probability(_linear.real_dtype(x))
+    some = jnp.where(q == 0, jnp.ones_like(q), q)
+    return q, 1 / jnp.sqrt(some * (1 + (1 - some) * _LIMIT**2))
+
+
+def _alpha_gradient(draw: Draw, x: Array) -> Array:
+    return draw.multiply(x, _alpha_factor(draw, x)[1], where=draw.kept())
+
+
+_ALPHA = Rule(_alpha, (Rule(_alpha_gradient),))

@@ -60,6 +60,11 @@ def consume(key: Array) -> Array:
     return _consume_p.bind(key) if _checks.is_typed_key(key) else jnp.asarray(key)
 
 
+def spend(key: Array) -> Array:
+    """Mark a key as used, and return one of the same words to derive keys from: one use, many draws."""
+    return jax.random.wrap_key_data(consume(key), impl=jax.random.key_impl(key)) if _checks.is_typed_key(key) else key
+
+
 # ---------------------------------------------------------------------------------- seeds and derived keys
 
 

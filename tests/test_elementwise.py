@@ -54,11 +54,13 @@ def test_kept_values_are_the_product_rounded_once(dtype, rate, on_cpu_kernel, x6
     if on_cpu_kernel:
         y = dropout(KEY, x, rate, train=True)
     else:  # the form that every other platform gets, run here
-        from jdrop import _linear, decisions
+        from jdrop import _linear, _member, decisions
 
         source, words, p = decisions.operands("dropout", KEY, np.asarray(rate), "fast", part=False)
         y = jax.jit(
-            lambda x: _linear._masked(x, words, p, layout=decisions.Layout(x.shape, source), scaled=True, on_cpu=False)
+            lambda x: _linear._one(
+                x, words, p, rule=_member.SCALED, layout=decisions.Layout(x.shape, source), on_cpu=False
+            )
         )(x)
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(y, expected(x, dropout_mask(KEY, x.shape, rate), rate))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax import export
 
-from jdrop import _linear, decisions, dropout, dropout_mask
+from jdrop import _linear, _member, decisions, dropout, dropout_mask
 
 KEY = jax.random.key(11)
 X = jnp.sin(jnp.arange(6.0 * 200).reshape(6, 200)) + 2
@@ -321,5 +321,5 @@ def test_the_operator_without_scale_and_with_an_offset():
     whole = dropout_mask(KEY, (12, 200), 0.4)
     offset = jnp.array([[0, 6], [0, 0]], jnp.uint32)
     layout = decisions.Layout((12, 200), source)
-    y = _linear.apply(jnp.ones((6, 200)), words, rate, (offset,), layout=layout, scaled=False)
+    y = _linear.apply(_member.KEPT, (jnp.ones((6, 200)),), words, rate, (offset,), layout)
     same(y, whole[6:].astype(jnp.float32))
