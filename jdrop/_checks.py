@@ -99,7 +99,7 @@ def rate(
     if concrete and not np.all((probability >= 0) & (probability <= high) & np.isfinite(probability)):
         rule = f"must lie in [0, {high:g}]" if np.isfinite(high) else "must be finite and at least 0"
         raise ValueError(text(function, argument, rule, describe(value), f"pass {meaning}"))
-    broadcasts(function, argument, probability, shape)
+    broadcasts(function, argument, probability, shape, "the mask's shape")
     return ranked(probability, len(shape))
 
 
@@ -167,13 +167,13 @@ def count(function: str, argument: str, value: Any, low: int = 1) -> int:
     return int(value)
 
 
-def broadcasts(function: str, argument: str, value: Any, shape: Sequence[Any]) -> None:
+def broadcasts(function: str, argument: str, value: Any, shape: Sequence[Any], of: str = "shape") -> None:
     """Require an array that broadcasts to a shape."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(text(function, argument, "must be an array", describe(value), "convert it with jnp.asarray"))
     sizes = tuple(value.shape)
     if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], tuple(shape)[::-1])):
-        rule = f"must broadcast to shape {tuple(shape)}"
+        rule = f"must broadcast to {of} {tuple(shape)}"
         raise ValueError(text(function, argument, rule, f"shape {sizes}", "give it these sizes or 1"))
 
 

@@ -128,7 +128,7 @@ def _gamma(rate: np.ndarray | Array, share: float) -> np.ndarray | Array:
     """The probability that a block starts, ``rate * share``; certain at rate 1."""
     if isinstance(rate, np.ndarray):
         return np.where(rate == 1, 1.0, rate.astype(np.float64) * share)
-    wide = rate.astype(jnp.promote_types(rate.dtype, jnp.float32))
+    wide = rate.astype(_linear.real_dtype(rate))
     return jnp.where(wide >= 1, jnp.ones_like(wide), wide * jnp.asarray(share, wide.dtype))
 
 

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from jdrop import _checks, _linear, _member, decisions
-from jdrop._shards import Shard
+from jdrop._shards import Shard, explicit_sharding
 from jdrop.decisions import Generator, RateLike
 
 
@@ -75,17 +76,16 @@ def token_dropout(
     return _replace(jnp.asarray(ids), new, protect, draw, layout=layout)
 
 
-def _fitting(function: str, replacement: Any, ids: Array) -> Array:
+def _fitting(function: str, given: Any, ids: Array) -> Array:
     """Require an int or integers of the range of ids, and return them in the dtype of ids."""
-    if isinstance(replacement, int) and not isinstance(replacement, bool):
-        replacement = np.asarray(replacement)
+    replacement: Any = np.asarray(given) if type(given) is int else given
     _checks.integers(function, "replacement", replacement)
     _checks.broadcasts(function, "replacement", replacement, ids.shape)
     limits = jnp.iinfo(ids.dtype)
     if not isinstance(replacement, Array) and not np.all((replacement >= limits.min) & (replacement <= limits.max)):
         rule = f"must fit the dtype of ids, {ids.dtype}"
         raise ValueError(
-            _checks.text(function, "replacement", rule, _checks.describe(replacement), "pass a smaller id")
+            _checks.text(function, "replacement", rule, _checks.describe(given), "pass an id in its range")
         )
     return _checks.ranked(jnp.asarray(replacement).astype(ids.dtype), ids.ndim)
 
@@ -151,13 +151,13 @@ def patch_dropout(
     if prefix >= x.shape[axis]:
         rule = f"must be below the number of tokens, {x.shape[axis]}"
         raise ValueError(_checks.text(name, "num_prefix", rule, prefix, "leave a token to choose from"))
-    n, batch = x.shape[axis] - prefix, x.shape[:axis]
+    n = x.shape[axis] - prefix
     decided = functools.partial(_scores, axis, prefix)
     call = _member.check(name, key, x.shape, share, train=train, decided=decided, shard=shard)
     if axis < len(call.names) and call.names[axis]:
         raise ValueError(_checks.text(name, "shard", "must not split token_axis", shard, "gather the tokens"))
     if call.idle:
-        return x, jnp.broadcast_to(jnp.arange(x.shape[axis], dtype=jnp.int32), (*batch, x.shape[axis]))
+        return x, _positions(x, axis, x.shape[axis])
     words, _, offset, layout = call.operands()
     keep = max(1, math.floor(n * (1 - share) + 0.5))
     return _choose(jnp.asarray(x), words, offset, layout=layout, axis=axis, prefix=prefix, keep=keep)
@@ -165,6 +165,14 @@ def patch_dropout(
 
 def _scores(axis: int, prefix: int, shape: tuple[Any, ...]) -> tuple[Any, ...]:
     return *shape[:axis], shape[axis] - prefix
+
+
+def _positions(x: Array, axis: int, number: int) -> Array:
+    """The first positions along an axis, int32 ``[*batch, number]``, laid over an explicit mesh as x is."""
+    sharding = explicit_sharding(jax.typeof(x).sharding)
+    if sharding is not None:
+        sharding = sharding.update(spec=PartitionSpec(*sharding.spec[:axis], None))
+    return lax.broadcasted_iota(jnp.int32, (*x.shape[:axis], number), axis, out_sharding=sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "axis", "prefix", "keep"))
@@ -175,7 +183,6 @@ def _choose(
     draw = _linear.draw(x, words, jnp.float32(0), offset, layout)
     word = draw.word(_scores(axis, prefix, x.shape))
     chosen = jnp.sort(jnp.argsort(word, axis=-1)[..., -keep:], axis=-1).astype(jnp.int32) + np.int32(prefix)
-    always = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (*chosen.shape[:-1], prefix))
-    indices = jnp.concatenate([always, chosen], axis=-1)
+    indices = jnp.concatenate([_positions(x, axis, prefix), chosen], axis=-1)
     places = indices.reshape(indices.shape + (1,) * (x.ndim - axis - 1))
     return jnp.take_along_axis(x, places, axis=axis, mode="promise_in_bounds"), indices

@@ -313,3 +313,53 @@ def test_key_is_used_once(monkeypatch):
         dropout(jdrop.keys.derive(key, "b"), x, 0.5, train=True)
         jax.vmap(lambda k, x: dropout(k, x, 0.5, train=True))(jdrop.keys.per_example(key, jnp.arange(4)), x)
         dropout(key, x, 0.5, train=True)
+
+
+# ------------------------------------------------------------------------------------ alpha dropout
+
+LIMIT = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717  # -lambda * alpha, of the paper
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
+def test_alpha_dropout_keeps_mean_and_variance(rate):
+    """On N standard normal inputs: the mean has a standard error of 1 / sqrt(N), and the variance one of
+    sqrt((E y^4 - 1) / N), with the fourth moment of the same sample."""
+    x = jax.random.normal(jax.random.key(1), (2048, 2048))
+    y = np.asarray(jdrop.alpha_dropout(KEY, x, rate, train=True), np.float64)
+    assert abs(y.mean()) < 5 / np.sqrt(y.size)
+    assert abs(y.var() - 1) < 5 * np.sqrt(((y**4).mean() - 1) / y.size)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.2, 0.9])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_alpha_dropout_is_the_formula_of_the_paper(rate, dtype, x64):
+    x = some((16, 256), dtype) / jnp.asarray(8, dtype) - jnp.asarray(3, dtype)
+    y = jdrop.alpha_dropout(KEY, x, rate, train=True)
+    q = 1 - np.round(np.float64(np.float32(rate)) * 2**32) / 2**32
+    a = (q + LIMIT**2 * q * (1 - q)) ** -0.5
+    b = -a * (1 - q) * LIMIT
+    mask = np.asarray(dropout_mask(KEY, x.shape, rate))
+    exact = a * np.where(mask, np.asarray(x, np.float64), LIMIT) + b
+    step = {"bfloat16": 2**-8, "float32": 2**-22, "float64": 2**-50}[dtype]
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=step, atol=4 * step)
+    g = jax.grad(lambda x: jdrop.alpha_dropout(KEY, x, rate, train=True).sum())(jnp.where(mask, x, jnp.nan))
+    np.testing.assert_allclose(np.asarray(g, np.float64), np.where(mask, a, 0), rtol=step)
+
+
+def test_alpha_dropout_at_the_limits_and_with_rates_an_axis():
+    x = some((5, 300))
+    rates = jnp.array([0.0, 1e-9, 0.5, 1 - 2**-24, 1.0])[:, None]
+    y, pull = jax.vjp(lambda x: jdrop.alpha_dropout(KEY, x, rates, train=True), x)
+    np.testing.assert_allclose(y[:2], x[:2], rtol=1e-6)
+    np.testing.assert_array_equal(y[4], np.zeros(300))
+    np.testing.assert_array_equal(y[2], jdrop.alpha_dropout(KEY, x, 0.5, train=True)[2])
+    assert bool(jnp.isfinite(y).all()) and bool(jnp.isfinite(pull(x)[0]).all())
+    assert float(jnp.abs(y[3]).max()) < 1e-3, "close to the limit, zero"
+
+
+def test_feature_alpha_dropout_shares_decisions():
+    x = jnp.ones((8, 5, 64))
+    y = jdrop.alpha_dropout(KEY, x, 0.5, train=True, shared_axes=1)
+    np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1], y.shape))
+    mask = dropout_mask(KEY, x.shape, 0.5, shared_axes=1)
+    np.testing.assert_array_equal(np.asarray(y) > 0, mask)

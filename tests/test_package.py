@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from members import MEMBERS, SHAPE
 
 import jdrop
 
@@ -22,12 +23,11 @@ LAYERS = [
     ["keys"],
     ["decisions"],
     ["masks", "_linear"],
-    ["elementwise"],
+    ["_member"],
+    ["elementwise", "noise", "channels", "blocks", "paths", "weights", "tokens", "recurrent", "composed"],
     ["__init__"],
 ]
-PUBLIC = {
-    "dropout": jdrop.dropout,
-    "dropout_mask": jdrop.dropout_mask,
+PUBLIC = {name: value for name, value in vars(jdrop).items() if inspect.isfunction(value)} | {
     "keys.derive": jdrop.keys.derive,
     "keys.per_example": jdrop.keys.per_example,
     "schedules.early": jdrop.schedules.early,
@@ -35,6 +35,13 @@ PUBLIC = {
     "schedules.curriculum": jdrop.schedules.curriculum,
     "schedules.depth_rates": jdrop.schedules.depth_rates,
 }
+FIRST = {  # what stands in the place of key, x, rate: the exceptions to the grammar
+    "drop_connect": ["key", "params", "rate"],
+    "gaussian_noise": ["key", "x", "stddev"],
+    "token_dropout": ["key", "ids", "rate"],
+    "zoneout": ["key", "new", "rate"],
+}
+NO_MASK = {"gaussian_dropout", "gaussian_noise", "patch_dropout"}  # nothing that generator= could draw
 
 
 def test_imports_go_strictly_downwards():
@@ -67,7 +74,7 @@ def test_every_public_name_is_listed_here():
         for name, value in vars(getattr(jdrop, module)).items():
             if inspect.isfunction(value) and value.__module__ == f"jdrop.{module}" and not name.startswith("_"):
                 found.add(f"{module}.{name}")
-    plumbing = {"keys.consume", "keys.seed"}  # for the other files of the package
+    plumbing = {"keys.consume", "keys.seed", "keys.spend"}  # for the other files of the package
     assert found - plumbing == set(PUBLIC)
     assert jdrop.MASK_VERSION == 1
 
@@ -86,40 +93,52 @@ def test_docstrings_are_whole(name):
     assert doctest.DocTestFinder().find(PUBLIC[name])[0].examples, f"{name} has no example"
 
 
-# ------------------------------------------------------------------------------------ what every member keeps
+# ------------------------------------------------------------------------------------ the grammar
 
-MEMBERS = {"dropout": lambda key, x, rate, **options: jdrop.dropout(key, x, rate, **options)}
+TAKES_TRAIN = [name for name, f in PUBLIC.items() if "train" in inspect.signature(f).parameters]
 
 
 def test_the_walk_covers_every_function_with_a_train_argument():
-    takes_train = {n for n, f in PUBLIC.items() if "train" in inspect.signature(f).parameters}
-    assert takes_train == set(MEMBERS)
+    assert {name.split(" of ")[0] for name in MEMBERS} == set(TAKES_TRAIN)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("name", TAKES_TRAIN)
 def test_signatures_follow_the_grammar(name):
-    parameters = list(inspect.signature(PUBLIC[name]).parameters.values())
-    assert [p.name for p in parameters[:3]] == ["key", "x", "rate"]
-    assert all(p.kind == p.KEYWORD_ONLY for p in parameters[3:])
-    train = next(p for p in parameters if p.name == "train")
-    assert train.default is train.empty
+    parameters = inspect.signature(PUBLIC[name]).parameters
+    names = list(parameters)
+    assert names[:3] == FIRST.get(name, ["key", "x", "rate"])
+    options = names[names.index("train") :]
+    assert all(parameters[n].kind == inspect.Parameter.KEYWORD_ONLY for n in options)
+    assert all(parameters[n].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD for n in names[: names.index("train")])
+    assert parameters["train"].default is inspect.Parameter.empty
+    assert options[-1] == "shard" and ("generator" in options) == (name not in NO_MASK)
 
 
-@pytest.mark.parametrize("name", MEMBERS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
-def test_members_keep_the_rules(name, dtype, x64):
-    f, key = MEMBERS[name], jax.random.key(3)
-    x = (jnp.arange(1.0, 1 + 4 * 5 * 30).reshape(4, 5, 30) / 64).astype(dtype)
-    y = f(key, x, 0.5, train=True)
-    assert (y.dtype, y.shape) == (x.dtype, x.shape)
-    np.testing.assert_array_equal(jax.jit(lambda k, x: f(k, x, 0.5, train=True))(key, x), y)
-    assert f(None, x, 0.5, train=False) is x
-    pull = jax.vjp(lambda x: f(key, x, 0.5, train=True), x)[1]
-    np.testing.assert_array_equal(pull(x)[0], y)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull) if hasattr(leaf, "nbytes")) < 32
-    keys = jax.random.split(key, 4)
-    loop = jnp.stack([f(k, v, 0.5, train=True) for k, v in zip(keys, x, strict=True)])
-    np.testing.assert_array_equal(jax.vmap(lambda k, v: f(k, v, 0.5, train=True))(keys, x), loop)
+@pytest.mark.parametrize("name", TAKES_TRAIN)
+def test_errors_name_the_function_and_the_argument(name):
+    f, x = MEMBERS[name], jnp.ones(SHAPE)
+    rate = FIRST.get(name, ["rate"])[-1]
+    cases = [
+        (lambda: f(jax.random.key(0), x, -0.5, train=True), ValueError, f"{name}: {rate} must "),
+        (lambda: f(jax.random.key(0), x, np.nan, train=False), ValueError, f"{name}: {rate} must "),
+        (lambda: f(jax.random.key(0), x, "0.5", train=True), TypeError, f"{name}: {rate} must "),
+        (lambda: f(jax.random.key(0), x, 0.5, train=1), TypeError, f"{name}: train must be a bool, got 1"),
+        (
+            lambda: f(jax.random.split(jax.random.key(0)), x, 0.5, train=True),
+            ValueError,
+            f"{name}: key must be one key",
+        ),
+        (lambda: f(3, x, 0.5, train=True), TypeError, f"{name}: key must be a PRNG key, got 3"),
+        (lambda: f(None, x, 0.5, train=True), TypeError, f"{name}: key must be a PRNG key when something is dropped"),
+        (
+            lambda: f(jax.random.key(0), x, 0.5, train=True, shard="data"),
+            (TypeError, ValueError),
+            f"{name}: shard must",
+        ),
+    ]
+    for call, error, text in cases:
+        with pytest.raises(error, match="^" + re.escape(text)):
+            call()
 
 
 # ------------------------------------------------------------------------------------ README

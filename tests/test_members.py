@@ -1,0 +1,272 @@
+"""What every member of the family keeps, and a table of who does not and why.
+
+An exemption has to be real: where a member is exempt, the check must fail.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from members import MEMBERS, SHAPE, UNBATCHED
+
+import jdrop
+
+KEY = jax.random.key(5)
+X = jnp.asarray(((np.arange(np.prod(SHAPE)) % 61 - 29.5) / 16).astype(np.float32).reshape(SHAPE))
+CHECKS = {}
+EXEMPT = {
+    ("identity", "stochastic_depth"): "evaluation adds the branch",
+    ("identity", "token_dropout"): "the test makes new ids",
+    ("identity", "zoneout"): "evaluation gives the expectation",
+    ("identity", "bias_dropout_add"): "evaluation adds bias and residual",
+    ("dtypes", "token_dropout"): "integers stay integers",
+    ("dtypes", "patch_dropout"): "the number of tokens is what changes",
+    ("complex", "alpha_dropout"): "SELU is real",
+    ("complex", "gaussian_noise"): "real noise on complex numbers has no agreed meaning",
+    ("complex", "token_dropout"): "integers stay integers",
+    ("complex", "patch_dropout"): "the number of tokens is what changes",
+    ("traced", "patch_dropout"): "the rate sets a shape",
+    ("traced at one", "patch_dropout"): "the rate sets a shape",
+    ("traced at one", "gaussian_dropout"): "the variance is infinite: clipped just below",
+    ("traced at one", "gaussian_noise"): "a standard deviation is no rate",
+    ("traced at one", "stochastic_depth"): "x stays where the branch is dropped",
+    ("traced at one", "token_dropout"): "tokens are replaced by an id",
+    ("traced at one", "zoneout"): "the old state stays",
+    ("traced at one", "bias_dropout_add"): "the residual stays",
+    ("contained", "gaussian_dropout"): "nothing is dropped",
+    ("contained", "gaussian_noise"): "nothing is dropped",
+    ("contained", "alpha_dropout"): "a dropped slot has the value of the limit; its gradient is tested beside",
+    ("contained", "stochastic_depth"): "x stays where the branch is dropped",
+    ("contained", "token_dropout"): "integers hold no NaN",
+    ("contained", "patch_dropout"): "what is dropped is not there",
+    ("contained", "zoneout"): "the old state stays; its gradient is tested beside",
+    ("contained", "multi_sample_dropout"): "a mean over masks",
+    ("contained", "bias_dropout_add"): "the residual stays",
+    ("derivatives", "token_dropout"): "integers have no derivative",
+    ("residuals", "stochastic_depth"): "the branch keeps what its own derivative needs",
+    ("residuals", "token_dropout"): "integers have no derivative",
+    ("residuals", "patch_dropout"): "the indices of the kept tokens stay",
+    ("residuals", "embedding_dropout of ids"): "the ids stay, which the embedding's own gradient needs too",
+    ("jax generator", "gaussian_dropout"): "noise, no mask",
+    ("jax generator", "gaussian_noise"): "noise, no mask",
+    ("jax generator", "patch_dropout"): "an order, no mask",
+}
+
+
+def check(f):
+    CHECKS[f.__name__.replace("_", " ")] = f
+    return f
+
+
+def train(name, **options):
+    return lambda key, x, rate: MEMBERS[name](key, x, rate, train=True, **options)
+
+
+def same(a, b):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@check
+def jit(name):
+    same(jax.jit(lambda k, x: train(name)(k, x, 0.5))(KEY, X), train(name)(KEY, X, 0.5))
+
+
+@check
+def vmap(name):
+    keys = jax.random.split(KEY, 8)
+    for impl in ("threefry2x32", "rbg"):
+        keys = jax.vmap(lambda i, impl=impl: jdrop.keys.derive(jax.random.key(0, impl=impl), i))(jnp.arange(8))
+        f = UNBATCHED.get(name, MEMBERS[name])
+        one = lambda k, x, f=f: f(k, x, 0.5, train=True)  # noqa: E731
+        same(jax.vmap(one)(keys, X), jnp.stack([one(k, x) for k, x in zip(keys, X, strict=True)]))
+    same(jax.vmap(lambda k: train(name)(k, X, 0.5))(keys[:2])[1], train(name)(keys[1], X, 0.5))
+
+
+@check
+def dtypes(name):
+    with jax.enable_x64(True):
+        for dtype in ("float16", "bfloat16", "float32", "float64"):
+            x = X.astype(dtype)
+            for rate in (0.5, jnp.float32(0.5), jnp.bfloat16(0.5), np.float64(0.5)):
+                y = train(name)(KEY, x, float(rate) if name == "patch_dropout" else rate)
+                assert (y.dtype, y.shape) == (x.dtype, x.shape)
+
+
+def complex_(name):
+    x = X.astype("complex64") * (1 - 2j)
+    y = train(name)(KEY, x, 0.5)
+    assert (y.dtype, y.shape) == (x.dtype, x.shape)
+
+
+CHECKS["complex"] = complex_
+
+
+@check
+def identity(name):
+    assert MEMBERS[name](None, X, 0.5, train=False) is X
+    assert MEMBERS[name](None, X, 0.0, train=True) is X
+
+
+@check
+def traced(name):
+    traces = []
+
+    @jax.jit
+    def f(x, rate):
+        traces.append(1)
+        return train(name)(KEY, x, rate)
+
+    same(f(X, 0.0), MEMBERS[name](None, X, 0.0, train=True))
+    same(f(X, -1.0), f(X, 0.0))
+    np.testing.assert_allclose(f(X, 0.3), train(name)(KEY, X, 0.3), rtol=1e-6, atol=1e-6)
+    assert bool(jnp.any(f(X, 0.0) != f(X, 0.6))), "the rate is used"
+    if not jnp.issubdtype(f(X, 0.3).dtype, jnp.integer):
+        assert bool(jnp.all(jnp.isnan(f(X, jnp.nan))))
+    assert len(traces) == 1
+    gradient = jax.grad(lambda r: jnp.sum(f(X, r).astype("float32")))(0.3)
+    assert gradient == 0, "no gradient flows to the rate"
+
+
+@check
+def traced_at_one(name):
+    f = jax.jit(train(name))
+    for rate in (1.0, 1.5):
+        y, pull = jax.vjp(functools.partial(f, KEY, rate=rate), X)
+        same(y, jnp.zeros_like(X))
+        same(pull(y)[0], jnp.zeros_like(X))
+    same(train(name)(KEY, X, 1.0), jnp.zeros_like(X))
+
+
+@check
+def contained(name):
+    """NaN and Inf do not leak out of dropped slots, and the gradient is exactly 0 there."""
+    plain = train(name)(KEY, jnp.ones_like(X), 0.5)
+    dropped = plain == 0
+    assert 0.2 < float(dropped.mean()) < 0.8
+    for bad in (jnp.nan, jnp.inf):
+        y, pull = jax.vjp(lambda x: train(name)(KEY, x, 0.5), jnp.where(dropped, bad, X))
+        same(y, train(name)(KEY, jnp.where(dropped, 0, X), 0.5))
+        same(pull(jnp.where(dropped, bad, X))[0], train(name)(KEY, jnp.where(dropped, 0, X), 0.5))
+
+
+@check
+def derivatives(name):
+    """Forward and reverse mode agree, twice."""
+    t, c = jnp.cos(X), jnp.sin(3 * X)
+    f = lambda x: train(name)(KEY, x, 0.4)  # noqa: E731
+    y, forward = jax.jvp(f, (X,), (t,))
+    same(y, f(X))
+    c = c[:, : y.shape[1]]
+    backward = jax.vjp(f, X)[1](c)[0]
+    assert float(jnp.abs(backward).max()) > 0
+    np.testing.assert_allclose(jnp.vdot(forward, c), jnp.vdot(t, backward), rtol=1e-4)
+    slope = (f(X + 1e-2 * t) - f(X - 1e-2 * t)) / 2e-2
+    np.testing.assert_allclose(forward, slope, rtol=1e-2, atol=1e-2)
+    g = jax.grad(lambda x: jnp.sum(jnp.sin(f(x))))
+    np.testing.assert_allclose(
+        jnp.vdot(t, jax.grad(lambda x: jnp.vdot(g(x), t))(X)), jnp.vdot(t, jax.jvp(g, (X,), (t,))[1]), rtol=1e-3
+    )
+
+
+@check
+def residuals(name):
+    """The backward pass is given seeds and rates: no mask, no noise; nor does a scan stack them."""
+    pull = jax.vjp(lambda x: train(name)(KEY, x, 0.5), X)[1]
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull) if hasattr(leaf, "nbytes")) <= 40
+    if name == "multi_sample_dropout":
+        return
+
+    def loss(x):
+        keys = jax.vmap(lambda i: jdrop.keys.derive(KEY, i))(jnp.arange(5))
+        return jax.lax.scan(lambda x, k: (jnp.sum(x) * 0 + train(name)(k, x, 0.5), None), x, keys)[0].sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(X))
+    stacked = set(re.findall(rf"\w+\[5,{','.join(map(str, SHAPE))}\]", text))
+    assert not stacked, stacked
+
+
+@check
+def key_use(name):
+    with jax.debug_key_reuse(True):
+        f = train(name)
+        key = jax.random.key(1)
+        f(key, X, 0.5)
+        with pytest.raises(jax.errors.KeyReuseError):
+            f(key, X, 0.5)
+        step = jax.jit(jax.grad(lambda x, k: jnp.sum(f(k, x, 0.5).astype("float32"))))
+        key = jax.random.key(2)
+        step(X, key)
+        with pytest.raises(jax.errors.KeyReuseError):
+            step(X, key)
+        key = jax.random.key(3)
+        MEMBERS[name](key, X, 0.5, train=False)
+        MEMBERS[name](key, X, 0.0, train=True)
+        f(key, X, 0.5)
+
+
+@check
+def tiles(name):
+    """In shard_map with ``shard=``, eight devices see the single-device result."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = name in ("token_dropout", "embedding_dropout of ids")
+    if rows:  # what the test makes of a tile must be the tile of the whole
+        return
+    f = jax.shard_map(
+        lambda k, x: train(name, shard=P("data"))(k, x, 0.5), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+    )
+    same(jax.jit(f)(KEY, X), train(name)(KEY, X, 0.5))
+    with pytest.raises(ValueError, match=r"key must vary over the manual mesh axes"):
+        g = jax.shard_map(
+            lambda k, x: train(name)(k, x, 0.5), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
+        )
+        jax.jit(g)(KEY, X)
+
+
+@check
+def meshes(name):
+    """On auto and explicit meshes: the single-device bits, no collective, no unsharded buffer."""
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        with jax.set_mesh(mesh):
+            x = jax.device_put(X, NamedSharding(mesh, P("data")))
+            key = jax.device_put(KEY, NamedSharding(mesh, P()))
+            f = jax.jit(lambda k, x: train(name)(k, x, 0.5))
+            if name not in ("token_dropout", "embedding_dropout of ids"):
+                same(f(key, x), train(name)(KEY, X, 0.5))
+                assert f(key, x).sharding.spec[0] == "data"
+                text = f.lower(key, x).compile().as_text()
+                assert not re.search(r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter", text)
+                whole = ",".join(map(str, train(name)(KEY, X, 0.5).shape))
+                assert f"[{whole}]" not in text, "a buffer of the unsharded size"
+
+
+@check
+def jax_generator(name):
+    y = train(name, generator="jax")(KEY, X, 0.5)
+    assert y.shape == train(name)(KEY, X, 0.5).shape
+    assert bool(jnp.any(y != train(name)(KEY, X, 0.5)))
+
+
+@check
+def generator_names(name):
+    with pytest.raises((ValueError, TypeError), match="generator"):
+        train(name, generator="torch")(KEY, X, 0.5)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("what", CHECKS)
+def test_members_keep_the_rules(what, name):
+    if (what, name) in EXEMPT:
+        with pytest.raises((AssertionError, TypeError, ValueError)):
+            CHECKS[what](name)
+    else:
+        CHECKS[what](name)
+
+
+def test_exemptions_name_checks_and_members():
+    assert {what for what, _ in EXEMPT} <= set(CHECKS) and {name for _, name in EXEMPT} <= set(MEMBERS)

@@ -1,0 +1,114 @@
+"""Gaussian members: the quantile function, moments, shares, and what they do at the limits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import jdrop
+from jdrop import noise
+
+KEY = jax.random.key(21)
+N = 2**22
+
+
+def exact(word):
+    """The quantile in float64, of the same 31 bits and sign."""
+    word = np.asarray(word, np.uint64)
+    tail = ((word >> 1) + 0.5) * 2.0**-31
+    return np.where(word & 1, -1, 1) * stats.norm.isf(tail / 2)
+
+
+def test_the_quantile_is_accurate_over_all_words():
+    some = np.random.default_rng(0).integers(0, 2**32, 2**20, dtype=np.uint64)
+    ends = np.concatenate([np.arange(2**16), 2**32 - 1 - np.arange(2**16)]).astype(np.uint64)
+    powers = (np.uint64(1) << np.arange(32, dtype=np.uint64)).repeat(3) + np.tile([0, 1, 2], 32).astype(np.uint64)
+    word = np.concatenate([some, ends, powers]) % 2**32
+    z = np.asarray(noise.normal(jnp.asarray(word.astype(np.uint32))), np.float64)
+    assert np.abs(z - exact(word)).max() < 5e-6  # what the docstring says
+    assert 6.33 < np.abs(z).max() < 6.34
+
+
+def test_the_sign_is_the_lowest_bit_and_size_falls_with_the_rest():
+    word = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 2**31, 10**5)) * 2, jnp.uint32)
+    z, minus = noise.normal(word), noise.normal(word + 1)
+    np.testing.assert_array_equal(z, -minus)
+    assert float(jnp.diff(z).max()) <= 2e-6, "monotone but for rounding"
+
+
+@pytest.mark.parametrize("shape", [(2**12, 2**10), (N,), (2**20, 4)])
+def test_added_noise_is_standard_normal(shape):
+    """Moments within 5 standard errors (of the k-th: sqrt((E z^2k - (E z^k)^2) / N)) and a Kolmogorov-Smirnov test."""
+    z = np.asarray(jdrop.gaussian_noise(KEY, jnp.zeros(shape), 1.0, train=True), np.float64).ravel()
+    for k, (mean, variance) in {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96)}.items():
+        assert abs((z**k).mean() - mean) < 5 * np.sqrt(variance / N), k
+    assert stats.kstest(z[:100_000], "norm").pvalue > 1e-6
+    assert abs((z[1:] * z[:-1]).mean()) < 5 / np.sqrt(N)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_gaussian_dropout_has_the_variance_of_dropout(rate):
+    """Variance r / (1 - r): its estimate from N draws has a standard error of sqrt(2 / N) of it."""
+    y = np.asarray(jdrop.gaussian_dropout(KEY, jnp.full((2048, 2048), 2.0), rate, train=True), np.float64) / 2
+    variance = rate / (1 - rate)
+    assert abs(y.mean() - 1) < 5 * np.sqrt(variance / N)
+    assert abs(y.var() / variance - 1) < 5 * np.sqrt(2 / N)
+
+
+def test_shared_axes_share_one_draw():
+    x = jnp.ones((4, 50, 8))
+    for f in (jdrop.gaussian_dropout, jdrop.gaussian_noise):
+        y = f(KEY, x, 0.5, train=True, shared_axes=1)
+        np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1], y.shape))
+        assert len(np.unique(y)) == 32
+        np.testing.assert_array_equal(y[:, :1], f(KEY, x[:, :1], 0.5, train=True))
+
+
+def test_arrays_of_rates_and_deviations():
+    x = jnp.ones((4, 300))
+    for f in (jdrop.gaussian_dropout, jdrop.gaussian_noise):
+        y = f(KEY, x, jnp.array([0.0, 0.1, 0.5, 0.9])[:, None], train=True)
+        np.testing.assert_array_equal(y[0], x[0])
+        assert float(y[1].std()) < float(y[2].std()) < float(y[3].std())
+        np.testing.assert_array_equal(y[2], f(KEY, x, 0.5, train=True)[2])
+
+
+def test_gradients_are_the_noise_itself():
+    x = jnp.linspace(1, 2, 600).reshape(2, 300)
+    g = jax.grad(lambda x: jdrop.gaussian_dropout(KEY, x, 0.5, train=True).sum())(x)
+    np.testing.assert_array_equal(g, jdrop.gaussian_dropout(KEY, jnp.ones_like(x), 0.5, train=True))
+    g = jax.grad(lambda x: jdrop.gaussian_noise(KEY, x, 0.5, train=True).sum())(x)
+    np.testing.assert_array_equal(g, jnp.ones_like(x))
+
+
+def test_noise_is_unrelated_to_the_mask_of_another_key_and_to_jax_random():
+    z = np.asarray(jdrop.gaussian_noise(KEY, jnp.zeros((2048, 1024)), 1.0, train=True))
+    other = np.asarray(jax.random.normal(KEY, z.shape))
+    assert abs((z * other).mean()) < 5 / np.sqrt(z.size)
+
+
+def test_limits():
+    x = jnp.ones((3, 200))
+    with pytest.raises(ValueError, match=r"gaussian_dropout: rate must lie in \[0, 1\): at 1 the variance is infinite"):
+        jdrop.gaussian_dropout(KEY, x, 1.0, train=True)
+    with pytest.raises(ValueError, match="at 1 the variance"):
+        jdrop.gaussian_dropout(KEY, x, np.array([0.5] * 199 + [1.0]), train=False)
+    y = jdrop.gaussian_dropout(KEY, x, jnp.float32(1), train=True)
+    assert bool(jnp.isfinite(y).all()) and float(y.std()) > 1000
+    np.testing.assert_array_equal(y, jdrop.gaussian_dropout(KEY, x, jnp.float32(7), train=True))
+    for bad in (-0.1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="gaussian_noise: stddev must be finite and at least 0"):
+            jdrop.gaussian_noise(KEY, x, bad, train=True)
+    np.testing.assert_array_equal(jdrop.gaussian_noise(KEY, x, jnp.float32(-1), train=True), x)
+    assert float(jdrop.gaussian_noise(KEY, x, 30.0, train=True).std()) > 20
+    with pytest.raises(TypeError, match="gaussian_noise: x must be float16, bfloat16, float32, float64, got"):
+        jdrop.gaussian_noise(KEY, x.astype("complex64"), 1.0, train=True)
+
+
+def test_sixteen_bit_floats_are_rounded_once():
+    x = (jnp.arange(1.0, 1025.0) / 64).astype("bfloat16").reshape(4, 256)
+    wide = jdrop.gaussian_dropout(KEY, x.astype("float32"), 0.5, train=True)
+    np.testing.assert_array_equal(jdrop.gaussian_dropout(KEY, x, 0.5, train=True), wide.astype("bfloat16"))
+    wide = jdrop.gaussian_noise(KEY, x.astype("float32"), 0.5, train=True)
+    np.testing.assert_array_equal(jdrop.gaussian_noise(KEY, x, 0.5, train=True), wide.astype("bfloat16"))

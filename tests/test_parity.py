@@ -1,0 +1,153 @@
+"""The same function in PyTorch and Keras: their formula or distribution against ours.
+
+Where they keep something, it is kept with the same factor; where they drop, as often: both fractions lie within 5
+standard errors of the rate. Where jdrop differs on purpose, the difference is what is tested.
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdrop
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+KEY = jax.random.key(91)
+RATE = 0.3
+X = np.random.default_rng(0).standard_normal((400, 6, 5, 32)).astype(np.float32) + 3  # [batch, height, width, channel]
+NCHW = np.moveaxis(X, -1, 1)
+
+
+@pytest.fixture
+def torch(need):
+    need("torch")
+    import torch
+
+    torch.manual_seed(0)
+    return torch
+
+
+@pytest.fixture
+def keras(need):
+    need("keras")
+    import keras
+
+    assert keras.backend.backend() == "jax"
+    return keras.layers
+
+
+def factors(y, x, groups):
+    """What groups of elements were multiplied by: one number for each, the same for all elements of it."""
+    ratio = np.asarray(y, np.float64) / x
+    axes = tuple(a for a in range(x.ndim) if a not in groups)
+    np.testing.assert_allclose(ratio.max(axes), ratio.min(axes), rtol=1e-6)
+    return ratio.max(axes).ravel()
+
+
+def agree(theirs, ours, n):
+    """The same two factors, each dropping a fraction within 5 standard errors of the rate."""
+    np.testing.assert_allclose(np.unique(theirs.round(5)), np.unique(ours.round(5)), rtol=2e-5)
+    for f in (theirs, ours):
+        assert len(f) == n and abs((f == 0).mean() - RATE) < 5 * np.sqrt(RATE * (1 - RATE) / n)
+
+
+def test_dropout_and_whole_maps_in_torch(torch):
+    f, t = torch.nn.functional, torch.from_numpy(NCHW.copy())
+    ours = jdrop.dropout(KEY, NCHW, RATE, train=True)
+    agree(factors(f.dropout(t, RATE), NCHW, (0, 1, 2, 3)), factors(ours, NCHW, (0, 1, 2, 3)), X.size)
+    ours = jdrop.channel_dropout(KEY, NCHW, RATE, train=True, channel_axis=1)
+    agree(factors(f.dropout2d(t, RATE), NCHW, (0, 1)), factors(ours, NCHW, (0, 1)), 400 * 32)
+    line = NCHW.reshape(400, 32, 30)
+    ours = jdrop.channel_dropout(KEY, line, RATE, train=True, channel_axis=1)
+    agree(factors(f.dropout1d(torch.from_numpy(line), RATE), line, (0, 1)), factors(ours, line, (0, 1)), 400 * 32)
+    single = line[0]  # an unbatched [channel, time]
+    ours = jdrop.channel_dropout(KEY, single, RATE, train=True, channel_axis=0, batch_axes=())
+    np.testing.assert_array_equal(
+        *(np.ptp(np.asarray(y) / single, axis=1) < 1e-6 for y in (ours, f.dropout1d(torch.from_numpy(single), RATE)))
+    )
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
+def test_alpha_dropout_in_torch(torch, rate):
+    """The two affine maps, kept and dropped, are the same. (Functional alpha_dropout of PyTorch needs training=True.)"""
+    t = torch.from_numpy(NCHW.copy())
+    for theirs, shared in (
+        (torch.nn.functional.alpha_dropout, ()),
+        (torch.nn.functional.feature_alpha_dropout, (2, 3)),
+    ):
+        y = np.asarray(theirs(t, rate, training=True))
+        ours = np.asarray(jdrop.alpha_dropout(KEY, NCHW, rate, train=True, shared_axes=shared))
+        low = ours.min()
+        assert abs(y.min() - low) < 1e-5
+        kept_y, kept = y > y.min() + 1e-3, ours > low + 1e-3
+        a, b = np.polyfit(NCHW[kept].astype(float), ours[kept].astype(float), 1)
+        np.testing.assert_allclose(y[kept_y], a * NCHW[kept_y] + b, atol=1e-4)
+        decisions = NCHW.size if not shared else 400 * 32
+        for k in (kept_y, kept):
+            assert abs(k.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / decisions)
+
+
+@pytest.mark.parametrize("block", [2, 5, (3, 4)])
+def test_blocks_as_max_pooling_in_torch(torch, block):
+    """DropBlock is written with max pooling in PyTorch's world (timm, torchvision): the same mask from the same seeds."""
+    seeds = np.random.default_rng(1).random((30, 16, 14)) < 0.05
+    high, wide = (block, block) if isinstance(block, int) else block
+    padded = torch.nn.functional.pad(torch.from_numpy(seeds).float(), (wide - 1, wide - 1, high - 1, high - 1))
+    theirs = 1 - torch.nn.functional.max_pool2d(padded, (high, wide), stride=1)
+    ours = jax.vmap(lambda s: jdrop.drop_block_mask(s, block))(jnp.asarray(seeds))
+    np.testing.assert_array_equal(ours, theirs.numpy() == 1)
+
+
+def test_whole_maps_and_steps_in_keras(keras):
+    layers = {
+        "SpatialDropout2D": (keras.SpatialDropout2D(RATE, seed=1), X, (0, 3)),
+        "SpatialDropout1D": (keras.SpatialDropout1D(RATE, seed=1), X.reshape(400, 30, 32), (0, 2)),
+        "Dropout with noise_shape": (keras.Dropout(RATE, noise_shape=(400, 1, 1, 32), seed=1), X, (0, 3)),
+    }
+    for layer, x, groups in layers.values():
+        ours = jdrop.channel_dropout(KEY, x, RATE, train=True)
+        agree(factors(layer(x, training=True), x, groups), factors(ours, x, groups), 400 * 32)
+
+
+def test_noise_in_keras(keras):
+    """Mean and standard deviation of both within 5 standard errors of the formula."""
+    ones = np.ones((1000, 1000), np.float32)
+    for layer, ours, deviation in (
+        (
+            keras.GaussianDropout(RATE, seed=1),
+            jdrop.gaussian_dropout(KEY, ones, RATE, train=True),
+            np.sqrt(RATE / (1 - RATE)),
+        ),
+        (keras.GaussianNoise(RATE, seed=1), jdrop.gaussian_noise(KEY, ones, RATE, train=True), RATE),
+    ):
+        for y in (layer(ones, training=True), ours):
+            y = np.asarray(y, np.float64)
+            assert abs(y.mean() - 1) < 5 * deviation / 1000
+            assert abs(y.std() / deviation - 1) < 5 * np.sqrt(0.5) / 1000
+
+
+def test_alpha_dropout_in_keras(keras):
+    theirs = np.asarray(keras.AlphaDropout(RATE, seed=1)(X, training=True))
+    ours = np.asarray(jdrop.alpha_dropout(KEY, X, RATE, train=True))
+    assert abs(theirs.min() - ours.min()) < 1e-5
+    for y in (theirs, ours):
+        kept = y > ours.min() + 1e-3
+        np.testing.assert_allclose(
+            y[kept],
+            np.poly1d(np.polyfit(X[kept].astype(float), ours[kept] if y is ours else y[kept], 1))(X[kept]),
+            atol=1e-4,
+        )
+    assert abs((theirs == theirs.min()).mean() - RATE) < 5 * np.sqrt(RATE * (1 - RATE) / X.size)
+
+
+def test_where_jdrop_differs_on_purpose(torch, keras):
+    """PyTorch spreads a dropped NaN on CPU; Keras divides by zero at rate 1."""
+    bad = np.full(1000, np.nan, np.float32)
+    assert np.isnan(np.asarray(torch.nn.functional.dropout(torch.from_numpy(bad), 0.5))).all()
+    assert (np.asarray(jdrop.dropout(KEY, bad, 0.5, train=True)) == 0).any()
+    np.testing.assert_array_equal(jdrop.alpha_dropout(KEY, X, 1.0, train=True), np.zeros_like(X))
+    with pytest.raises(ZeroDivisionError):
+        keras.AlphaDropout(1.0, seed=1)(X, training=True)
+    assert jnp.isfinite(jdrop.gaussian_dropout(KEY, X, jnp.float32(1), train=True)).all()

@@ -1,0 +1,209 @@
+"""drop_connect and embedding_dropout: masks by path, and by word."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jdrop
+
+KEY = jax.random.key(51)
+PARAMS = {
+    "lstm": [{"w": jnp.ones((64, 100)), "b": jnp.ones(100)}, {"w": jnp.ones((64, 100)), "b": jnp.ones(100)}],
+    "step": jnp.int32(3),
+    "key": jax.random.key(0),
+    "scale": jnp.ones((), "bfloat16"),
+}
+
+
+def same(a, b):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_leaves_have_masks_of_their_own():
+    y = jdrop.drop_connect(KEY, PARAMS, 0.5, train=True)
+    assert jax.tree.structure(y) == jax.tree.structure(PARAMS)
+    first, second = (y["lstm"][i]["w"] for i in (0, 1))
+    for w in (first, second):
+        assert set(np.unique(w)) == {0.0, 2.0}
+        assert abs(float((w == 0).mean()) - 0.5) < 5 * np.sqrt(0.25 / w.size)
+    agree = float((first == second).mean())
+    assert abs(agree - 0.5) < 5 * np.sqrt(0.25 / first.size)
+    assert y["step"] is PARAMS["step"] and y["key"] is PARAMS["key"]
+    assert y["scale"].dtype == jnp.bfloat16
+
+
+def test_a_mask_depends_on_path_and_shape_alone():
+    y = jdrop.drop_connect(KEY, PARAMS, 0.5, train=True)
+    less = {"lstm": [PARAMS["lstm"][0]]}
+    same(jdrop.drop_connect(KEY, less, 0.5, train=True)["lstm"][0]["w"], y["lstm"][0]["w"])
+    place = jdrop.keys.derive(KEY, "drop_connect", "lstm", 0, "w")
+    same(jdrop.dropout(place, PARAMS["lstm"][0]["w"], 0.5, train=True), y["lstm"][0]["w"])
+    single = jdrop.drop_connect(KEY, jnp.ones(50), 0.5, train=True)
+    same(jdrop.dropout(jdrop.keys.derive(KEY, "drop_connect"), jnp.ones(50), 0.5, train=True), single)
+
+
+def test_where_chooses_by_path_and_leaf():
+    seen = []
+
+    def hidden(path, leaf):
+        seen.append(jax.tree_util.keystr(path))
+        return "['w']" in seen[-1] and leaf.ndim == 2
+
+    y = jdrop.drop_connect(KEY, PARAMS, 0.5, train=True, where=hidden)
+    assert y["lstm"][0]["b"] is PARAMS["lstm"][0]["b"] and y["scale"] is PARAMS["scale"]
+    assert bool((y["lstm"][1]["w"] == 0).any())
+    assert "['step']" not in seen and "['lstm'][0]['b']" in seen
+
+
+def test_eval_returns_the_tree_itself_and_gradients_are_masked():
+    assert jdrop.drop_connect(None, PARAMS, 0.5, train=False) is PARAMS
+    assert jdrop.drop_connect(None, PARAMS, 0.0, train=True) is PARAMS
+    w = {"w": jnp.full((8, 200), jnp.inf)}
+    g = jax.grad(lambda p: jdrop.drop_connect(KEY, p, 0.5, train=True)["w"].sum())(w)["w"]
+    same(g, jdrop.drop_connect(KEY, {"w": jnp.ones((8, 200))}, 0.5, train=True)["w"])
+
+
+def test_tiles_of_leaves_in_shard_map():
+    mesh = jax.make_mesh((8,), ("m",), axis_types=(AxisType.Auto,))
+    params, specs = {"a": jnp.ones((16, 30)), "b": jnp.ones((5, 64))}, {"a": P("m"), "b": P(None, "m")}
+    f = jax.shard_map(
+        lambda k, p: jdrop.drop_connect(k, p, 0.5, train=True, shard=specs),
+        mesh=mesh,
+        in_specs=(P(), specs),
+        out_specs=specs,
+    )
+    jax.tree.map(same, f(KEY, params), jdrop.drop_connect(KEY, params, 0.5, train=True))
+
+
+def test_drop_connect_errors():
+    for call, error, text in [
+        (
+            lambda: jdrop.drop_connect(KEY, {"w": 1.0}, 0.5, train=True),
+            TypeError,
+            "drop_connect: params must hold arrays, got 1.0",
+        ),
+        (
+            lambda: jdrop.drop_connect(KEY, PARAMS, 0.5, train=True, where=2),
+            TypeError,
+            "drop_connect: where must be a pred",
+        ),
+        (
+            lambda: jdrop.drop_connect(KEY, PARAMS, jnp.ones(2), train=True),
+            ValueError,
+            "drop_connect: rate must broadcast",
+        ),
+        (
+            lambda: jdrop.drop_connect(None, PARAMS, 0.5, train=True),
+            TypeError,
+            "drop_connect: key must be a PRNG key when",
+        ),
+        (
+            lambda: jdrop.drop_connect(KEY, PARAMS, 0.5, train=True, shard=[P()]),
+            ValueError,
+            "drop_connect: shard must be",
+        ),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
+
+
+# ------------------------------------------------------------------------------------ embeddings
+
+
+@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("vocab,dtype", [(1, "int32"), (5, "uint8"), (200, "int16"), (70_000, "int32")])
+def test_gathered_rows_equal_rows_of_the_dropped_table(vocab, generator, dtype):
+    table = jnp.arange(1.0, 1 + 3 * vocab).reshape(vocab, 3)
+    ids = (jnp.arange(40).reshape(4, 10) * 7919 % min(vocab, 127)).astype(dtype)
+    dropped = jdrop.embedding_dropout(KEY, table, 0.4, train=True, generator=generator)
+    y = jdrop.embedding_dropout(KEY, table[ids], 0.4, train=True, ids=ids, generator=generator)
+    same(y, dropped[ids])
+    same(jdrop.dropout(KEY, table, 0.4, train=True, shared_axes=1, generator=generator), dropped)
+
+
+def test_wide_ids_and_high_words(x64):
+    table = jnp.ones((300, 2))
+    ids = jnp.arange(300, dtype=jnp.int64)
+    same(
+        jdrop.embedding_dropout(KEY, table[ids], 0.5, train=True, ids=ids),
+        jdrop.embedding_dropout(KEY, table, 0.5, train=True),
+    )
+    far = ids + 2**40
+    y = jdrop.embedding_dropout(KEY, jnp.ones((300, 2)), 0.5, train=True, ids=far)
+    mask = jdrop.dropout_mask(KEY, (2**41, 1), 0.5, window=((2**40, 300), (0, 1)))
+    same(y != 0, jnp.broadcast_to(mask, (300, 2)))
+
+
+def test_ids_outside_count_as_jax_gathers_them():
+    table = jnp.ones((50, 2))
+    ids = jnp.array([-1, -50, 49, 50, 1000, 0])
+    y = jdrop.embedding_dropout(KEY, table[ids], 0.5, train=True, ids=ids, vocab_size=50)
+    same(y, jdrop.embedding_dropout(KEY, table, 0.5, train=True)[ids])
+
+
+def test_the_vocabulary_costs_nothing():
+    ids, x = jnp.zeros((4, 8), jnp.int32), jnp.ones((4, 8, 16))
+    f = jax.jit(lambda k, x: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=ids, vocab_size=10**9))
+    assert f.lower(KEY, x).compile().memory_analysis().temp_size_in_bytes < 4096
+    y = f(KEY, x)
+    same(y, jnp.broadcast_to(y[:1, :1], y.shape))
+
+
+def test_rates_by_word_and_under_vmap():
+    ids = jnp.array([[0, 1, 2, 0], [2, 2, 1, 0]])
+    x = jnp.ones((2, 4, 3))
+    rate = jnp.where(ids == 2, 1.0, 0.0)[..., None]
+    y = jdrop.embedding_dropout(KEY, x, rate, train=True, ids=ids)
+    same(y, jnp.where((ids == 2)[..., None], 0.0, x))
+    keys = jax.random.split(KEY, 2)
+    f = lambda k, x, i: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=i)  # noqa: E731
+    same(jax.vmap(f)(keys, x, ids), jnp.stack([f(*args) for args in zip(keys, x, ids, strict=True)]))
+    same(jax.grad(lambda x: f(KEY, x, ids).sum())(x), f(KEY, x, ids))
+
+
+def test_ids_on_tiles_and_meshes():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    ids, x = jnp.arange(64).reshape(16, 4) % 9, jnp.ones((16, 4, 5))
+    whole = jdrop.embedding_dropout(KEY, x, 0.5, train=True, ids=ids)
+    f = lambda k, x, i, **o: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=i, **o)  # noqa: E731
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(a, jax.NamedSharding(mesh, P("d"))) for a in (x, ids)]
+        compiled = jax.jit(f).lower(KEY, *placed).compile()
+        same(jax.jit(f)(KEY, *placed), whole)
+        assert "all-" not in compiled.as_text()
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    tiled = jax.shard_map(
+        lambda k, x, i: f(k, x, i, shard=P("d")), mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P("d")
+    )
+    same(jax.jit(tiled)(KEY, x, ids), whole)
+
+
+def test_embedding_errors():
+    x, ids = jnp.ones((2, 4, 3)), jnp.zeros((2, 4), jnp.int32)
+    f = lambda x=x, k=KEY, **o: jdrop.embedding_dropout(k, x, 0.5, train=True, **o)  # noqa: E731
+    for call, error, text in [
+        (
+            lambda: f(ids=ids[0]),
+            ValueError,
+            r"embedding_dropout: ids must have the leading axes of x, whose shape is \(2, 4, 3\), got shape \(4,\)",
+        ),
+        (lambda: f(ids=x), TypeError, "embedding_dropout: ids must be an integer array"),
+        (lambda: f(ids=ids, vocab_size=0), ValueError, "embedding_dropout: vocab_size must be at least 1"),
+        (lambda: f(vocab_size=3), ValueError, "embedding_dropout: vocab_size must be the number of rows of x, got 3"),
+        (lambda: f(jnp.ones(())), ValueError, "embedding_dropout: x must have an axis of rows"),
+        (
+            lambda: f(ids=np.array(ids) - 1),
+            ValueError,
+            "embedding_dropout: ids must not be negative without vocab_size, got -1",
+        ),
+        (
+            lambda: f(ids=ids, generator="jax", k=jax.random.key(0, impl="rbg")),
+            NotImplementedError,
+            "embedding_dropout: generator must be",
+        ),
+    ]:
+        with pytest.raises(error, match=text):
+            call()
