@@ -58,8 +58,9 @@ def gaussian_dropout(
       Networks from Overfitting, JMLR, section 10.
 
     Limits:
-      A number has 32 random bits: the noise lies within 6.34 standard deviations, and is accurate to 5e-6 of one.
-      Where a platform computes in another order, results may differ in the last two digits of the binary fraction.
+      A number has 32 random bits: the noise lies within 6.34 standard deviations, and is accurate to 5e-6 of one. The
+      words are the same on every platform; real arithmetic is not where one contracts ``a * b + c`` and another does
+      not: results then differ by up to 10 units in the last place.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdrop

