@@ -81,13 +81,7 @@ def check(
 
 def scale(draw: Draw, x: Array, kept: Array) -> Array:
     """Divide by the keep probability where x is kept, 0 elsewhere."""
-    return draw.multiply(x, inverse(draw.probability(_linear.real_dtype(x))), where=kept)
-
-
-def inverse(keep: Array) -> Array:
-    """Return ``1 / keep``, or 1 where nothing is kept."""
-    one = jnp.ones_like(keep)
-    return one / jnp.where(keep == 0, one, keep)
+    return draw.multiply(x, 1 / draw.probability(_linear.real_dtype(x)), where=kept)  # 1 / 0 where nothing is kept
 
 
 def _scale(draw: Draw, x: Array) -> Array:

@@ -156,7 +156,7 @@ class _Blocks:
         size = math.prod(kept.shape[axis] for axis in self.example)
         real = _linear.real_dtype(x)
         count = jnp.sum(kept, axis=self.example, keepdims=True, dtype=jnp.int32).astype(real)
-        scale = size / jnp.maximum(count, 1)
+        scale = size / count  # infinite where all is dropped, and then not used
         nan = jnp.any(jnp.isnan(draw.rate), axis=[a for a in self.example if a < draw.rate.ndim], keepdims=True)
         return draw.multiply(x, jnp.where(nan, jnp.full_like(scale, jnp.nan), scale), where=kept | nan)
 

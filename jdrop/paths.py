@@ -126,6 +126,6 @@ def stochastic_depth(
     x, kept, keep = vary_together(x, kept, keep)
 
     def added(x: Array) -> Array:
-        return x + _linear.multiply(branch(x), _member.inverse(keep), where=jnp.ones_like(kept))
+        return x + _linear.multiply(branch(x), 1 / keep, where=jnp.ones_like(kept))
 
     return lax.cond(kept, added, lambda x: x, x)

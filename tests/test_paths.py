@@ -96,6 +96,7 @@ def test_rate_one_leaves_x_and_finite_gradients_also_under_vmap(rate):
     np.testing.assert_array_equal(f(KEY, x), x)
     np.testing.assert_array_equal(jax.vmap(f)(keys, x), x)
     np.testing.assert_array_equal(jax.vmap(jax.grad(lambda x, k: f(k, x).sum()))(x, keys), jnp.ones_like(x))
+    np.testing.assert_array_equal(jax.grad(lambda x: jax.vmap(f)(keys, x).sum())(x), jnp.ones_like(x))
 
 
 def test_errors():

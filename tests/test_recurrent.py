@@ -66,6 +66,13 @@ def test_zoneout_gradients_go_where_values_came_from():
     same(summed, sum(1 - np.asarray(jdrop.dropout_mask(jax.random.clone(k), (200,), 0.4), np.float32) for k in keys))
 
 
+def test_a_nan_rate_gives_nan_to_value_and_gradients():
+    x = jnp.ones((2, 200))
+    y, pull = jax.vjp(lambda new, old: jdrop.zoneout(KEY, new, jnp.float32(jnp.nan), old, train=True), x, x)
+    for a in (y, *pull(x)):
+        assert bool(jnp.isnan(a).all())
+
+
 def test_zoneout_gives_the_expectation_in_evaluation():
     new, old = jnp.linspace(-1, 1, 300), jnp.linspace(3, 2, 300)
     y = jdrop.zoneout(None, new, 0.3, old, train=False)

@@ -10,6 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jdrop
+from jdrop import bits, keys
 
 KEY = jax.random.key(61)
 
@@ -100,6 +101,18 @@ def test_the_number_of_tokens_rounds_half_up(n, rate, kept):
     assert bool((jnp.diff(indices) > 0).all())
     same(indices[:, :2], [[0, 1]] * 2)
     same(y, jnp.take_along_axis(x, indices[..., None], axis=1))
+
+
+@pytest.mark.parametrize("shape,axis,prefix", [((3, 40, 5), 1, 0), ((3, 40, 5), 1, 2), ((200, 3), 0, 1)])
+def test_the_tokens_with_the_largest_words_stay(shape, axis, prefix):
+    """The words are those of a mask of shape [*batch, tokens], so a mask at a rate between two words cuts there."""
+    decided = (*shape[:axis], shape[axis] - prefix)
+    seed = keys.seed(keys.consume(jax.random.clone(KEY)))
+    word = np.asarray(bits.word((seed[0], seed[1]), *bits.indices(decided, decided)))
+    _, indices = jdrop.patch_dropout(KEY, jnp.ones(shape), 0.25, train=True, token_axis=axis, num_prefix=prefix)
+    kept = round(0.75 * decided[-1])
+    largest = np.sort(np.argsort(word, axis=-1)[..., -kept:], axis=-1) + prefix
+    same(indices[..., prefix:], largest)
 
 
 def test_every_subset_is_equally_likely():
