@@ -63,7 +63,7 @@ def integers(function: str, argument: str, value: Any) -> None:
     """Require an array of integers."""
     known = isinstance(value, (jax.Array, np.ndarray, np.generic)) and not is_typed_key(value)
     if not known or not jnp.issubdtype(value.dtype, jnp.integer):
-        fix = "pass token ids as an integer array"
+        fix = "convert it to int32"
         raise TypeError(text(function, argument, "must be an integer array", describe(value), fix))
 
 
@@ -72,7 +72,9 @@ def flag(function: str, argument: str, value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, jax.core.Tracer):
-        fix = f"pass rate=jnp.where({argument}, rate, 0.), or list {argument} in static_argnames"
+        fix = f"list {argument} in static_argnames"
+        if argument == "train":
+            fix = f"pass rate=jnp.where(train, rate, 0.), or {fix}"
         raise TypeError(text(function, argument, "must be static", "a traced value", fix))
     raise TypeError(text(function, argument, "must be a bool", describe(value), f"pass {argument}=True or False"))
 
@@ -104,7 +106,7 @@ def rate(
 
 
 def axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, ...]:
-    """Require distinct axes of an array, negative ones allowed, and return them from 0 up."""
+    """Require distinct axes of an array, negative ones allowed, and return them counted from 0, in the order given."""
     try:
         found = [operator.index(a) for a in (value if isinstance(value, Iterable) else (value,))]
     except TypeError:
@@ -113,20 +115,29 @@ def axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, ...]
     if any(not -ndim <= a < ndim for a in found):
         fix = f"use axes from {-ndim} to {ndim - 1}" if ndim else "an array without axes takes none"
         raise ValueError(text(function, argument, f"must be axes of an array with {ndim} axes", describe(value), fix))
-    canonical = tuple(sorted(a % ndim for a in found))
+    canonical = tuple(a % ndim for a in found)
     if len(set(canonical)) != len(canonical):
         raise ValueError(text(function, argument, "must not repeat an axis", describe(value), "name each axis once"))
     return canonical
 
 
+def axis(function: str, argument: str, value: Any, ndim: int) -> int:
+    """Require one axis of an array, and return it counted from 0."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, (bool, np.bool_)):
+        raise TypeError(text(function, argument, "must be an axis", describe(value), "pass an int"))
+    return axes(function, argument, value, ndim)[0]
+
+
 def different_axes(function: str, ndim: int, **named: Any) -> tuple[int, ...]:
-    """Require axes that are all different, and return them."""
-    found = [axis for argument, value in named.items() for axis in axes(function, argument, value, ndim)]
-    if len(set(found)) != len(found):
-        first, *rest = named
-        rule = f"must be none of {' and '.join(rest)}"
-        raise ValueError(text(function, first, rule, named[first], "name each axis once"))
-    return tuple(found)
+    """Require axes that are all different, and return them in the order given."""
+    owner: dict[int, str] = {}
+    for argument, value in named.items():
+        for one in axes(function, argument, value, ndim):
+            if one in owner:
+                rule = f"must be none of {owner[one]}"
+                raise ValueError(text(function, argument, rule, value, "name each axis once"))
+            owner[one] = argument
+    return tuple(owner)
 
 
 def choice(function: str, argument: str, value: Any, choices: Sequence[str]) -> None:

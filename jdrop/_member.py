@@ -89,15 +89,16 @@ def _scale(draw: Draw, x: Array) -> Array:
 
 
 def _select(draw: Draw, x: Array) -> Array:
-    return draw.multiply(x, _one_or_nan(draw, x), where=draw.kept())
+    return draw.multiply(x, one_or_nan(draw, x), where=draw.kept())
 
 
 def _select_dropped(draw: Draw, x: Array) -> Array:
-    factor = _one_or_nan(draw, x)
+    factor = one_or_nan(draw, x)
     return draw.multiply(x, factor, where=~draw.kept() | jnp.isnan(factor))
 
 
-def _one_or_nan(draw: Draw, x: Array) -> Array:
+def one_or_nan(draw: Draw, x: Array) -> Array:
+    """The factor of values that are not scaled: 1, or NaN where the rate is."""
     keep = draw.probability(_linear.real_dtype(x))
     return jnp.where(jnp.isnan(keep), keep, jnp.ones_like(keep))
 
@@ -109,6 +110,5 @@ DROPPED = Rule(_select_dropped)  # dropped values as they are, 0 where kept
 
 def scaled(function: str, key: Array | None, x: Array, rate: RateLike, *, train: bool, **options: Any) -> Array:
     """Multiply by a mask over the keep probability: the members that differ in the axes that share decisions."""
-    _checks.array(function, "x", x)
     call = check(function, key, x.shape, rate, train=train, **options)
     return x if call.idle else call.apply(SCALED, x)

@@ -39,6 +39,11 @@ def check_key_varies(function: str, key: Array | None, shard: Shard) -> None:
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if shard is None and manual and key is not None:
         alike = [name for name in manual if name not in jax.typeof(key).manual_axis_type.varying]
+        if alike and not jax.typeof(lax.axis_index(alike[0])).manual_axis_type.varying:
+            fix = "pass shard=PartitionSpec() to draw from the key as it is, or shard= the PartitionSpec of x"
+            rule = f"must be known to vary over the manual mesh axes {tuple(alike)} when shard is None"
+            got = "a type that does not tell (jax.pmap, or check_vma=False)"
+            raise ValueError(_checks.text(function, "key", rule, got, fix))
         if alike:
             fix = "pass shard=, the PartitionSpec of x, or shard=PartitionSpec() if every tile shall have the same mask"
             rule = f"must vary over the manual mesh axes {tuple(alike)} when shard is None"
@@ -64,8 +69,25 @@ def explicit_sharding(sharding: NamedSharding) -> NamedSharding | None:
     return sharding if sharding.mesh.explicit_axes else None
 
 
+def repeat_like(x: Array, mapped: Array, axis: int) -> Array:
+    """Give x a new first axis like one of another array: of its size, and on an explicit mesh of its sharding."""
+    sharding = explicit_sharding(jax.typeof(mapped).sharding)
+    if sharding is not None:
+        sharding = sharding.update(spec=PartitionSpec(sharding.spec[axis], *jax.typeof(x).sharding.spec))
+    return jnp.broadcast_to(x, (mapped.shape[axis], *x.shape), out_sharding=sharding)
+
+
 def vary_together(*arrays: Any) -> tuple[Any, ...]:
     """Cast arrays inside ``jax.shard_map`` to the union of the mesh axes that any of them varies over."""
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    axes = frozenset().union(*varying)
-    return tuple(lax.pcast(a, tuple(axes - own), to="varying") if axes - own else a for a, own in zip(arrays, varying))
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    return tuple(_vary(a, axes) for a in arrays)
+
+
+def vary_like(x: Array, aval: Any) -> Array:
+    """Cast an array inside ``jax.shard_map`` to the mesh axes that a type varies over, beside its own."""
+    return _vary(x, aval.manual_axis_type.varying)
+
+
+def _vary(x: Array, axes: frozenset[str]) -> Array:
+    missing = axes - jax.typeof(x).manual_axis_type.varying
+    return lax.pcast(x, tuple(missing), to="varying") if missing else x

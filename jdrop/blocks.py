@@ -60,6 +60,7 @@ def drop_block(
     Raises:
       ValueError: a rate, an axis, a size or an option is out of range, or a block is larger than the map.
       TypeError: an argument is of the wrong type, ``key`` is missing, or ``train`` is traced.
+      NotImplementedError: ``shard`` splits an axis of space or channels.
 
     References:
       Ghiasi, Lin, Le (2018), DropBlock: A Regularization Method for Convolutional Networks, NeurIPS.
@@ -73,19 +74,23 @@ def drop_block(
     """
     name = "drop_block"
     _checks.array(name, "x", x)
-    space = _in_order(name, spatial_axes, x.ndim)
-    own = _checks.different_axes(name, x.ndim, spatial_axes=space, channel_axis=channel_axis, batch_axes=batch_axes)
+    space = _checks.axes(name, "spatial_axes", spatial_axes, x.ndim)
+    channel = _checks.axis(name, "channel_axis", channel_axis, x.ndim)
+    if not 1 <= len(space) <= 3:
+        rule = "must be 1 to 3 axes"
+        raise ValueError(_checks.text(name, "spatial_axes", rule, spatial_axes, "name the axes of space"))
+    own = _checks.different_axes(name, x.ndim, spatial_axes=space, channel_axis=channel, batch_axes=batch_axes)
     if len(own) != x.ndim:
         rule = f"must name each of the {x.ndim} axes of x, with spatial_axes and channel_axis"
         raise ValueError(_checks.text(name, "batch_axes", rule, batch_axes, "add the axes that are left"))
-    channel = own[len(space)]
     coupled = (channel,) if _checks.flag(name, "couple_channels", couple_channels) else ()
     sizes = tuple(x.shape[axis] for axis in space)
     block = _block(name, block_size, sizes)
     blocks = _Blocks(space, block, tuple(sorted({*space, channel})), coupled)
     call = _member.check(name, key, x.shape, rate, train=train, decided=blocks.starts, generator=generator, shard=shard)
     if any(call.names[axis] for axis in (*space, channel) if axis < len(call.names)):
-        raise ValueError(_checks.text(name, "shard", "must split batch axes only", shard, "gather the other axes"))
+        rule = "must split batch axes only"
+        raise NotImplementedError(_checks.text(name, "shard", rule, shard, "gather the other axes"))
     if call.idle:
         return x
     share = math.prod(sizes) / (math.prod(block) * math.prod(n - b + 1 for n, b in zip(sizes, block)))
@@ -168,14 +173,6 @@ def _spread(seeds: Array, axes: Sequence[int], block: Sequence[int]) -> Array:
         padding = [(b - 1, b - 1) if k == axis else (0, 0) for k in range(seeds.ndim)]
         seeds = lax.reduce_window(seeds, False, lax.bitwise_or, window, [1] * seeds.ndim, padding)
     return seeds
-
-
-def _in_order(function: str, value: Any, ndim: int) -> tuple[int, ...]:
-    """Require 1 to 3 axes, and return them from 0 up but in the order given."""
-    found = _checks.axes(function, "spatial_axes", value, ndim)
-    if not 1 <= len(found) <= 3:
-        raise ValueError(_checks.text(function, "spatial_axes", "must be 1 to 3 axes", value, "name the axes of space"))
-    return found if isinstance(value, int) else tuple(int(axis) % ndim for axis in value)
 
 
 def _block(function: str, value: Any, sizes: Sequence[int | None]) -> tuple[int, ...]:

@@ -55,7 +55,8 @@ def channel_dropout(
     """
     name = "channel_dropout"
     _checks.array(name, "x", x)
-    own = _checks.different_axes(name, x.ndim, channel_axis=channel_axis, batch_axes=batch_axes)
+    channel = _checks.axis(name, "channel_axis", channel_axis, x.ndim)
+    own = _checks.different_axes(name, x.ndim, batch_axes=batch_axes, channel_axis=channel)
     shared = [axis for axis in range(x.ndim) if axis not in own]
     options: Any = {"shared_axes": shared, "generator": generator, "shard": shard}
     return _member.scaled(name, key, x, rate, train=train, **options)

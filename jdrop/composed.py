@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jdrop import _checks, _linear, _member, keys
+from jdrop import _checks, _linear, _member, decisions, keys
 from jdrop._shards import Shard
 from jdrop.decisions import Generator, RateLike
 
@@ -60,13 +60,14 @@ def bias_dropout_add(
     name = "bias_dropout_add"
     _checks.array(name, "x", x)
     _checks.array(name, "residual", residual)
+    x, residual = jnp.asarray(x), jnp.asarray(residual)
     if (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        rule = f"must be {_checks.describe(jnp.asarray(x))}, as x is"
-        got = _checks.describe(jnp.asarray(residual))
+        rule, got = f"must be {_checks.describe(x)}, as x is", _checks.describe(residual)
         raise ValueError(_checks.text(name, "residual", rule, got, "pass the input of the branch"))
     if bias is not None:
         _checks.array(name, "bias", bias)
         _checks.broadcasts(name, "bias", bias, x.shape)
+        bias = jnp.asarray(bias)
         if bias.dtype != x.dtype:
             rule = f"must be of the dtype of x, {x.dtype}"
             raise ValueError(_checks.text(name, "bias", rule, bias.dtype, "cast it"))
@@ -138,9 +139,9 @@ def multi_sample_dropout(
         raise TypeError(_checks.text(name, "head", "must be a function", _checks.describe(head), "pass the head"))
     number = _checks.count(name, "num_samples", num_samples)
     call = _member.check(name, key, x.shape, rate, train=train, generator=generator, shard=shard)
-    if call.idle or key is None:
-        return head(_member.scaled(name, key, x, rate, train=train, generator=generator, shard=shard))
-    own = keys.spend(key)
+    if call.idle:
+        return head(x)
+    own = keys.spend(decisions.needed(name, key))
 
     def sample(index: Array) -> Any:
         place = keys.derive(own, name, index)

@@ -64,9 +64,7 @@ def operands(
 
     ``part`` tells that bits by index are needed.
     """
-    if key is None:
-        fix = "pass a key, or train=False, or rate=0."
-        raise TypeError(_checks.text(function, "key", "must be a PRNG key when something is dropped", "None", fix))
+    key = needed(function, key)
     if generator == "fast":
         return "fast", keys.seed(keys.consume(key)), probability(rate, generator)
     source = _jax_source(function, key)
@@ -75,6 +73,14 @@ def operands(
         rule = 'must be "fast" for a part of a mask, unless the bits of the key can be drawn by index'
         raise NotImplementedError(_checks.text(function, "generator", rule, f"'jax' with {key.dtype} key", fix))
     return source, keys.consume(key), probability(rate, generator)
+
+
+def needed(function: str, key: Array | None) -> Array:
+    """Require a key, because something is dropped."""
+    if key is None:
+        fix = "pass a key, or train=False, or rate=0."
+        raise TypeError(_checks.text(function, "key", "must be a PRNG key when something is dropped", "None", fix))
+    return key
 
 
 def probability(rate: np.ndarray | Array, generator: Generator) -> Array:

@@ -88,8 +88,9 @@ def dropout(
 
 def _expectation(x: Array, rate: np.ndarray | Array, generator: Generator) -> Array:
     """``x * keep_probability``: what evaluation does in the original form."""
+    x = jnp.asarray(x)
     keep = decisions.expectation(rate, generator, _linear.real_dtype(x))
-    return _linear.multiply(jnp.asarray(x), keep, where=keep != 0)
+    return _linear.multiply(x, keep, where=keep != 0)
 
 
 _LIMIT = -1.7580993408473766  # SELU(-inf) = -alpha * lambda of Klambauer et al.
@@ -158,7 +159,9 @@ def _alpha(draw: Draw, x: Array) -> Array:
 def _alpha_factor(draw: Draw, x: Array) -> tuple[Array, Array]:
     q = draw.probability(_linear.real_dtype(x))
     some = jnp.where(q == 0, jnp.ones_like(q), q)
-    return q, 1 / jnp.sqrt(some * (1 + (1 - some) * _LIMIT**2))
+    # q + s**2 * q * (1 - q), without a sum of a product, which a compiler may or may not contract; exactly 1 for q = 1
+    a = jnp.sqrt(1 / (some * (_LIMIT**2 * ((1 + _LIMIT**-2) - some))))
+    return q, jnp.where(some == 1, jnp.ones_like(a), a)
 
 
 def _alpha_gradient(draw: Draw, x: Array) -> Array:

@@ -71,7 +71,7 @@ def dropout_mask(
     if key is not None:
         _checks.key(name, key)
     sharding = _out_sharding(name, size, out_sharding)
-    if decisions.is_zero(rate) and key is None:
+    if decisions.is_zero(rate):
         return jnp.ones(size, bool, out_sharding=sharding)
     source, words, rate = decisions.operands(name, key, rate, generator, part=start is not None)
     return _dropout_mask(words, rate, start, layout=decisions.layout(name, whole, source), size=size, sharding=sharding)

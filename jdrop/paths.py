@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jdrop import _checks, _linear, _member, decisions
-from jdrop._shards import Shard, vary_together
+from jdrop._shards import Shard, vary_like, vary_together
 from jdrop.decisions import Generator, RateLike
 
 
@@ -111,16 +112,17 @@ def stochastic_depth(
     call = _member.check(name, key, x.shape, rate, train=train, decided=lambda _: (), generator=generator, shard=shard)
 
     def branch(x: Array) -> Array:
-        y = jnp.asarray(fn(x))
+        y = fn(x)
+        _checks.array(name, "fn(x)", y)
         if (y.shape, y.dtype) != (x.shape, x.dtype):
             rule = f"must return {_checks.describe(x)}, as x is"
             raise ValueError(_checks.text(name, "fn", rule, _checks.describe(y), "add a projection to the branch"))
-        return y
+        return jnp.asarray(y)
 
     x = jnp.asarray(x)
     if call.idle:
         return x + branch(x)
-    words, traced, _, layout = call.operands()
+    words, traced, _, layout = call._replace(names=()).operands()  # one decision: no tile is a part of it
     kept = decisions.keep(layout, words, lax.stop_gradient(traced), ())
     keep = decisions.keep_probability(layout.source, lax.stop_gradient(traced), _linear.real_dtype(x))
     x, kept, keep = vary_together(x, kept, keep)
@@ -128,4 +130,5 @@ def stochastic_depth(
     def added(x: Array) -> Array:
         return x + _linear.multiply(branch(x), 1 / keep, where=jnp.ones_like(kept))
 
-    return lax.cond(kept, added, lambda x: x, x)
+    out = jax.make_jaxpr(added)(x).out_avals[0]
+    return lax.cond(kept, added, lambda x: vary_like(x, out), x)

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jdrop import _checks, _linear, _member, decisions
@@ -106,25 +106,32 @@ def zoneout(
     name = "zoneout"
     _checks.array(name, "new", new)
     _checks.array(name, "old", old)
-    if (old.shape, old.dtype) != (new.shape, new.dtype):
-        rule = f"must be {_checks.describe(jnp.asarray(new))}, as new is"
-        raise ValueError(_checks.text(name, "old", rule, _checks.describe(jnp.asarray(old)), "pass the state before"))
+    after, before = jnp.asarray(new), jnp.asarray(old)
+    if (before.shape, before.dtype) != (after.shape, after.dtype):
+        rule = f"must be {_checks.describe(after)}, as new is"
+        raise ValueError(_checks.text(name, "old", rule, _checks.describe(before), "pass the state before"))
     call = _member.check(name, key, new.shape, rate, train=train, generator=generator, shard=shard)
     if decisions.is_zero(call.rate):
         return new
     if call.train:
-        return call.apply(_ZONEOUT, new, old)
-    real = _linear.real_dtype(new)
-    keep = decisions.expectation(call.rate, generator, real)
-    terms = [(new, keep), (old, 1 - keep)]
-    wide = [(jnp.asarray(x) if jnp.iscomplexobj(x) else jnp.asarray(x, real), p) for x, p in terms]
-    first, second = (_linear.multiply(x, p, where=p != 0) for x, p in wide)
-    return (first + second).astype(new.dtype)
+        return call.apply(_ZONEOUT, after, before)
+    return _mix(after, before, decisions.expectation(call.rate, generator, _linear.real_dtype(after)))
+
+
+@jax.jit
+def _mix(new: Array, old: Array, keep: Array) -> Array:
+    """Return ``keep * new + (1 - keep) * old``, rounded once, and compiled so that it is the same in a jit or not."""
+    terms = []
+    for x, share in ((new, keep), (old, 1 - keep)):
+        wide = x if jnp.iscomplexobj(x) else x.astype(share.dtype)
+        terms.append(_linear.multiply(wide, share, where=share != 0))
+    return (terms[0] + terms[1]).astype(new.dtype)
 
 
 def _choose(draw: Draw, new: Array, old: Array) -> Array:
-    nan = jnp.isnan(draw.probability(np.float32))
-    return jnp.where(nan, jnp.full((), jnp.nan, new.dtype), jnp.where(draw.kept(), new, old))
+    factor = _member.one_or_nan(draw, new)
+    new, old = (draw.multiply(x, factor, where=jnp.ones_like(factor, bool)) for x in (new, old))
+    return jnp.where(draw.kept(), new, old)
 
 
 _ZONEOUT = Rule(_choose, (_member.KEPT, _member.DROPPED))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def token_dropout(
     name = "token_dropout"
     _checks.integers(name, "ids", ids)
     call = _member.check(name, key, ids.shape, rate, train=train, generator=generator, shard=shard)
-    new = _fitting(name, replacement, ids)
+    new = _fitting(name, replacement, jnp.asarray(ids))
     if protect is not None:
         _checks.broadcasts(name, "protect", protect, ids.shape)
         if protect.dtype != bool:
@@ -78,10 +79,11 @@ def token_dropout(
 
 def _fitting(function: str, given: Any, ids: Array) -> Array:
     """Require an int or integers of the range of ids, and return them in the dtype of ids."""
-    replacement: Any = np.asarray(given) if type(given) is int else given
-    _checks.integers(function, "replacement", replacement)
-    _checks.broadcasts(function, "replacement", replacement, ids.shape)
     limits = jnp.iinfo(ids.dtype)
+    replacement: Any = np.asarray(given) if type(given) is int else given
+    if type(given) is not int:
+        _checks.integers(function, "replacement", replacement)
+        _checks.broadcasts(function, "replacement", replacement, ids.shape)
     if not isinstance(replacement, Array) and not np.all((replacement >= limits.min) & (replacement <= limits.max)):
         rule = f"must fit the dtype of ids, {ids.dtype}"
         raise ValueError(
@@ -94,6 +96,7 @@ def _fitting(function: str, given: Any, ids: Array) -> Array:
 def _replace(ids: Array, new: Array, protect: Array | None, draw: Any, *, layout: decisions.Layout) -> Array:
     words, rate, places = draw
     kept = _linear.draw(ids, words, rate, places, layout).kept()
+    ids = ids ^ _linear.hidden_zero(words).astype(ids.dtype)  # as in _linear.multiply: loads shall not wait for masks
     if protect is not None:
         kept = kept | _checks.ranked(jnp.asarray(protect), ids.ndim)
     return jnp.where(kept, ids, new)
@@ -131,6 +134,7 @@ def patch_dropout(
     Raises:
       ValueError: a rate, an axis or a number is out of range, or ``key`` is a batch of keys.
       TypeError: an argument is of the wrong type, ``rate`` is an array, ``key`` is missing, or ``train`` is traced.
+      NotImplementedError: ``shard`` splits ``token_axis``.
 
     References:
       Liu, Matsoukas, Strand, Azizpour, Smith (2023), PatchDropout: Economizing Vision Transformers Using Patch Dropout,
@@ -146,7 +150,7 @@ def patch_dropout(
     name = "patch_dropout"
     _checks.array(name, "x", x)
     share = _checks.number(name, "rate", rate, 0.0, 1.0)
-    (axis,) = _checks.axes(name, "token_axis", token_axis, x.ndim)
+    axis = _checks.axis(name, "token_axis", token_axis, x.ndim)
     prefix = _checks.count(name, "num_prefix", num_prefix, 0)
     if prefix >= x.shape[axis]:
         rule = f"must be below the number of tokens, {x.shape[axis]}"
@@ -155,11 +159,11 @@ def patch_dropout(
     decided = functools.partial(_scores, axis, prefix)
     call = _member.check(name, key, x.shape, share, train=train, decided=decided, shard=shard)
     if axis < len(call.names) and call.names[axis]:
-        raise ValueError(_checks.text(name, "shard", "must not split token_axis", shard, "gather the tokens"))
+        raise NotImplementedError(_checks.text(name, "shard", "must not split token_axis", shard, "gather the tokens"))
     if call.idle:
         return x, _positions(x, axis, x.shape[axis])
     words, _, offset, layout = call.operands()
-    keep = max(1, math.floor(n * (1 - share) + 0.5))
+    keep = max(1, math.floor(n * (1 - Fraction(str(share))) + Fraction(1, 2)))  # of the number as it is written
     return _choose(jnp.asarray(x), words, offset, layout=layout, axis=axis, prefix=prefix, keep=keep)
 
 

@@ -1,6 +1,6 @@
 """Dropout of parameters: single weights, and rows of an embedding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from jdrop import _checks, _linear, _member, decisions, keys
 from jdrop._linear import Draw, Rule
-from jdrop._shards import Shard
-from jdrop.bits import pair
+from jdrop._shards import Shard, names_of
+from jdrop.bits import Pair, pair
 from jdrop.decisions import Generator, RateLike
 
 
@@ -66,15 +66,15 @@ def drop_connect(
         raise TypeError(_checks.text(name, "where", rule, _checks.describe(where), "pass a function"))
     call = _member.check(name, key, (), rate, train=train, generator=generator)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    shards = _like(name, shard, params, len(leaves))
+    shards = _like(name, shard, tree, leaves)
     chosen = [_floating(name, leaf) and (where is None or bool(where(path, leaf))) for path, leaf in leaves]
     if call.idle:
         return params
-    own = None if key is None else keys.spend(key)
+    own = keys.spend(decisions.needed(name, key))
     dropped = []
     for (path, leaf), spec, drop in zip(leaves, shards, chosen):
         if drop:
-            place = None if own is None else keys.derive(own, "drop_connect", *map(_entry, path))
+            place = keys.derive(own, "drop_connect", *map(_entry, path))
             leaf = _member.scaled(name, place, leaf, rate, train=train, generator=generator, shard=spec)
         dropped.append(leaf)
     return jax.tree.unflatten(tree, dropped)
@@ -96,14 +96,19 @@ def _entry(entry: Any) -> str | int:
     return str(entry)
 
 
-def _like(function: str, shard: Any, params: Any, count: int) -> list[Any]:
+def _like(function: str, shard: Any, tree: Any, leaves: Sequence[Any]) -> list[Any]:
     """Return a PartitionSpec, or None, for each leaf."""
     if shard is None or isinstance(shard, PartitionSpec):
-        return [shard] * count
-    found: list[Any] = jax.tree.leaves(shard, is_leaf=lambda s: s is None or isinstance(s, PartitionSpec))
-    if len(found) != count:
-        rule = f"must be a PartitionSpec or a pytree of {count} of them, like params"
-        raise ValueError(_checks.text(function, "shard", rule, len(found), "give each leaf its own"))
+        found = [shard] * len(leaves)
+    else:
+        try:
+            found = tree.flatten_up_to(shard)
+        except (TypeError, ValueError):
+            rule = "must be a PartitionSpec, or a pytree of them like params"
+            raise ValueError(_checks.text(function, "shard", rule, shard, "give each leaf its own")) from None
+    for (_, leaf), spec in zip(leaves, found):
+        if _floating(function, leaf):
+            names_of(function, leaf.shape, spec)
     return found
 
 
@@ -180,12 +185,25 @@ def embedding_dropout(
     call = _member.check(name, key, x.shape, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
     if call.idle:
         return x
-    index = jnp.asarray(ids).reshape(ids.shape + (1,) * (x.ndim - ids.ndim))
-    if size is not None:
-        index = jnp.clip(jnp.where(index < 0, index + size, index), 0, size - 1)
-    high, low = pair(index) if index.dtype.itemsize == 8 else (jnp.uint32(0), index.astype(jnp.uint32))
+    high, low = _rows_of(ids.reshape(ids.shape + (1,) * (x.ndim - ids.ndim)), size)
     words, probability, _, layout = call._replace(names=()).operands(part=True)
     return _linear.apply(_ROWS, (x,), words, probability, (high, low), layout)
+
+
+def _rows_of(ids: Array, size: int | None) -> Pair:
+    """Return the rows that JAX gathers for ids, as ``(hi, lo)``; one hi for all where ids are narrow."""
+    xp: Any = jnp if isinstance(ids, Array) else np  # NumPy's may be wider than JAX allows
+    index = ids.astype(np.int32) if ids.dtype.itemsize < 4 else ids
+    if size is not None:
+        last = min(size - 1, int(np.iinfo(index.dtype).max))
+        if jnp.issubdtype(index.dtype, jnp.signedinteger):
+            index = xp.where(index < 0, index + index.dtype.type(last) + index.dtype.type(1), index)
+            index = xp.maximum(index, index.dtype.type(0))
+        index = xp.minimum(index, index.dtype.type(last))
+    if index.dtype.itemsize == 8:
+        high, low = pair(index)
+        return jnp.asarray(high), jnp.asarray(low)
+    return jnp.uint32(0), jnp.asarray(index).astype(jnp.uint32)
 
 
 def _rows(draw: Draw, x: Array) -> Array:

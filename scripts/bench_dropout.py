@@ -40,7 +40,7 @@ def clocks(
     shape: tuple[int, ...], dtypes: Sequence[str], peers: Sequence[str], rate: float, calls: int
 ) -> tuple[list[dict[Case, _clocks.Clock]], dict[Case, str]]:
     """A block of clocks for each dtype and direction, and the contenders that are missing with the reason."""
-    drops = _bench.contenders(rate) | _bench.peers([p for p in peers if p != "torch"], rate)
+    drops = _bench.contenders(rate) | _bench.peers([p for p in peers if p in _bench.JAX_PEERS], rate)
     blocks: list[dict[Case, _clocks.Clock]] = []
     missing: dict[Case, str] = {}
     for dtype in dtypes:
@@ -116,7 +116,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="4096x1024", help="shapes of x")
     parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), help="dtypes of x")
     names = (*_bench.JAX_PEERS, "torch", "keras")
-    parser.add_argument("--peers", nargs="+", default=names, choices=(*names, "none"), help="other libraries")
+    parser.add_argument(
+        "--peers", nargs="+", default=names, choices=(*names, "none"), help="other libraries (keras: --family)"
+    )
     parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
     parser.add_argument("--rounds", type=int, default=60, help="rounds for each shape")
     parser.add_argument("--calls", type=int, help="calls between two looks at the clock: 1, on a GPU 20")

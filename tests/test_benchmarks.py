@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from test_package import TAKES_TRAIN
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 VARIANTS = ("unrolled, plain, one key", "scan, plain, one key", "scan, checkpoint, per-example keys")
@@ -45,6 +46,20 @@ def test_bench_dropout(reports):
             rows = [r for r in found["rows"] if (r["dtype"], r["direction"]) == (dtype, direction)]
             assert {r["contender"] for r in rows} == OURS
             assert all(r["ratio"] > 0 and r["rounds"] >= 1 for r in rows)
+
+
+def test_bench_family(need, tmp_path):
+    for library in ("flax", "keras", "torch"):
+        need(library)
+    path = tmp_path / "family.json"
+    _, found = run("bench_dropout.py", "--family", "--small", "--rounds", "2", "--json", str(path), out=path)
+    rows = found["rows"]
+    measured = {r["member"].split(",")[0].split(" ")[0] for r in rows if r["contender"] == "jdrop"}
+    assert (
+        set(TAKES_TRAIN) - {"multi_sample_dropout", "patch_dropout"} == measured
+    )  # those two do work of a head, or less
+    assert {"torch", "keras", "linen"} <= {r["contender"] for r in rows}
+    assert all(r["ratio"] > 0 and (r["limit"] is not None) == (r["contender"] == "jdrop") for r in rows)
 
 
 def test_bench_memory(reports):

@@ -79,6 +79,23 @@ def test_bfloat16_is_rounded_as_xla_does_for_every_value():
         np.testing.assert_array_equal(np.asarray(ours).view(np.uint16)[number], np.asarray(xla).view(np.uint16)[number])
 
 
+def test_zeros_keep_their_signs():
+    """The form for a CPU adds a zero that the compiler does not know to be one."""
+    x = jnp.where(jnp.arange(2048) % 2 == 0, 0.0, -0.0).reshape(2, 1024)
+    for dtype in ("float32", "bfloat16", "float16"):
+        y = dropout(KEY, x.astype(dtype), 0.5, train=True)
+        mask = dropout_mask(KEY, x.shape, 0.5)
+        np.testing.assert_array_equal(jnp.signbit(y), jnp.signbit(x) & mask)
+
+
+def test_the_hidden_zero_is_zero():
+    from jdrop._linear import hidden_zero
+
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 10**6), dtype=np.uint64).astype(np.uint32)
+    words[0, :4] = 0, 1, 2**32 - 1, 2**31
+    assert not np.asarray(hidden_zero(jnp.asarray(words))).any()
+
+
 @pytest.mark.parametrize("key", keys_of_all_types(), ids=[*IMPLS, "legacy"])
 @pytest.mark.parametrize("generator", ["fast", "jax"])
 def test_every_key_type(key, generator):

@@ -4,6 +4,7 @@ An exemption has to be real: where a member is exempt, the check must fail.
 """
 
 import functools
+import itertools
 import re
 
 import jax
@@ -19,6 +20,17 @@ import jdrop
 KEY = jax.random.key(5)
 X = jnp.asarray(((np.arange(np.prod(SHAPE)) % 61 - 29.5) / 16).astype(np.float32).reshape(SHAPE))
 CHECKS = {}
+BY_CHANNEL = {  # decisions along channels are independent too
+    "dropout",
+    "alpha_dropout",
+    "gaussian_dropout",
+    "gaussian_noise",
+    "channel_dropout",
+    "drop_connect",
+    "locked_dropout",
+    "zoneout",
+    "multi_sample_dropout",
+}
 EXEMPT = {
     ("identity", "stochastic_depth"): "evaluation adds the branch",
     ("identity", "token_dropout"): "the test makes new ids",
@@ -52,6 +64,9 @@ EXEMPT = {
     ("residuals", "token_dropout"): "integers have no derivative",
     ("residuals", "patch_dropout"): "the indices of the kept tokens stay",
     ("residuals", "embedding_dropout of ids"): "the ids stay, which the embedding's own gradient needs too",
+    ("tiles", "token_dropout"): "the test makes ids of a tile: a test in test_tokens",
+    ("tiles", "embedding_dropout of ids"): "the test makes ids of a tile: a test in test_weights",
+    ("meshes", "token_dropout"): "integers have no derivative: a test in test_tokens",
     ("jax generator", "gaussian_dropout"): "noise, no mask",
     ("jax generator", "gaussian_noise"): "noise, no mask",
     ("jax generator", "patch_dropout"): "an order, no mask",
@@ -73,18 +88,23 @@ def same(a, b):
 
 @check
 def jit(name):
-    same(jax.jit(lambda k, x: train(name)(k, x, 0.5))(KEY, X), train(name)(KEY, X, 0.5))
+    for rate in (0.1, 0.3, 0.5, 0.9):
+        same(jax.jit(lambda k, x, r=rate: train(name)(k, x, r))(KEY, X), train(name)(KEY, X, rate))
+        off = lambda x, r=rate: MEMBERS[name](None, x, r, train=False)  # noqa: E731
+        same(jax.jit(off)(X), off(X))
 
 
 @check
 def vmap(name):
-    keys = jax.random.split(KEY, 8)
     for impl in ("threefry2x32", "rbg"):
         keys = jax.vmap(lambda i, impl=impl: jdrop.keys.derive(jax.random.key(0, impl=impl), i))(jnp.arange(8))
         f = UNBATCHED.get(name, MEMBERS[name])
         one = lambda k, x, f=f: f(k, x, 0.5, train=True)  # noqa: E731
         same(jax.vmap(one)(keys, X), jnp.stack([one(k, x) for k, x in zip(keys, X, strict=True)]))
-    same(jax.vmap(lambda k: train(name)(k, X, 0.5))(keys[:2])[1], train(name)(keys[1], X, 0.5))
+    f = train(name)
+    same(jax.vmap(lambda k: f(k, X, 0.5))(keys[:2])[1], f(keys[1], X, 0.5))
+    last = jax.vmap(lambda k, x: f(k, x, 0.5), in_axes=(0, -1), out_axes=-1)(keys[:3], jnp.stack([X, 2 * X, 3 * X], -1))
+    same(last[..., 2], f(keys[2], 3 * X, 0.5))
 
 
 @check
@@ -178,8 +198,6 @@ def residuals(name):
     """The backward pass is given seeds and rates: no mask, no noise; nor does a scan stack them."""
     pull = jax.vjp(lambda x: train(name)(KEY, x, 0.5), X)[1]
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(pull) if hasattr(leaf, "nbytes")) <= 40
-    if name == "multi_sample_dropout":
-        return
 
     def loss(x):
         keys = jax.vmap(lambda i: jdrop.keys.derive(KEY, i))(jnp.arange(5))
@@ -213,9 +231,6 @@ def key_use(name):
 def tiles(name):
     """In shard_map with ``shard=``, eight devices see the single-device result."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows = name in ("token_dropout", "embedding_dropout of ids")
-    if rows:  # what the test makes of a tile must be the tile of the whole
-        return
     f = jax.shard_map(
         lambda k, x: train(name, shard=P("data"))(k, x, 0.5), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
     )
@@ -229,20 +244,26 @@ def tiles(name):
 
 @check
 def meshes(name):
-    """On auto and explicit meshes: the single-device bits, no collective, no unsharded buffer."""
-    for kind in (AxisType.Auto, AxisType.Explicit):
+    """On auto and explicit meshes: the single-device bits, no collective, no unsharded buffer, forward and backward."""
+
+    def step(k, x):
+        y, pull = jax.vjp(lambda x: train(name)(k, x, 0.5), x)
+        return y, pull(y)[0]
+
+    whole = jax.jit(step)(KEY, X)
+    for kind, axis in itertools.product((AxisType.Auto, AxisType.Explicit), (0, 3) if name in BY_CHANNEL else (0,)):
         mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
         with jax.set_mesh(mesh):
-            x = jax.device_put(X, NamedSharding(mesh, P("data")))
+            x = jax.device_put(X, NamedSharding(mesh, P(*[None] * axis, "data")))
             key = jax.device_put(KEY, NamedSharding(mesh, P()))
-            f = jax.jit(lambda k, x: train(name)(k, x, 0.5))
-            if name not in ("token_dropout", "embedding_dropout of ids"):
-                same(f(key, x), train(name)(KEY, X, 0.5))
-                assert f(key, x).sharding.spec[0] == "data"
-                text = f.lower(key, x).compile().as_text()
-                assert not re.search(r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter", text)
-                whole = ",".join(map(str, train(name)(KEY, X, 0.5).shape))
-                assert f"[{whole}]" not in text, "a buffer of the unsharded size"
+            placed = jax.jit(step)(key, x)
+            for got, want in zip(placed, whole, strict=True):
+                same(got, want)
+                assert got.sharding.spec[axis] == "data"
+            text = jax.jit(step).lower(key, x).compile().as_text()
+            assert not re.search(r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter", text)
+            for one in whole:
+                assert f"[{','.join(map(str, one.shape))}]" not in text, "a buffer of the unsharded size"
 
 
 @check
@@ -273,7 +294,7 @@ def generator_names(name):
 @pytest.mark.parametrize("what", CHECKS)
 def test_members_keep_the_rules(what, name):
     if (what, name) in EXEMPT:
-        with pytest.raises((AssertionError, TypeError, ValueError)):
+        with pytest.raises((AssertionError, IndexError, TypeError, ValueError)):
             CHECKS[what](name)
     else:
         CHECKS[what](name)

@@ -99,12 +99,27 @@ def test_rate_one_leaves_x_and_finite_gradients_also_under_vmap(rate):
     np.testing.assert_array_equal(jax.grad(lambda x: jax.vmap(f)(keys, x).sum())(x), jnp.ones_like(x))
 
 
+def test_a_branch_that_varies_more_than_x_in_shard_map():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, w = jnp.ones(3), jnp.arange(8.0)
+    for rate in (0.0, 0.5, 1.0):
+        f = lambda k, x, w, r=rate: jdrop.stochastic_depth(  # noqa: E731
+            k, x, jnp.float32(r), lambda x: x * w[0], train=True, shard=jax.P(), generator="jax"
+        )
+        specs = {"in_specs": (jax.P(), jax.P(), jax.P("d")), "out_specs": jax.P("d")}
+        tiles = jax.shard_map(f, mesh=mesh, **specs)(jax.random.key(3, impl="rbg"), x, w).reshape(8, 3)
+        single = [f(jax.random.key(3, impl="rbg"), x, w[i : i + 1]) for i in range(8)]
+        np.testing.assert_allclose(tiles, single, rtol=1e-6)
+
+
 def test_errors():
     x = jnp.ones((2, 3))
     with pytest.raises(ValueError, match=r"stochastic_depth: fn must return float32\[2,3\], as x is, got float32\[3\]"):
         jdrop.stochastic_depth(KEY, x, 0.5, lambda x: x[0], train=True)
     with pytest.raises(ValueError, match=r"stochastic_depth: fn must return .* got bfloat16"):
         jdrop.stochastic_depth(KEY, x, 0.5, lambda x: x.astype("bfloat16"), train=False)
+    with pytest.raises(TypeError, match=r"stochastic_depth: fn\(x\) must be an array, got None"):
+        jdrop.stochastic_depth(KEY, x, 0.5, lambda x: None, train=False)
     with pytest.raises(TypeError, match="stochastic_depth: fn must be a function"):
         jdrop.stochastic_depth(KEY, x, 0.5, x, train=True)
     with pytest.raises(ValueError, match=r"stochastic_depth: rate must broadcast to the mask's shape \(\)"):

@@ -62,8 +62,31 @@ def test_zoneout_gradients_go_where_values_came_from():
         jnp.stack([one(k, new[0], o) for k, o in zip(keys, c, strict=True)]),
     )
     same(jax.vmap(one, in_axes=(0, 1, 0), out_axes=1)(keys, c.T, c), c.T)
+    square = c[:, :3]
+    for axis in (1, 2):  # an unmapped state beside one that is mapped along another axis
+        news = jnp.moveaxis(jnp.stack([square, 2 * square, 3 * square]), 0, axis)
+        y = jax.vmap(one, in_axes=(0, axis, None))(keys, news, -square)
+        same(y, jnp.stack([one(k, (i + 1) * square, -square) for i, k in enumerate(keys)]))
+    w = jnp.stack([square, square.T, 2 * square])
+    y = jax.vmap(lambda k, w: one(k, square @ w, square))(keys, w)
+    same(y, jnp.stack([one(k, square @ v, square) for k, v in zip(keys, w, strict=True)]))
     summed = jax.grad(lambda o: jax.vmap(one, in_axes=(0, 0, None))(keys, c, o).sum())(new[0])
     same(summed, sum(1 - np.asarray(jdrop.dropout_mask(jax.random.clone(k), (200,), 0.4), np.float32) for k in keys))
+
+
+def test_zoneout_is_linear_in_both_states():
+    new, old = jnp.ones((3, 200)), jnp.zeros((3, 200))
+    c = jnp.arange(1.0, 601.0).reshape(3, 200)
+    transposed = jax.linear_transpose(lambda n, o: jdrop.zoneout(KEY, n, 0.4, o, train=True), new, old)
+    mask = np.asarray(jdrop.dropout_mask(KEY, new.shape, 0.4))
+    for got, want in zip(transposed(c), (np.where(mask, c, 0), np.where(mask, 0, c)), strict=True):
+        same(got, want)
+
+
+def test_numpy_states_of_64_bits():
+    new, old = np.ones((2, 3)), jnp.zeros((2, 3))
+    for train in (True, False):
+        assert jdrop.zoneout(KEY, new, 0.5, old, train=train).dtype == jnp.float32
 
 
 def test_a_nan_rate_gives_nan_to_value_and_gradients():

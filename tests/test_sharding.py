@@ -254,3 +254,22 @@ def test_vary_together_leaves_arrays_alone_outside_shard_map():
 
     a, b = jnp.ones(3), jax.random.key_data(KEY)
     assert vary_together(a, b) == (a, b)
+
+
+def test_one_x_under_sharded_keys_on_an_explicit_mesh():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
+    x = jnp.ones((3, 200))
+    keys = jax.random.split(jax.random.key(1), 16)
+    f = jax.vmap(lambda k, x: dropout(k, x, 0.5, train=True), in_axes=(0, None))
+    with jax.set_mesh(mesh):
+        y = jax.jit(f)(jax.device_put(keys, NamedSharding(mesh, P("d"))), x)
+        assert y.sharding.spec[0] == "d"
+    np.testing.assert_array_equal(y, f(keys, x))
+
+
+def test_where_types_do_not_tell_the_error_says_so():
+    keys, x = jax.random.split(jax.random.key(1), 8), jnp.ones((8, 200))
+    with pytest.raises(ValueError, match=r"key must be known to vary .* check_vma=False"):
+        jax.pmap(lambda k, x: dropout(k, x, 0.5, train=True))(keys, x)
+    y = jax.pmap(lambda k, x: dropout(k, x, 0.5, train=True, shard=P()))(keys, x)
+    np.testing.assert_array_equal(y, jax.vmap(lambda k, x: dropout(k, x, 0.5, train=True))(keys, x))

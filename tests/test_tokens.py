@@ -78,6 +78,7 @@ def test_token_errors():
         (lambda: f(jnp.ones(3)), TypeError, r"token_dropout: ids must be an integer array, got float32\[3\]"),
         (lambda: f(new=256), ValueError, "token_dropout: replacement must fit the dtype of ids, uint8, got 256"),
         (lambda: f(new=-1), ValueError, "token_dropout: replacement must fit"),
+        (lambda: f(new=2**70), ValueError, "token_dropout: replacement must fit"),
         (lambda: f(new=True), TypeError, "token_dropout: replacement must be an integer array"),
         (lambda: f(new=jnp.zeros(2, int)), ValueError, r"token_dropout: replacement must broadcast to shape \(2, 3\)"),
         (lambda: f(protect=jnp.zeros(3, int)), TypeError, "token_dropout: protect must be a bool array"),
@@ -93,7 +94,18 @@ def test_token_errors():
 
 @pytest.mark.parametrize(
     "n,rate,kept",
-    [(10, 0.5, 5), (5, 0.5, 3), (7, 0.5, 4), (10, 0.95, 1), (10, 1.0, 1), (10, 0.04, 10), (196, 0.3, 137), (3, 0.5, 2)],
+    [
+        (10, 0.5, 5),
+        (5, 0.5, 3),
+        (7, 0.5, 4),
+        (10, 0.95, 1),
+        (10, 1.0, 1),
+        (10, 0.04, 10),
+        (196, 0.3, 137),
+        (3, 0.5, 2),
+        (15, 0.9, 2),
+        (25, 0.34, 17),
+    ],
 )
 def test_the_number_of_tokens_rounds_half_up(n, rate, kept):
     x = jnp.arange(2.0 * (n + 2) * 3).reshape(2, n + 2, 3)
@@ -164,6 +176,7 @@ def test_patch_errors():
             "patch_dropout: num_prefix must be below the number of tokens, 10, got 10",
         ),
         (lambda: f(num_prefix=-1), ValueError, "patch_dropout: num_prefix must be at least 0"),
+        (lambda: f(token_axis=(0, 1)), TypeError, "patch_dropout: token_axis must be an axis"),
         (lambda: f(token_axis=3), ValueError, "patch_dropout: token_axis must be axes of an array with 3 axes"),
     ]:
         with pytest.raises(error, match=text):

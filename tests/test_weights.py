@@ -76,6 +76,13 @@ def test_tiles_of_leaves_in_shard_map():
         out_specs=specs,
     )
     jax.tree.map(same, f(KEY, params), jdrop.drop_connect(KEY, params, 0.5, train=True))
+    with pytest.raises(ValueError, match="drop_connect: shard must name manual mesh axes"):
+        jdrop.drop_connect(KEY, params, 0.5, train=False, shard=P("m"))
+    for wrong in ([P(), P()], {"a": P(), "c": P()}):
+        with pytest.raises(ValueError, match="drop_connect: shard must be a PartitionSpec, or a pytree"):
+            jdrop.drop_connect(KEY, params, 0.5, train=True, shard=wrong)
+    held = {"a": jnp.ones(4), "b": None}
+    assert jdrop.drop_connect(KEY, held, 0.5, train=True, shard={"a": None, "b": None})["b"] is None
 
 
 def test_drop_connect_errors():
@@ -135,6 +142,21 @@ def test_wide_ids_and_high_words(x64):
     y = jdrop.embedding_dropout(KEY, jnp.ones((300, 2)), 0.5, train=True, ids=far)
     mask = jdrop.dropout_mask(KEY, (2**41, 1), 0.5, window=((2**40, 300), (0, 1)))
     same(y != 0, jnp.broadcast_to(mask, (300, 2)))
+
+
+@pytest.mark.parametrize("dtype,vocab", [("uint8", 300), ("int8", 200), ("int16", 50_257), ("uint16", 70_000)])
+def test_narrow_ids_with_a_larger_vocabulary(dtype, vocab):
+    table = jnp.ones((vocab, 2))
+    ids = jnp.arange(200 if dtype == "uint8" else 120).astype(dtype)
+    y = jdrop.embedding_dropout(KEY, table[: len(ids)], 0.5, train=True, ids=ids, vocab_size=vocab)
+    same(y, jdrop.embedding_dropout(KEY, table, 0.5, train=True)[: len(ids)])
+
+
+def test_wide_numpy_ids_are_not_cut_off():
+    ids = np.array([0, 2**32, 5, 2**32 + 5, 2**40])
+    rows = [jdrop.dropout_mask(KEY, (2**41, 1), 0.5, window=((int(i), 1), (0, 1)))[0, 0] for i in ids]
+    y = jdrop.embedding_dropout(KEY, jnp.ones((5, 2)), 0.5, train=True, ids=ids)
+    same(y[:, 0] != 0, jnp.stack(rows))
 
 
 def test_ids_outside_count_as_jax_gathers_them():
