@@ -89,15 +89,15 @@ def _scale(draw: Draw, x: Array) -> Array:
 
 
 def _select(draw: Draw, x: Array) -> Array:
-    return draw.multiply(x, one_or_nan(draw, x), where=draw.kept())
+    return draw.multiply(x, _one_or_nan(draw, x), where=draw.kept())
 
 
 def _select_dropped(draw: Draw, x: Array) -> Array:
-    factor = one_or_nan(draw, x)
+    factor = _one_or_nan(draw, x)
     return draw.multiply(x, factor, where=~draw.kept() | jnp.isnan(factor))
 
 
-def one_or_nan(draw: Draw, x: Array) -> Array:
+def _one_or_nan(draw: Draw, x: Array) -> Array:
     """The factor of values that are not scaled: 1, or NaN where the rate is."""
     keep = draw.probability(_linear.real_dtype(x))
     return jnp.where(jnp.isnan(keep), keep, jnp.ones_like(keep))

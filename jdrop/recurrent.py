@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jdrop import _checks, _linear, _member, decisions
@@ -129,9 +130,8 @@ def _mix(new: Array, old: Array, keep: Array) -> Array:
 
 
 def _choose(draw: Draw, new: Array, old: Array) -> Array:
-    factor = _member.one_or_nan(draw, new)
-    new, old = (draw.multiply(x, factor, where=jnp.ones_like(factor, bool)) for x in (new, old))
-    return jnp.where(draw.kept(), new, old)
+    nan = jnp.isnan(draw.probability(np.float32))
+    return jnp.where(nan, jnp.full((), jnp.nan, new.dtype), jnp.where(draw.kept(), new, old))
 
 
 _ZONEOUT = Rule(_choose, (_member.KEPT, _member.DROPPED))
