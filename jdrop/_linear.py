@@ -124,7 +124,17 @@ def multiply(x: Array, factor: Array, *, where: Array, words: Array | None = Non
     return _round_to_bfloat16(product) if words is not None and x.dtype == jnp.bfloat16 else product.astype(x.dtype)
 
 
-def hidden_zero(words: Array) -> Array:
+def choose(kept: Array, x: Array, y: Array, words: Array) -> Array:
+    """Return ``where(kept, x, y)``, bit by bit, so that loads do not wait for the mask (see :func:`multiply`)."""
+    if jnp.iscomplexobj(x):
+        return jnp.where(kept, x, y)
+    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    a, b = lax.bitcast_convert_type(x, bits), lax.bitcast_convert_type(y, bits)
+    mask = jnp.where(kept, ~_hidden_zero(words).astype(bits), jnp.zeros((), bits))
+    return lax.bitcast_convert_type(((a ^ b) & mask) ^ b, x.dtype)
+
+
+def _hidden_zero(words: Array) -> Array:
     """Return 0, uint32, from random words, so that no compiler knows it: ``w * (w + 1)`` is even.
 
     The barrier keeps what the words were made from out of the loop.
@@ -135,7 +145,7 @@ def hidden_zero(words: Array) -> Array:
 
 def _hidden(words: Array, bits: int) -> Array:
     """Return the float32 of these bits, so that no compiler knows it."""
-    return lax.bitcast_convert_type(hidden_zero(words) | np.uint32(bits), jnp.float32)
+    return lax.bitcast_convert_type(_hidden_zero(words) | np.uint32(bits), jnp.float32)
 
 
 def _round_to_bfloat16(x: Array) -> Array:

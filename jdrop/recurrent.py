@@ -131,7 +131,7 @@ def _mix(new: Array, old: Array, keep: Array) -> Array:
 
 def _choose(draw: Draw, new: Array, old: Array) -> Array:
     nan = jnp.isnan(draw.probability(np.float32))
-    return jnp.where(nan, jnp.full((), jnp.nan, new.dtype), jnp.where(draw.kept(), new, old))
+    return jnp.where(nan, jnp.full((), jnp.nan, new.dtype), _linear.choose(draw.kept(), new, old, draw.words))
 
 
 _ZONEOUT = Rule(_choose, (_member.KEPT, _member.DROPPED))

@@ -96,11 +96,9 @@ def _fitting(function: str, given: Any, ids: Array) -> Array:
 def _replace(ids: Array, new: Array, protect: Array | None, draw: Any, *, layout: decisions.Layout) -> Array:
     words, rate, places = draw
     kept = _linear.draw(ids, words, rate, places, layout).kept()
-    zero = _linear.hidden_zero(words).astype(ids.dtype)
-    ids = (ids ^ zero) + zero  # as in _linear.multiply: loads shall not wait for masks
     if protect is not None:
         kept = kept | _checks.ranked(jnp.asarray(protect), ids.ndim)
-    return jnp.where(kept, ids, new)
+    return _linear.choose(kept, ids, new, words)
 
 
 def patch_dropout(

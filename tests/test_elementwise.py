@@ -89,11 +89,11 @@ def test_zeros_keep_their_signs():
 
 
 def test_the_hidden_zero_is_zero():
-    from jdrop._linear import hidden_zero
+    from jdrop._linear import _hidden_zero
 
     words = np.random.default_rng(0).integers(0, 2**32, (2, 10**6), dtype=np.uint64).astype(np.uint32)
     words[0, :4] = 0, 1, 2**32 - 1, 2**31
-    assert not np.asarray(hidden_zero(jnp.asarray(words))).any()
+    assert not np.asarray(_hidden_zero(jnp.asarray(words))).any()
 
 
 @pytest.mark.parametrize("key", keys_of_all_types(), ids=[*IMPLS, "legacy"])
