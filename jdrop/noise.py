@@ -131,8 +131,8 @@ def normal(word: Array) -> Array:
     bits = lax.bitcast_convert_type(tail, jnp.int32)
     f = lax.bitcast_convert_type((bits & np.int32(0x007FFFFF)) | np.int32(0x3F800000), jnp.float32) - np.float32(1)
     exponent = (np.int32(127 + 31) - (bits >> np.int32(23))).astype(jnp.float32)
-    l = exponent - f * (1 + (1 - f) * _polynomial(_G, f))  # noqa: E741
-    size = l * _polynomial(_P, l) / _polynomial(_Q, l)
+    length = exponent - f * (1 + (1 - f) * _polynomial(_G, f))  # -log2 of the tail
+    size = length * _polynomial(_P, length) / _polynomial(_Q, length)
     return lax.bitcast_convert_type(lax.bitcast_convert_type(size, jnp.uint32) | (word << np.uint32(31)), jnp.float32)
 
 

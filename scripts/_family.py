@@ -55,15 +55,13 @@ def members(small: bool) -> list[Member]:
     def plain(
         name: str, f: Callable[..., Any], shape: tuple[int, ...] = flat, limit: float = 1.2, **peers: Any
     ) -> Member:
-        drop = lambda key, x: f(key, x, RATE, **train)  # noqa: E731
+        drop = lambda key, x: f(key, x, RATE, **train)
         return Member(name, shape, limit, "x * c", scale, drop, **peers)
 
     def pool(key: Any, x: jax.Array) -> jax.Array:
         return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 7, 7, 1), (1, 1, 1, 1), "SAME")
 
-    tokens = lambda key, x: jdrop.token_dropout(  # noqa: E731
-        key, jax.lax.bitcast_convert_type(x, jnp.int32), RATE, 3, **train
-    )
+    tokens = lambda key, x: jdrop.token_dropout(key, jax.lax.bitcast_convert_type(x, jnp.int32), RATE, 3, **train)
     return [
         plain("dropout", jdrop.dropout, torch="dropout", keras=lambda k: k.Dropout(RATE)),
         plain("alpha_dropout", jdrop.alpha_dropout, torch="alpha_dropout", keras=lambda k: k.AlphaDropout(RATE)),
@@ -127,7 +125,7 @@ def peers_of(member: Member, peers: Sequence[str]) -> dict[str, _bench.Drop]:
             return found
 
         def stateless(key: Any, x: jax.Array) -> Any:
-            layer = member.keras(keras.layers)  # type: ignore[misc]
+            layer = member.keras(keras.layers)
             state = [jax.random.key_data(key)]
             return layer.stateless_call([], state, x, training=True)[0]
 

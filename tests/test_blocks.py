@@ -145,7 +145,7 @@ def test_a_longer_batch_keeps_its_masks():
 
 def test_errors_name_the_function_and_the_argument():
     x = jnp.ones((2, 6, 6, 3))
-    f = lambda block=2, **o: jdrop.drop_block(KEY, x, 0.1, block, train=True, **{"spatial_axes": (1, 2)} | o)  # noqa: E731
+    f = lambda block=2, **o: jdrop.drop_block(KEY, x, 0.1, block, train=True, **{"spatial_axes": (1, 2)} | o)
     for call, error, text in [
         (
             lambda: f(7),

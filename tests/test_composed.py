@@ -40,7 +40,7 @@ def test_sixteen_bits_are_rounded_once():
 
 
 def test_gradients():
-    f = lambda x, b, r: jdrop.bias_dropout_add(KEY, x, 0.3, b, r, train=True)  # noqa: E731
+    f = lambda x, b, r: jdrop.bias_dropout_add(KEY, x, 0.3, b, r, train=True)
     c = jnp.cos(X)
     dx, db, dr = jax.vjp(f, X, BIAS, RESIDUAL)[1](c)
     scaled = jdrop.dropout(KEY, c, 0.3, train=True)
@@ -60,7 +60,7 @@ def test_one_fusion_makes_the_result():
 
 
 def test_bias_errors():
-    f = lambda b=BIAS, r=RESIDUAL: jdrop.bias_dropout_add(KEY, X, 0.3, b, r, train=True)  # noqa: E731
+    f = lambda b=BIAS, r=RESIDUAL: jdrop.bias_dropout_add(KEY, X, 0.3, b, r, train=True)
     for call, error, text in [
         (
             lambda: f(BIAS[1:]),
@@ -81,7 +81,7 @@ def test_bias_errors():
 
 def test_it_averages_the_head_over_masks_of_derived_keys():
     w = jnp.linspace(-1, 1, 256 * 3).reshape(256, 3)
-    head = lambda h: {"logits": jnp.tanh(h @ w), "norm": (h**2).sum()}  # noqa: E731
+    head = lambda h: {"logits": jnp.tanh(h @ w), "norm": (h**2).sum()}
     y = jdrop.multi_sample_dropout(KEY, X, 0.5, head, 5, train=True)
     keys = [jdrop.keys.derive(KEY, "multi_sample_dropout", i) for i in range(5)]
     outputs = [head(jdrop.dropout(k, X, 0.5, train=True)) for k in keys]

@@ -90,7 +90,7 @@ def same(a, b):
 def jit(name):
     for rate in (0.1, 0.3, 0.5, 0.9):
         same(jax.jit(lambda k, x, r=rate: train(name)(k, x, r))(KEY, X), train(name)(KEY, X, rate))
-        off = lambda x, r=rate: MEMBERS[name](None, x, r, train=False)  # noqa: E731
+        off = lambda x, r=rate: MEMBERS[name](None, x, r, train=False)
         same(jax.jit(off)(X), off(X))
 
 
@@ -99,7 +99,7 @@ def vmap(name):
     for impl in ("threefry2x32", "rbg"):
         keys = jax.vmap(lambda i, impl=impl: jdrop.keys.derive(jax.random.key(0, impl=impl), i))(jnp.arange(8))
         f = UNBATCHED.get(name, MEMBERS[name])
-        one = lambda k, x, f=f: f(k, x, 0.5, train=True)  # noqa: E731
+        one = lambda k, x, f=f: f(k, x, 0.5, train=True)
         same(jax.vmap(one)(keys, X), jnp.stack([one(k, x) for k, x in zip(keys, X, strict=True)]))
     f = train(name)
     same(jax.vmap(lambda k: f(k, X, 0.5))(keys[:2])[1], f(keys[1], X, 0.5))
@@ -178,7 +178,7 @@ def contained(name):
 def derivatives(name):
     """Forward and reverse mode agree, twice."""
     t, c = jnp.cos(X), jnp.sin(3 * X)
-    f = lambda x: train(name)(KEY, x, 0.4)  # noqa: E731
+    f = lambda x: train(name)(KEY, x, 0.4)
     y, forward = jax.jvp(f, (X,), (t,))
     same(y, f(X))
     c = c[:, : y.shape[1]]

@@ -44,8 +44,8 @@ def test_arithmetic_without_contraction_agrees_within_its_roundings():
             y = y * x + np.float32(c)
         return y
 
-    l = (158 - (bits >> 23)).astype(np.float32) - f * (1 + (1 - f) * polynomial(noise._G, f))  # noqa: E741
-    size = l * polynomial(noise._P, l) / polynomial(noise._Q, l)
+    length = (158 - (bits >> 23)).astype(np.float32) - f * (1 + (1 - f) * polynomial(noise._G, f))
+    size = length * polynomial(noise._P, length) / polynomial(noise._Q, length)
     z = np.where(word & 1, -size, size)
     assert z.dtype == np.float32
     ours = np.asarray(noise.normal(jnp.asarray(word)))

@@ -27,7 +27,7 @@ def test_drop_path_is_dropout_that_shares_all_but_the_batch():
 
 def decisions_of(rate, count=4000, **options):
     keys = jax.vmap(lambda i: jdrop.keys.derive(KEY, i))(jnp.arange(count))
-    f = lambda k: jdrop.stochastic_depth(k, jnp.ones(3), rate, lambda x: 2 * x, train=True, **options)  # noqa: E731
+    f = lambda k: jdrop.stochastic_depth(k, jnp.ones(3), rate, lambda x: 2 * x, train=True, **options)
     return jax.vmap(f)(keys)
 
 
@@ -90,7 +90,7 @@ def test_scan_over_layers_with_a_rate_a_layer():
 
 @pytest.mark.parametrize("rate", [1.0, jnp.float32(1), jnp.float32(2)])
 def test_rate_one_leaves_x_and_finite_gradients_also_under_vmap(rate):
-    f = lambda k, x: jdrop.stochastic_depth(k, x, rate, jnp.log1p, train=True)  # noqa: E731
+    f = lambda k, x: jdrop.stochastic_depth(k, x, rate, jnp.log1p, train=True)
     x = jnp.ones((4, 3))
     keys = jax.random.split(KEY, 4)
     np.testing.assert_array_equal(f(KEY, x), x)
@@ -103,7 +103,7 @@ def test_a_branch_that_varies_more_than_x_in_shard_map():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     x, w = jnp.ones(3), jnp.arange(8.0)
     for rate in (0.0, 0.5, 1.0):
-        f = lambda k, x, w, r=rate: jdrop.stochastic_depth(  # noqa: E731
+        f = lambda k, x, w, r=rate: jdrop.stochastic_depth(
             k, x, jnp.float32(r), lambda x: x * w[0], train=True, shard=jax.P(), generator="jax"
         )
         specs = {"in_specs": (jax.P(), jax.P(), jax.P("d")), "out_specs": jax.P("d")}

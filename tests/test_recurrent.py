@@ -26,7 +26,7 @@ def test_locked_dropout_is_dropout_that_shares_time():
 
 def test_a_cloned_key_inside_a_scan_gives_the_same_mask_at_each_step():
     x = jnp.ones((30, 8, 64))
-    step = lambda _, v: (None, jdrop.dropout(jax.random.clone(KEY), v, 0.3, train=True))  # noqa: E731
+    step = lambda _, v: (None, jdrop.dropout(jax.random.clone(KEY), v, 0.3, train=True))
     y = jax.lax.scan(step, None, x)[1]
     same(y, jnp.broadcast_to(y[:1], y.shape))
     assert bool((y == 0).any())
@@ -43,7 +43,7 @@ def test_zoneout_keeps_old_values_where_the_mask_drops(generator):
 
 def test_zoneout_gradients_go_where_values_came_from():
     new, old = jnp.full((3, 200), 2.0), jnp.full((3, 200), jnp.inf)
-    f = lambda new, old: jdrop.zoneout(KEY, new, 0.4, old, train=True)  # noqa: E731
+    f = lambda new, old: jdrop.zoneout(KEY, new, 0.4, old, train=True)
     y, pull = jax.vjp(f, new, old)
     c = jnp.arange(1.0, 601.0).reshape(3, 200)
     mask = np.asarray(jdrop.dropout_mask(KEY, new.shape, 0.4))
@@ -54,7 +54,7 @@ def test_zoneout_gradients_go_where_values_came_from():
     same(jax.jvp(f, (new, new), (c, 2 * c))[1], np.where(mask, c, 2 * c))
     same(jax.grad(lambda o: jnp.vdot(f(new, o), jnp.where(mask, 1.0, c)))(new), np.where(mask, 0, c))
     keys = jax.random.split(KEY, 3)
-    one = lambda k, n, o: jdrop.zoneout(k, n, 0.4, o, train=True)  # noqa: E731
+    one = lambda k, n, o: jdrop.zoneout(k, n, 0.4, o, train=True)
     loop = jnp.stack([one(k, n, new[0]) for k, n in zip(keys, c, strict=True)])
     same(jax.vmap(one, in_axes=(0, 0, None))(keys, c, new[0]), loop)
     same(

@@ -73,7 +73,7 @@ def test_token_tiles_and_meshes():
 
 def test_token_errors():
     ids = jnp.zeros((2, 3), jnp.uint8)
-    f = lambda ids=ids, r=0.5, new=0, **o: jdrop.token_dropout(KEY, ids, r, new, train=True, **o)  # noqa: E731
+    f = lambda ids=ids, r=0.5, new=0, **o: jdrop.token_dropout(KEY, ids, r, new, train=True, **o)
     for call, error, text in [
         (lambda: f(jnp.ones(3)), TypeError, r"token_dropout: ids must be an integer array, got float32\[3\]"),
         (lambda: f(new=256), ValueError, "token_dropout: replacement must fit the dtype of ids, uint8, got 256"),
@@ -166,7 +166,7 @@ def test_gradients_go_to_the_kept_tokens():
 
 def test_patch_errors():
     x = jnp.ones((2, 10, 3))
-    f = lambda rate=0.5, **o: jdrop.patch_dropout(KEY, x, rate, train=True, **o)  # noqa: E731
+    f = lambda rate=0.5, **o: jdrop.patch_dropout(KEY, x, rate, train=True, **o)
     for call, error, text in [
         (lambda: f(jnp.float32(0.5)), TypeError, "patch_dropout: rate must be a number"),
         (lambda: f(1.5), ValueError, r"patch_dropout: rate must lie in \[0, 1\]"),

@@ -182,7 +182,7 @@ def test_rates_by_word_and_under_vmap():
     y = jdrop.embedding_dropout(KEY, x, rate, train=True, ids=ids)
     same(y, jnp.where((ids == 2)[..., None], 0.0, x))
     keys = jax.random.split(KEY, 2)
-    f = lambda k, x, i: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=i)  # noqa: E731
+    f = lambda k, x, i: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=i)
     same(jax.vmap(f)(keys, x, ids), jnp.stack([f(*args) for args in zip(keys, x, ids, strict=True)]))
     same(jax.grad(lambda x: f(KEY, x, ids).sum())(x), f(KEY, x, ids))
 
@@ -191,7 +191,7 @@ def test_ids_on_tiles_and_meshes():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Explicit,))
     ids, x = jnp.arange(64).reshape(16, 4) % 9, jnp.ones((16, 4, 5))
     whole = jdrop.embedding_dropout(KEY, x, 0.5, train=True, ids=ids)
-    f = lambda k, x, i, **o: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=i, **o)  # noqa: E731
+    f = lambda k, x, i, **o: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=i, **o)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(a, jax.NamedSharding(mesh, P("d"))) for a in (x, ids)]
         compiled = jax.jit(f).lower(KEY, *placed).compile()
@@ -206,7 +206,7 @@ def test_ids_on_tiles_and_meshes():
 
 def test_embedding_errors():
     x, ids = jnp.ones((2, 4, 3)), jnp.zeros((2, 4), jnp.int32)
-    f = lambda x=x, k=KEY, **o: jdrop.embedding_dropout(k, x, 0.5, train=True, **o)  # noqa: E731
+    f = lambda x=x, k=KEY, **o: jdrop.embedding_dropout(k, x, 0.5, train=True, **o)
     for call, error, text in [
         (
             lambda: f(ids=ids[0]),
