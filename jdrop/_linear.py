@@ -203,11 +203,9 @@ for _platform in (None, "cpu"):
 
 
 def _jvp(primals: Any, tangents: Any, *, rule: Rule, batch: tuple[Any, ...], **static: Any) -> Any:
-    y = _draw_p.bind(*primals, rule=rule, batch=batch, **static)
-    count = _data(rule)
-    one = tuple((axes[0], *axes[count:]) for axes in batch)  # all data are mapped along the same axis
+    y, draw = _draw_p.bind(*primals, rule=rule, batch=batch, **static), primals[_data(rule) :]
     terms = [
-        _draw_p.bind(t, *primals[count:], rule=partial, batch=one, **static)
+        _draw_p.bind(t, *draw, rule=partial, batch=_batch_of_one(rule, batch), **static)
         for partial, t in zip(rule.partials or (rule,), tangents)
         if not isinstance(t, ad.Zero)
     ]
@@ -215,14 +213,18 @@ def _jvp(primals: Any, tangents: Any, *, rule: Rule, batch: tuple[Any, ...], **s
 
 
 def _transpose(cotangent: Any, *operands: Any, rule: Rule, batch: tuple[Any, ...], **static: Any) -> Any:
-    count = _data(rule)
-    draw, one = operands[count:], tuple((axes[0], *axes[count:]) for axes in batch)
+    draw, static["batch"] = operands[_data(rule) :], _batch_of_one(rule, batch)
     found: list[Any] = [None] * len(operands)
     for i, (x, partial) in enumerate(zip(operands, rule.partials or (rule,))):
         if ad.is_undefined_primal(x):
             zero = isinstance(cotangent, ad.Zero)
-            found[i] = cotangent if zero else _draw_p.bind(cotangent, *draw, rule=partial, batch=one, **static)
+            found[i] = cotangent if zero else _draw_p.bind(cotangent, *draw, rule=partial, **static)
     return found
+
+
+def _batch_of_one(rule: Rule, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The axes of a rule's partials, which have one datum each: all data are mapped along the same axis."""
+    return tuple((axes[0], *axes[_data(rule) :]) for axes in batch)
 
 
 def _batch(operands: Any, dims: Any, *, rule: Rule, batch: tuple[Any, ...], **static: Any) -> Any:

@@ -86,7 +86,7 @@ def drop_block(
     coupled = (channel,) if _checks.flag(name, "couple_channels", couple_channels) else ()
     sizes = tuple(x.shape[axis] for axis in space)
     block = _block(name, block_size, sizes)
-    blocks = _Blocks(space, block, tuple(sorted({*space, channel})), coupled)
+    blocks = _Blocks(space, block, (*space, channel), coupled)
     call = _member.check(name, key, x.shape, rate, train=train, decided=blocks.starts, generator=generator, shard=shard)
     if any(call.names[axis] for axis in (*space, channel) if axis < len(call.names)):
         rule = "must split batch axes only"

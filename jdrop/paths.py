@@ -130,5 +130,7 @@ def stochastic_depth(
     def added(x: Array) -> Array:
         return x + _linear.multiply(branch(x), 1 / keep, where=jnp.ones_like(kept))
 
-    out = jax.make_jaxpr(added)(x).out_avals[0]
+    out = jax.typeof(x)
+    if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, fn may vary over more axes than x
+        out = jax.make_jaxpr(added)(x).out_avals[0]
     return lax.cond(kept, added, lambda x: vary_like(x, out), x)

@@ -4,6 +4,7 @@ import functools
 import os
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import _bench
@@ -110,19 +111,14 @@ def members(small: bool) -> list[Member]:
 def peers_of(member: Member, peers: Sequence[str]) -> dict[str, _bench.Drop]:
     """What other JAX libraries have of a member."""
     found: dict[str, _bench.Drop] = {}
-    if member.linen_broadcast is not None and "linen" in peers:
-        try:
-            from flax import linen
-        except ImportError:
-            return found
+    if member.linen_broadcast is not None and "linen" in peers and find_spec("flax"):
+        from flax import linen
+
         layer = linen.Dropout(RATE, broadcast_dims=member.linen_broadcast, deterministic=False)
         found["linen"] = lambda key, x: layer.apply({}, x, rngs={"dropout": key})
-    if member.keras is not None and "keras" in peers and os.environ.get("KERAS_BACKEND", "jax") == "jax":
+    if member.keras is not None and "keras" in peers and find_spec("keras"):
         os.environ["KERAS_BACKEND"] = "jax"
-        try:
-            import keras
-        except ImportError:
-            return found
+        import keras
 
         def stateless(key: Any, x: jax.Array) -> Any:
             layer = member.keras(keras.layers)

@@ -63,6 +63,12 @@ def test_a_dropped_branch_is_not_computed():
     assert "conditional(" in text
 
 
+def test_the_branch_is_traced_once():
+    traces = []
+    jax.jit(lambda k: jdrop.stochastic_depth(k, jnp.ones(2), 0.5, lambda x: traces.append(1) or x, train=True))(KEY)
+    assert len(traces) == 1
+
+
 def test_scan_over_layers_with_a_rate_a_layer():
     layers, width = 6, 16
     w = jnp.stack([jnp.eye(width) * (i + 1) / 10 for i in range(layers)])
