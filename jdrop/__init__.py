@@ -2,6 +2,7 @@
 
 from jdrop import keys as keys
 from jdrop import schedules as schedules
+from jdrop.attention import dot_product_attention as dot_product_attention
 from jdrop.bits import MASK_VERSION as MASK_VERSION
 from jdrop.blocks import drop_block as drop_block
 from jdrop.blocks import drop_block_mask as drop_block_mask

@@ -31,21 +31,21 @@ def is_typed_key(value: Any) -> bool:
     return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
-def key(function: str, value: Any) -> None:
+def key(function: str, value: Any, argument: str = "key") -> None:
     """Require one PRNG key: typed, or legacy uint32."""
     if is_typed_key(value):
         batch = value.shape
     elif isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.ndim:
         if value.shape[-1] not in KEY_WORDS:
             fix = "make one with jax.random.key"
-            raise ValueError(text(function, "key", "must hold the words of one PRNG key", describe(value), fix))
+            raise ValueError(text(function, argument, "must hold the words of one PRNG key", describe(value), fix))
         batch = value.shape[:-1]
     else:
         fix = "make one with jax.random.key, and pass it before the data"
-        raise TypeError(text(function, "key", "must be a PRNG key", describe(value), fix))
+        raise TypeError(text(function, argument, "must be a PRNG key", describe(value), fix))
     if batch:
         fix = "use jax.vmap over keys"
-        raise ValueError(text(function, "key", "must be one key", f"a batch of shape {batch}", fix))
+        raise ValueError(text(function, argument, "must be one key", f"a batch of shape {batch}", fix))
 
 
 def array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT) -> None:
@@ -88,7 +88,7 @@ def rate(
     read. What is no scalar comes back with the mask's number of axes. Another ``argument`` in the place of a
     rate may have another upper limit.
     """
-    meaning = "the probability of dropping" if argument == "rate" else "a number of at least 0"
+    meaning = "the probability of dropping" if high <= 1 else "a number of at least 0"
     if is_typed_key(value) or not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
         fix = f"pass a float, {meaning}"
         raise TypeError(text(function, argument, "must be a number or an array", describe(value), fix))

@@ -27,6 +27,8 @@ class Call(NamedTuple):
     generator: Generator
     shard: Shard
     names: tuple[tuple[str, ...], ...]
+    key_argument: str
+    """What the function calls its key."""
 
     @property
     def idle(self) -> bool:
@@ -35,10 +37,11 @@ class Call(NamedTuple):
 
     def operands(self, *, part: bool = False) -> tuple[Array, Array, tuple[Array, ...], Layout]:
         """Use the key, and return ``(words, rate, offset, layout)`` of the draw; ``part``: bits go by index."""
-        _shards.check_key_varies(self.function, self.key, self.shard)
+        _shards.check_key_varies(self.function, self.key, self.shard, self.key_argument)
         whole, offset = _shards.tile(self.shape, self.names)
         part = part or bool(offset)
-        source, words, rate = decisions.operands(self.function, self.key, self.rate, self.generator, part=part)
+        drawn = (self.function, self.key, self.rate, self.generator)
+        source, words, rate = decisions.operands(*drawn, part=part, argument=self.key_argument)
         return words, rate, offset, decisions.layout(self.function, self.decided(whole), source)
 
     def apply(self, rule: Rule, *data: Array) -> Array:
@@ -58,11 +61,12 @@ def check(
     generator: Generator = "fast",
     shard: Shard = None,
     limit: tuple[str, float] = ("rate", 1.0),
+    key_argument: str = "key",
 ) -> Call:
     """Check the arguments that members share.
 
     The shape of the decisions is that of the data with 1 on shared axes, unless ``decided`` says what it is.
-    ``limit`` names the argument in the place of the rate, and its largest value.
+    ``limit`` names the argument in the place of the rate, and its largest value; ``key_argument`` names the key's.
     """
     train = _checks.flag(function, "train", train)
     _checks.choice(function, "generator", generator, decisions.GENERATORS)
@@ -72,8 +76,8 @@ def check(
     rate = _checks.rate(function, rate, decided(shape), *limit)
     names = _shards.names_of(function, shape, shard)
     if key is not None:
-        _checks.key(function, key)
-    return Call(function, key, shape, rate, train, decided, generator, shard, names)
+        _checks.key(function, key, key_argument)
+    return Call(function, key, shape, rate, train, decided, generator, shard, names, key_argument)
 
 
 # ---------------------------------------------------------------------------------- multiplying by a mask

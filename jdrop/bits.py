@@ -138,21 +138,32 @@ def indices(
       sharding: how the window is laid over an explicit mesh, so that each device makes its own indices only.
       columns: as in :func:`coordinates`.
     """
-    where = coordinates(shape, columns=columns)
-    first = len(where.row_strides)
     axes = []
     for axis in range(len(size)):
         index = _iota(axis, size, sharding)
         axes.append(index if start is None else add64(index, start[axis]))
-    col = _sum([lo * np.uint32(stride) for (_, lo), stride in zip(axes[first:], where.col_strides)], len(size))
+    return place(shape, axes, columns=columns)
+
+
+def place(shape: Sequence[Any], index: Sequence[Pair], *, columns: bool = True) -> tuple[Pair, Array]:
+    """Return ``(row, col)`` of the elements at an index.
+
+    Args:
+      shape: shape of the whole array.
+      index: the index along each axis of the array, as ``(hi, lo)``: arrays of one rank that broadcast.
+      columns: as in :func:`coordinates`.
+    """
+    where = coordinates(shape, columns=columns)
+    first, ndim = len(where.row_strides), np.ndim(index[0][1]) if index else 0
+    col = _sum([lo * np.uint32(stride) for (_, lo), stride in zip(index[first:], where.col_strides)], ndim)
     if isinstance(where.num_rows, int) and where.num_rows <= WORD and not where.long:
-        low = [lo * np.uint32(stride) for (_, lo), stride in zip(axes[:first], where.row_strides)]
-        return (np.uint32(0), _sum(low, len(size))), col
+        low = [lo * np.uint32(stride) for (_, lo), stride in zip(index[:first], where.row_strides)]
+        return (np.uint32(0), _sum(low, ndim)), col
     row: Pair = (np.uint32(0), np.uint32(0))
-    for index, stride in zip(axes[:first], where.row_strides):
-        row = add64(row, mul64(index, stride))
+    for at, stride in zip(index[:first], where.row_strides):
+        row = add64(row, mul64(at, stride))
     if where.long:
-        row = add64(row, (np.uint32(0), axes[first][0]))
+        row = add64(row, (np.uint32(0), index[first][0]))
     return row, col
 
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop import _checks, keys
-from jdrop.bits import MIN_COLUMNS, WORD, Pair, coordinates, indices, threefry2x32, word
+from jdrop.bits import MIN_COLUMNS, WORD, Pair, coordinates, indices, place, threefry2x32, word
 
 Generator = Literal["fast", "jax"]
 GENERATORS = ("fast", "jax")
@@ -58,16 +58,22 @@ def is_zero(rate: np.ndarray | Array) -> bool:
 
 
 def operands(
-    function: str, key: Array | None, rate: np.ndarray | Array, generator: Generator, *, part: bool
+    function: str,
+    key: Array | None,
+    rate: np.ndarray | Array,
+    generator: Generator,
+    *,
+    part: bool,
+    argument: str = "key",
 ) -> tuple[Any, Array, Array]:
     """Use the key, and return ``(source, words, probability)``.
 
-    ``part`` tells that bits by index are needed.
+    ``part`` tells that bits by index are needed; ``argument`` is what the function calls the key.
     """
-    key = needed(function, key)
+    key = needed(function, key, argument)
     if generator == "fast":
         return "fast", keys.seed(keys.consume(key)), probability(rate, generator)
-    source = _jax_source(function, key)
+    source = _jax_source(function, key, argument)
     if part and source != "indexed":
         fix = 'use generator="fast", or a threefry2x32 key with jax_threefry_partitionable'
         rule = 'must be "fast" for a part of a mask, unless the bits of the key can be drawn by index'
@@ -75,11 +81,12 @@ def operands(
     return source, keys.consume(key), probability(rate, generator)
 
 
-def needed(function: str, key: Array | None) -> Array:
+def needed(function: str, key: Array | None, argument: str = "key") -> Array:
     """Require a key, because something is dropped."""
     if key is None:
         fix = "pass a key, or train=False, or rate=0."
-        raise TypeError(_checks.text(function, "key", "must be a PRNG key when something is dropped", "None", fix))
+        rule = "must be a PRNG key when something is dropped"
+        raise TypeError(_checks.text(function, argument, rule, "None", fix))
     return key
 
 
@@ -88,13 +95,18 @@ def probability(rate: np.ndarray | Array, generator: Generator) -> Array:
     return jnp.asarray(rate, jnp.float32) if generator == "fast" else jnp.asarray(1 - rate)
 
 
-def _jax_source(function: str, key: Array) -> Any:
+def by_index(function: str, key: Array, generator: Generator, argument: str = "key") -> bool:
+    """Whether a part of a mask can be drawn without the rest."""
+    return generator == "fast" or _jax_source(function, key, argument) == "indexed"
+
+
+def _jax_source(function: str, key: Array, argument: str) -> Any:
     try:
         impl = jax.random.key_impl(key)  # legacy keys: the default implementation
     except (TypeError, ValueError):
         fix = "wrap it with jax.random.wrap_key_data(key, impl=...)"
         rule = 'must have the words of the default implementation for generator="jax"'
-        raise ValueError(_checks.text(function, "key", rule, _checks.describe(key), fix)) from None
+        raise ValueError(_checks.text(function, argument, rule, _checks.describe(key), fix)) from None
     config: Any = jax.config
     return "indexed" if impl == "threefry2x32" and config.jax_threefry_partitionable else impl
 
@@ -175,6 +187,21 @@ def word_of(
     seed = lax.optimization_barrier(words)
     row, col = indices(layout.shape, size, start, sharding)
     return word((seed[0], seed[1]), row, col)
+
+
+def keep_at(layout: Layout, words: Array, rate: Array, index: Sequence[Pair]) -> Array:
+    """Return which elements are kept, of a mask whose bits go by index.
+
+    ``index`` is ``(hi, lo)`` along each axis of the mask: arrays of one rank that broadcast; not read on shared axes.
+    """
+    zero = (np.uint32(0), jnp.zeros((1,) * np.ndim(index[0][1]), jnp.uint32))
+    index = [zero if n == 1 else at for n, at in zip(layout.shape, index)]
+    if layout.source == "indexed":
+        words, index = lax.optimization_barrier((words, index))
+        return _bits_of(words, place(layout.shape, index, columns=False)[0], rate.dtype) < _jax_threshold(rate)
+    seed = lax.optimization_barrier(words)
+    t, none = _threshold(rate)
+    return (word((seed[0], seed[1]), *place(layout.shape, index)) >= t) & ~none
 
 
 def keep_rows(layout: Layout, words: Array, rate: Array, index: Pair) -> Array:

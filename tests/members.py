@@ -21,6 +21,11 @@ def bias_dropout_add(key, x, rate, **options):
     return jdrop.bias_dropout_add(key, x, rate, bias, jnp.full_like(x, 2), **options)
 
 
+def attention(key, x, rate, **options):
+    """x as [batch, time, heads, width]: queries, keys and values at once."""
+    return jdrop.dot_product_attention(key, x, jnp.cos(x), x, rate, **options)
+
+
 MEMBERS = {
     "dropout": jdrop.dropout,
     "alpha_dropout": jdrop.alpha_dropout,
@@ -39,6 +44,7 @@ MEMBERS = {
     "zoneout": lambda key, x, rate, **o: jdrop.zoneout(key, x, rate, jnp.full_like(x, 3), **o),
     "multi_sample_dropout": lambda key, x, rate, **o: jdrop.multi_sample_dropout(key, x, rate, lambda h: h, 3, **o),
     "bias_dropout_add": bias_dropout_add,
+    "dot_product_attention": attention,
 }
 UNBATCHED = {  # the same members for one example, [height, width, channel]
     "channel_dropout": lambda key, x, rate, **o: jdrop.channel_dropout(key, x, rate, batch_axes=(), **o),

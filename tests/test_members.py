@@ -32,6 +32,13 @@ BY_CHANNEL = {  # decisions along channels are independent too
     "multi_sample_dropout",
 }
 EXEMPT = {
+    ("identity", "dot_product_attention"): "evaluation attends",
+    ("complex", "dot_product_attention"): "a softmax is of real numbers",
+    ("contained", "dot_product_attention"): "what is dropped is a probability, not an element of x",
+    (
+        "residuals",
+        "dot_product_attention",
+    ): "queries, keys and values stay, as without dropout: counted in test_attention",
     ("identity", "stochastic_depth"): "evaluation adds the branch",
     ("identity", "token_dropout"): "the test makes new ids",
     ("identity", "zoneout"): "evaluation gives the expectation",
@@ -82,16 +89,20 @@ def train(name, **options):
     return lambda key, x, rate: MEMBERS[name](key, x, rate, train=True, **options)
 
 
-def same(a, b):
-    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+def same(a, b, name=None):
+    """Bit for bit. Attention's matrix products round as shapes want it: sums of 40 and of 6 terms, each eps at most."""
+    if name == "dot_product_attention":
+        np.testing.assert_allclose(a, b, rtol=0, atol=64 * np.finfo(np.float32).eps * float(jnp.abs(b).max()))
+    else:
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @check
 def jit(name):
     for rate in (0.1, 0.3, 0.5, 0.9):
-        same(jax.jit(lambda k, x, r=rate: train(name)(k, x, r))(KEY, X), train(name)(KEY, X, rate))
+        same(jax.jit(lambda k, x, r=rate: train(name)(k, x, r))(KEY, X), train(name)(KEY, X, rate), name)
         off = lambda x, r=rate: MEMBERS[name](None, x, r, train=False)
-        same(jax.jit(off)(X), off(X))
+        same(jax.jit(off)(X), off(X), name)
 
 
 @check
@@ -100,11 +111,11 @@ def vmap(name):
         keys = jax.vmap(lambda i, impl=impl: jdrop.keys.derive(jax.random.key(0, impl=impl), i))(jnp.arange(8))
         f = UNBATCHED.get(name, MEMBERS[name])
         one = lambda k, x, f=f: f(k, x, 0.5, train=True)
-        same(jax.vmap(one)(keys, X), jnp.stack([one(k, x) for k, x in zip(keys, X, strict=True)]))
+        same(jax.vmap(one)(keys, X), jnp.stack([one(k, x) for k, x in zip(keys, X, strict=True)]), name)
     f = train(name)
-    same(jax.vmap(lambda k: f(k, X, 0.5))(keys[:2])[1], f(keys[1], X, 0.5))
+    same(jax.vmap(lambda k: f(k, X, 0.5))(keys[:2])[1], f(keys[1], X, 0.5), name)
     last = jax.vmap(lambda k, x: f(k, x, 0.5), in_axes=(0, -1), out_axes=-1)(keys[:3], jnp.stack([X, 2 * X, 3 * X], -1))
-    same(last[..., 2], f(keys[2], 3 * X, 0.5))
+    same(last[..., 2], f(keys[2], 3 * X, 0.5), name)
 
 
 @check
@@ -234,7 +245,7 @@ def tiles(name):
     f = jax.shard_map(
         lambda k, x: train(name, shard=P("data"))(k, x, 0.5), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
     )
-    same(jax.jit(f)(KEY, X), train(name)(KEY, X, 0.5))
+    same(jax.jit(f)(KEY, X), train(name)(KEY, X, 0.5), name)
     with pytest.raises(ValueError, match=r"key must vary over the manual mesh axes"):
         g = jax.shard_map(
             lambda k, x: train(name)(k, x, 0.5), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
@@ -258,7 +269,7 @@ def meshes(name):
             key = jax.device_put(KEY, NamedSharding(mesh, P()))
             placed = jax.jit(step)(key, x)
             for got, want in zip(placed, whole, strict=True):
-                same(got, want)
+                same(got, want, name)
                 assert got.sharding.spec[axis] == "data"
             text = jax.jit(step).lower(key, x).compile().as_text()
             assert not re.search(r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter", text)

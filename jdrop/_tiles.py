@@ -1,0 +1,175 @@
+"""How chunked attention is cut: the loops' plan, and a block's part of each array.
+
+The axes of a block of scores are [batch, head, group, query, key]; grouped queries share a key head. Batch and key
+heads are split into (major, minor) parts. The loops run over the minor ones; a block holds all of the major ones, at
+least as many as there are devices where the axis has them, so that on a mesh each device works at its part of every
+block, and no loop runs over an axis that is spread.
+"""
+
+import math
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jdrop._scores import Problem
+from jdrop.bits import Pair, add64
+
+T = TypeVar("T")  # operands: a pytree
+
+ROWS = 512  # queries in a block, over all groups
+SEGMENT = 128  # fewest queries with a range of keys of their own, where the position says what is seen
+SEGMENTS = 8
+# Scores in a block, where it takes more than ROWS queries of one head to have so many: what fits a core's cache, and
+# on other platforms, where nothing was measured, what keeps an accelerator busy.
+CPU_SCORES, OTHER_SCORES = 2**19, 2**25
+
+
+class Segment(NamedTuple):
+    """Queries that are worked off in blocks of one size, and the keys that they may see."""
+
+    first: int
+    blocks: int
+    rows: int
+    low: int
+    high: int
+
+
+class Plan(NamedTuple):
+    """What is static about the loops."""
+
+    problem: Problem
+    batch: tuple[int, int]
+    heads: tuple[int, int]
+    """Parts of the axis of key heads."""
+    groups: int
+    segments: tuple[Segment, ...]
+
+
+class At(NamedTuple):
+    """Where a block is: its minor parts of batch and heads, and its first query."""
+
+    batch: Array
+    head: Array
+    query: Array
+
+
+def plan(problem: Problem, query: Array, key: Array) -> Plan:
+    """Choose the loops for a query [B, T, N, H] and a key [B, S, K, H]."""
+    groups = query.shape[2] // key.shape[2]
+    segments = _segments(problem, query.shape[1], key.shape[1], max(ROWS // groups, 16))
+    one = groups * max(s.rows * (s.high - s.low) for s in segments)
+    room = (CPU_SCORES if jax.default_backend() == "cpu" else OTHER_SCORES) // one
+    mesh = jax.sharding.get_abstract_mesh()
+    apart = [n for name, n in mesh.shape.items() if name not in mesh.manual_axes]
+    devices = math.prod(apart) if mesh.manual_axes else jax.device_count()
+    heads, room = _parts(key.shape[2], devices, room)
+    batch, _ = _parts(query.shape[0], devices, room)
+    return Plan(problem, batch, heads, groups, segments)
+
+
+def _parts(size: int, devices: int, room: int) -> tuple[tuple[int, int], int]:
+    """Split an axis, so that a device works at ``room`` of its elements at a time, and return what room is left."""
+    spread = math.gcd(size, devices)
+    each = max(n for n in range(1, size // spread + 1) if size // spread % n == 0 and n <= max(room, 1))
+    return (spread * each, size // spread // each), room // each
+
+
+def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int) -> tuple[Segment, ...]:
+    left, right = problem.window or (num_queries, num_keys)
+    right = 0 if problem.causal else right
+    bounded = (problem.causal or problem.window is not None) and not problem.spread
+    if not bounded:
+        left, right = num_queries, num_keys
+    span = max(-(-num_queries // SEGMENTS), SEGMENT) if bounded else num_queries
+    if bounded and span >= rows:
+        rows = min(rows, -(-span // 2))  # XLA lets segments without a loop overlap, and would hold a block of each
+    found = []
+    for first in range(0, num_queries, span):
+        last = min(first + span, num_queries)
+        low = min(max(0, first - left), num_keys - 1)  # one key at least, which then no query sees
+        high = max(min(num_keys, last + right), low + 1)
+        size = math.ceil((last - first) / math.ceil((last - first) / rows))
+        blocks, rest = divmod(last - first, size)
+        found.append(Segment(first, blocks, size, low, high))
+        if rest:
+            found.append(Segment(last - rest, 1, rest, low, high))
+    return tuple(found)
+
+
+# ---------------------------------------------------------------------------------- the parts of arrays
+
+
+def split(x: Array, plan: Plan) -> Array:
+    """[B, T, heads, H] to [minor, batch, head, group, T, H]: a slice for each turn of the loop."""
+    _, num, heads, width = x.shape
+    x = x.reshape(*plan.batch, num, *plan.heads, heads // math.prod(plan.heads), width)
+    x = x.transpose(1, 4, 0, 3, 5, 2, 6)
+    return x.reshape(-1, *x.shape[2:])
+
+
+def join(x: Array, plan: Plan) -> Array:
+    """The inverse of :func:`split`."""
+    *_, groups, num, width = x.shape
+    x = x.reshape(plan.batch[1], plan.heads[1], plan.batch[0], plan.heads[0], groups, num, width)
+    x = x.transpose(2, 0, 5, 3, 1, 4, 6)
+    return x.reshape(math.prod(plan.batch), num, math.prod(plan.heads) * groups, width)
+
+
+def minor(plan: Plan) -> tuple[Array, Array]:
+    """The minor parts of batch and heads in each turn of the loop."""
+    turn = jnp.arange(plan.batch[1] * plan.heads[1])
+    return turn // plan.heads[1], turn % plan.heads[1]
+
+
+def fine(operands: T, plan: Plan) -> T:
+    """What is over scores, [B, N, T, S] or 1, to [batch, minor, head, minor, group, T, S] or 1; all else as it is."""
+
+    def one(x: Array) -> Array:
+        batch = plan.batch if x.shape[0] > 1 else (1, 1)
+        heads = (*plan.heads, plan.groups) if x.shape[1] > 1 else (1, 1, 1)
+        return x.reshape(*batch, *heads, *x.shape[2:])
+
+    return jax.tree.map(lambda x: one(x) if x.ndim == 4 else x, operands)
+
+
+def window(shape: tuple[int, ...], at: At, segment: Segment) -> tuple[list[Any], list[int]]:
+    """Starts and sizes of a block's part of an array of :func:`fine`."""
+    starts = [0, at.batch, 0, at.head, 0, at.query, segment.low]
+    sizes = [shape[0], 1, shape[2], 1, shape[4], segment.rows, segment.high - segment.low]
+    there = [n > 1 for n in shape]
+    return [s if t else 0 for s, t in zip(starts, there)], [s if t else 1 for s, t in zip(sizes, there)]
+
+
+def cut(operands: T, at: At, segment: Segment) -> T:
+    """A block's part of what :func:`fine` returned: [batch, head, group, query, key]."""
+
+    def one(x: Array) -> Array:
+        return jnp.squeeze(lax.dynamic_slice(x, *window(x.shape, at, segment)), (1, 3))
+
+    return jax.tree.map(lambda x: one(x) if x.ndim == 7 else x, operands)
+
+
+def rows(x: Array, at: At, segment: Segment) -> Array:
+    """A block's queries of [batch, head, group, T, H]."""
+    return lax.dynamic_slice_in_dim(x, at.query, segment.rows, axis=3)
+
+
+def index(plan: Plan, at: At, segment: Segment, offset: Array | None) -> list[Pair]:
+    """The index of a block's scores along the axes [B, N, T, S] of the whole array."""
+
+    def iota(axis: int, size: int) -> Array:
+        return lax.broadcasted_iota(jnp.uint32, [size if axis == k else 1 for k in range(5)], axis)
+
+    batch, head, query = (i.astype(jnp.uint32) for i in at)
+    key_head = iota(1, plan.heads[0]) * np.uint32(plan.heads[1]) + head
+    axes = [
+        iota(0, plan.batch[0]) * np.uint32(plan.batch[1]) + batch,
+        key_head * np.uint32(plan.groups) + iota(2, plan.groups),
+        iota(3, segment.rows) + query,
+        iota(4, segment.high - segment.low) + np.uint32(segment.low),
+    ]
+    index: list[Pair] = [(np.uint32(0), i) for i in axes]
+    return index if offset is None else [add64(i, (start[0], start[1])) for i, start in zip(index, offset)]

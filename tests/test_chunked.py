@@ -1,0 +1,99 @@
+"""The chunked implementation of attention: what it stores, and what it does not depend on."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from attention_formula import QUICK, normal, shows, use_plan, visible
+from test_sharding import largest
+
+import jdrop
+from jdrop import _chunked
+
+KEY = jax.random.key(51)
+PLANS = {  # rows, segment, segments, scores
+    "one query": (1, 1, 2, 1),
+    "a few queries": (48, 32, 3, 1),
+    "some heads": (512, 16, 8, 3 * 40 * 50),
+    "all": (512, 128, 8, 2**25),
+}
+
+
+def attend(q, k, v, rate=0.5, **options):
+    return jdrop.dot_product_attention(KEY, q, k, v, rate, train=True, implementation="chunked", **options)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_mask_does_not_depend_on_the_plan(plan, causal, monkeypatch):
+    """Batch and key heads are 6: two parts that a block holds, for the devices, and three turns of the loop."""
+    shape = (6, 12, 40, 50)
+    with monkeypatch.context() as patch:
+        use_plan(patch, *PLANS[plan])
+        seen = visible(shape, causal=True) if causal else None
+        shows(KEY, shape, 0.5, seen, key_heads=6, implementation="chunked", is_causal=causal)
+    _chunked.attend.clear_cache()
+
+
+def test_the_mask_of_more_than_a_thousand_queries():
+    shows(KEY, (1, 1, 1025, 1025), 0.5, implementation="chunked")
+
+
+def compiled_gradient(length, wrt=(0, 1, 2), bias=None, **options):
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+    f = lambda q, k, v, b: attend(q, k, v, bias=b, **options).sum()
+    return jax.jit(jax.grad(f, wrt)).lower(x, x, x, bias).compile(compiler_options=QUICK)
+
+
+def test_memory_is_linear_in_length():
+    small, large = (compiled_gradient(n) for n in (2048, 4096))
+    sizes = [c.memory_analysis().temp_size_in_bytes for c in (small, large)]
+    assert sizes[1] <= 2.2 * sizes[0]
+    for compiled, length in ((small, 2048), (large, 4096)):
+        assert largest(compiled.as_text()) <= 2 * 512 * length < 2 * length**2  # a block of two heads
+
+
+def test_causal_attention_takes_little_more_memory():
+    """At 2048 each segment is one block of 256 rows; if XLA let all of them live at once, they had (8 + 1) / 2 x 256
+    rows of keys, 2.25 times those of the full attention's blocks of 512. At 4096 they are in loops, one at a time."""
+    for length, most in ((2048, 2.25), (4096, 1.1)):
+        sizes = [compiled_gradient(length, is_causal=c).memory_analysis().temp_size_in_bytes for c in (True, False)]
+        assert sizes[0] <= most * sizes[1]
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Queries, keys, values, a number for each query, and of the mask its seed and rate alone."""
+    q, k, v = (jnp.asarray(normal(i, 2, 200, n, 32)) for i, n in ((0, 4), (1, 2), (2, 2)))
+
+    def bytes_kept(rate, **options):
+        f = lambda q, k, v, r: jax.vjp(lambda q, k, v: attend(q, k, v, r, **options), q, k, v)[1]
+        pull = f(q, k, v, rate) if isinstance(rate, float) else jax.eval_shape(f, q, k, v, rate)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
+
+    without = q.nbytes + k.nbytes + v.nbytes + 4 * 2 * 4 * 200
+    assert bytes_kept(0.0) == bytes_kept(0.0, is_causal=True) == without
+    assert bytes_kept(jnp.float32(0.5)) == bytes_kept(0.5) == without + 2 * 4 + 4
+    assert bytes_kept(jnp.full([2, 1, 200, 1], 0.5)) == without + 2 * 4 + 2 * 200 * 4
+
+
+def test_the_gradient_of_bias_is_made_on_demand():
+    bias = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32)
+
+    def written(wrt):
+        lines = compiled_gradient(1024, wrt, bias).as_text().splitlines()
+        return [line for line in lines if re.search(r"= f32\[[\d,]*1024,1024\]\S* dynamic-update-slice", line)]
+
+    assert written((0, 1, 2, 3)) and not written((0, 1, 2))
+
+
+def test_layers_of_a_scan_keep_no_mask():
+    keys = jax.random.split(KEY, 3)
+
+    def layer(x, key):
+        y = jdrop.dot_product_attention(key, x, x, x, 0.5, train=True, implementation="chunked")
+        return jnp.tanh(x + y), None
+
+    f = jax.grad(lambda x: jax.lax.scan(layer, x, keys)[0].sum())
+    text = jax.jit(f).lower(normal(0, 1, 300, 2, 16)).compile(compiler_options=QUICK).as_text()
+    assert "[3,1,300,2,16]" in text and largest(text) <= 2 * 300 * 300
