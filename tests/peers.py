@@ -1,0 +1,88 @@
+"""The other JAX libraries in the tests: what is required, one call for all of them, and training runs to compare."""
+
+import importlib
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+PACKAGES = {"flax": "flax", "equinox": "equinox", "haiku": "dm-haiku", "keras": "keras", "torch": "torch"}
+ADAPTERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku"}  # what each needs
+
+
+def require(name, *, whole_file=False):
+    """Import a module of a library: skip a test without it, or fail it where the library is required.
+
+    ``JDROP_PEERS`` names the libraries that are, with commas between them, or is ``required`` for all.
+    """
+    library = name.split(".")[0]
+    if importlib.util.find_spec(library) is None:
+        if {library, "required"} & set(os.environ.get("JDROP_PEERS", "").split(",")):
+            pytest.fail(f"{name} is required here and is not installed")
+        pytest.skip(f"{name} is not installed", allow_module_level=whole_file)
+    return importlib.import_module(name)
+
+
+def adapter(library):
+    require(ADAPTERS[library])
+    return importlib.import_module(f"jdrop.adapters.{library}")
+
+
+def theirs(library):
+    """The library's own dropout as ``(key, x, rate, dims) -> y``, with the key that it draws from."""
+    if library == "haiku":
+        haiku = require("haiku")
+        return lambda key, x, rate, dims=(): haiku.dropout(key, rate, x, *[dims] * bool(dims))
+    return _layer(library, require({"equinox": "equinox.nn"}.get(library, f"flax.{library}")).Dropout)
+
+
+def ours(library, name="Dropout", **options):
+    """A layer of an adapter, as :func:`theirs`; keyword arguments go to its constructor."""
+    module = adapter(library)
+    if library == "haiku":
+        f = {"Dropout": module.dropout, "DropPath": module.drop_path}[name]
+        return lambda key, x, rate, dims=(): f(key, rate, x, *[dims] * bool(dims), **options)
+    return _layer(library, getattr(module, name), **options)
+
+
+def _layer(library, layer, **options):
+    dims = lambda dims: options | ({"broadcast_dims": dims} if dims else {})
+    return {
+        "linen": lambda key, x, rate, d=(): layer(rate, deterministic=False, **dims(d)).apply({}, x, rng=key),
+        "nnx": lambda key, x, rate, d=(): layer(rate, **dims(d))(x, rngs=key),
+        "equinox": lambda key, x, rate: layer(rate, **options)(x, key=key),
+    }[library]
+
+
+def data(n=64, width=16):
+    """Inputs and targets of a small regression."""
+    rng = np.random.default_rng(7)
+    x = rng.standard_normal((n, width)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray(np.sin(x.sum(1, keepdims=True)))
+
+
+def train(loss, params, steps=100):
+    """Losses of a training run with Adam; ``loss(params, step)`` draws a new mask at every step."""
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state, i):
+        value, grads = jax.value_and_grad(loss)(params, i)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = optimizer.init(params), []
+    for i in range(steps):
+        params, state, value = step(params, state, jnp.int32(i))
+        losses.append(value)
+    return np.asarray(losses)
+
+
+def same_run(a, b):
+    """Losses of two runs that learn something and differ in rounding alone: by at most one unit of it a step."""
+    assert a[-1] < 0.8 * a[0]
+    np.testing.assert_allclose(a, b, rtol=len(a) * np.finfo(np.float32).eps)

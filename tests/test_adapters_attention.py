@@ -1,0 +1,197 @@
+"""Attention for linen and nnx: the function beside theirs, and both multi-head modules with it."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import pytest
+
+import jdrop
+
+linen, nnx = peers.require("flax.linen", whole_file=True), peers.require("flax.nnx")
+attend = peers.adapter("linen").dot_product_attention
+as_flax = functools.partial(attend, generator="jax")
+KEY = jax.random.key(41)
+THEIRS = pytest.mark.parametrize(
+    "theirs", [linen.dot_product_attention, nnx.dot_product_attention], ids=["linen", "nnx"]
+)
+pytestmark = pytest.mark.usefixtures("usual_promotion")
+
+
+def qkv(*batch, queries=12, keys=20, heads=4, kv_heads=4, width=8, dtype="float32"):
+    shapes = [(queries, heads), (keys, kv_heads), (keys, kv_heads)]
+    draws = jax.random.split(jax.random.key(1), 3)
+    return [jax.random.normal(d, (*batch, *shape, width), dtype) for d, shape in zip(draws, shapes)]
+
+
+def test_one_function_for_both():
+    assert peers.adapter("nnx").dot_product_attention is attend
+    ours = list(inspect.signature(attend).parameters.values())
+    for theirs in (linen.dot_product_attention, nnx.dot_product_attention):
+        parameters = list(inspect.signature(theirs).parameters.values())
+        assert [p.name for p in parameters[:12]] == [p.name for p in ours[:12]]
+        assert {p.name for p in parameters} <= {p.name for p in ours}
+        for p in parameters[:12]:
+            assert p.default == inspect.signature(attend).parameters[p.name].default
+
+
+@THEIRS
+@pytest.mark.parametrize("broadcast", [False, True])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
+def test_masks_of_flax_bit_for_bit(theirs, batch, broadcast):
+    """Zero logits and identity values show which probabilities are kept."""
+    q = jnp.zeros((*batch, 12, 4, 20))
+    k = jnp.zeros((*batch, 20, 4, 20))
+    v = jnp.broadcast_to(jnp.eye(20)[:, None], k.shape)
+    options = {"dropout_rng": KEY, "dropout_rate": 0.3, "broadcast_dropout": broadcast}
+    y = as_flax(q, k, v, **options)
+    np.testing.assert_array_equal(y != 0, theirs(q, k, v, **options) != 0)
+    assert ((y == 0).mean() - 0.3) ** 2 < 25 * 0.3 * 0.7 / (12 * 20)
+    fast = attend(q, k, v, **options)
+    shape = (int(np.prod(batch)), 4, 12, 20)
+    mask = jdrop.dropout_mask(KEY, shape, 0.3, shared_axes=(0, 1) if broadcast else ())
+    mask = jnp.broadcast_to(mask, shape).swapaxes(1, 2).reshape(fast.shape)
+    np.testing.assert_array_equal(fast != 0, mask)
+
+
+@THEIRS
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+def test_values_and_gradients_of_flax(theirs, batch):
+    data = qkv(*batch)
+    bias = jax.random.normal(jax.random.key(2), (4, 12, 20))
+    scattered = jax.random.bernoulli(jax.random.key(3), 0.7, (*batch, 1, 12, 20)).at[..., 0].set(True)
+    for mask, rate in ((None, 0.0), (jnp.arange(20) < 15, 0.3), (scattered.astype(jnp.float32), 0.3)):
+        bool_mask = None if mask is None else mask.astype(bool)  # nnx wants one
+        results = []
+        for f, m in ((theirs, bool_mask), (as_flax, mask)):
+            g = functools.partial(f, dropout_rng=KEY, dropout_rate=rate, mask=m, bias=bias)
+            results.append(jax.value_and_grad(lambda q, k, v, g=g: (g(q, k, v) ** 2).sum(), (0, 1, 2))(*data))
+        for a, b in zip(*map(jax.tree.leaves, results)):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_what_nnx_alone_has():
+    data = qkv(2, 3, queries=16, keys=16, kv_heads=2)
+    for options in ({"is_causal": True}, {"dropout_rng": KEY, "dropout_rate": 0.3, "is_causal": True}):
+        theirs = nnx.dot_product_attention(*data, **options)
+        np.testing.assert_allclose(as_flax(*data, **options), theirs, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("generator", ["fast", "jax"])
+def test_rates(generator):
+    f, data = functools.partial(attend, generator=generator), qkv(2)
+    plain = f(*data)
+    for options in ({"dropout_rate": 0.5, "deterministic": True}, {"dropout_rate": 0}, {"dropout_rate": np.float64(0)}):
+        np.testing.assert_array_equal(f(*data, **options), plain)  # and no key is needed
+    for rate in (1, jnp.float32(1)):
+        y, pull = jax.vjp(functools.partial(f, dropout_rng=KEY, dropout_rate=rate), *data)
+        assert not y.any() and all(jnp.isfinite(g).all() for g in pull(jnp.ones_like(y)))
+    traced = jax.jit(lambda rate: f(*data, dropout_rng=KEY, dropout_rate=rate))
+    assert jnp.isfinite(traced(jnp.float32(0.3))).all() and traced(jnp.float32(0.6)).any() and traced._cache_size() == 1
+    half = f(*qkv(2, dtype="bfloat16"), dropout_rng=KEY, dropout_rate=np.float64(0.3))
+    assert half.dtype == jnp.bfloat16 and f(*data, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_errors():
+    data, text = qkv(2), "^dot_product_attention: "
+    for rate in (-0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=text + "dropout_rate must lie in"):
+            attend(*data, dropout_rng=KEY, dropout_rate=rate, deterministic=True)
+    with pytest.raises(ValueError, match=text + "dropout_rate must broadcast"):
+        attend(*data, dropout_rng=KEY, dropout_rate=np.full(2, 0.5))
+    with pytest.raises(TypeError, match=text + "dropout_rng must be a PRNG key, got None"):
+        attend(*data, dropout_rate=0.5)
+    with pytest.raises(TypeError, match=text + "deterministic must be a bool"):
+        attend(*data, deterministic=0)
+    with pytest.raises(TypeError, match=text + "broadcast_dropout must be a bool"):
+        attend(*data, broadcast_dropout=1)
+    q, k, v = qkv(2, 3)
+    with pytest.raises(ValueError, match=text + "key must have the batch axes of query"):
+        attend(q, k.swapaxes(0, 1), v)
+    with pytest.raises(ValueError, match=text + "mask must broadcast to"):
+        attend(q, k, v, mask=jnp.ones((3, 2, 1, 12, 20)))
+    for name in ("precision", "module", "einsum_dot_general", "qk_attn_weights_einsum", "promote_dtype"):
+        with pytest.raises(NotImplementedError, match=text + f"{name} must be None, got str"):
+            attend(*data, **{name: "highest"})
+
+
+# ------------------------------------------------------------------------------------ the modules
+
+
+def in_linen(f, rate=0.3, **options):
+    """Parameters, and ``(params, rng, x) -> y`` of linen's module, which asks for a key as with its own function."""
+    layer = linen.MultiHeadDotProductAttention(
+        2, dropout_rate=rate, deterministic=False, **({"attention_fn": f} if f else {}), **options
+    )
+    x = jnp.ones((64, 4, 4))
+    params = layer.init({"params": jax.random.key(0), "dropout": KEY}, x)
+    return params, lambda params, rng, x: layer.apply(params, x, rngs={"dropout": rng})
+
+
+def in_nnx(f, rate=0.3, **options):
+    options |= {"attention_fn": f} if f else {}
+    layer = nnx.MultiHeadAttention(
+        2, 4, dropout_rate=rate, deterministic=False, decode=False, rngs=nnx.Rngs(0), **options
+    )
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+    return params, lambda params, rng, x: nnx.merge(graph, params, rest)(x, rngs=nnx.Rngs(dropout=rng))
+
+
+BOTH = pytest.mark.parametrize("module", [in_linen, in_nnx], ids=["linen", "nnx"])
+
+
+@BOTH
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_training(module, broadcast):
+    x, target = peers.data()
+    x = x.reshape(64, 4, 4)  # [batch, time, feature]
+
+    def run(f):
+        params, apply = module(f, broadcast_dropout=broadcast)
+
+        def loss(params, step):
+            y = apply(params, jax.random.fold_in(KEY, step), x) + x
+            return ((y.sum((1, 2)) - 4 * target[:, 0]) ** 2).mean()
+
+        return peers.train(loss, params)
+
+    theirs = run(None)
+    peers.same_run(theirs, run(as_flax))
+    if not broadcast:  # and other masks would show
+        assert abs(run(attend) - theirs).max() > 1e-3
+
+
+@BOTH
+def test_nothing_is_dropped_in_evaluation(module):
+    x = peers.data()[0].reshape(64, 4, 4)
+    results = []
+    for f in (None, attend):
+        params, apply = module(f, rate=0.0)
+        results.append(apply(params, KEY, x))
+    np.testing.assert_allclose(*results, rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_weights_that_are_never_formed_are_not_sown(module):
+    if module is in_linen:
+        layer = linen.MultiHeadDotProductAttention(2, attention_fn=attend)
+        call = lambda: layer.init(KEY, jnp.ones((2, 4, 4)), sow_weights=True)
+    else:
+        layer = nnx.MultiHeadAttention(2, 4, attention_fn=attend, decode=False, rngs=nnx.Rngs(0))
+        call = lambda: layer(jnp.ones((2, 4, 4)), sow_weights=True)
+    with pytest.raises(NotImplementedError, match=r"^dot_product_attention: module must be None"):
+        call()
+
+
+@BOTH
+def test_memory_of_a_gradient_is_linear_in_time(module):
+    sizes = {}
+    for name, f, steps in (("theirs", None, 4096), ("ours", attend, 4096), ("quarter", attend, 1024)):
+        params, apply = module(f, broadcast_dropout=False)
+        step = jax.jit(jax.grad(lambda p, x, apply=apply: (apply(p, KEY, x) ** 2).sum()))
+        compiled = step.lower(params, jax.ShapeDtypeStruct((1, steps, 4), jnp.float32)).compile()
+        sizes[name] = compiled.memory_analysis().temp_size_in_bytes
+    assert sizes["ours"] < sizes["theirs"] / 10 and sizes["ours"] < 4.1 * sizes["quarter"], sizes

@@ -1,0 +1,95 @@
+"""Haiku: keys, transforms and training of jdrop's functions, beside Haiku's own."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peers
+import pytest
+
+haiku = peers.require("haiku", whole_file=True)
+dropout, drop_path = peers.adapter("haiku").dropout, peers.adapter("haiku").drop_path
+KEY = jax.random.PRNGKey(37)
+X = jnp.linspace(1, 2, 8 * 32).reshape(8, 32)
+ours = functools.partial(dropout, generator="jax")
+FUNCTIONS = pytest.mark.parametrize("function", [dropout, drop_path], ids=["dropout", "drop_path"])
+pytestmark = pytest.mark.usefixtures("usual_promotion")
+
+
+@FUNCTIONS
+def test_no_key(function):
+    assert function(None, 0.0, X) is X
+    for rng in (None, 3):
+        with pytest.raises(TypeError, match=f"^{function.__name__}: rng must be a PRNG key, got {rng}"):
+            function(rng, 0.5, X)
+    with pytest.raises(ValueError, match="PRNGKey"):  # Haiku's own error: apply was given no rng
+        f = haiku.transform(lambda x: function(haiku.next_rng_key(), 0.5, x))
+        f.apply({}, None, X)
+
+
+def test_arguments_stand_where_theirs_do():
+    np.testing.assert_array_equal(ours(KEY, 0.5, X, (1,)) != 0, haiku.dropout(KEY, 0.5, X, (1,)) != 0)
+    by_name = dropout(rng=KEY, rate=0.5, x=X, broadcast_dims=[1])
+    np.testing.assert_array_equal(by_name, dropout(KEY, 0.5, X, [1]))
+
+
+# ------------------------------------------------------------------------------------ a model
+
+
+def block(drop, x):
+    """A residual block; returns its masks beside its output."""
+    h = drop(haiku.next_rng_key(), 0.3, jax.nn.gelu(haiku.Linear(32)(x)))
+    y = drop(haiku.next_rng_key(), 0.1, haiku.Linear(16)(h), (1,))
+    return x + y, (h != 0, y != 0)
+
+
+def net(drop, form):
+    def forward(x):
+        if form == "scan":  # haiku.scan threads Haiku's state, and with it the rng
+            w = haiku.get_parameter("w", [3, 16, 16], init=haiku.initializers.VarianceScaling())
+
+            def layer(x, w):
+                y = drop(haiku.next_rng_key(), 0.3, jnp.tanh(x @ w))
+                return x + y, y != 0
+
+            x, masks = haiku.scan(layer, x, w)
+        else:
+            masks = []
+            for _ in range(2):
+                f = functools.partial(block, drop)
+                x, kept = haiku.remat(f)(x) if form == "remat" else f(x)
+                masks.append(kept)
+        return haiku.Linear(1)(x), masks
+
+    return haiku.transform(forward)
+
+
+FORMS = ["loop", "remat", "scan"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_in_a_model(form):
+    x, _ = peers.data()
+    nets = [net(drop, form) for drop in (haiku.dropout, ours, dropout)]
+    params = nets[0].init(jax.random.PRNGKey(0), x)
+    (a, masks), (b, same), (_, other) = (jax.jit(n.apply)(params, KEY, x) for n in nets)
+    for first, second in zip(*map(jax.tree.leaves, (masks, same)), strict=True):
+        np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert any((p != q).any() for p, q in zip(*map(jax.tree.leaves, (masks, other))))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_training(form):
+    x, target = peers.data()
+    params = net(haiku.dropout, form).init(jax.random.PRNGKey(0), x)
+
+    def run(drop):
+        def loss(params, step):
+            y, _ = net(drop, form).apply(params, jax.random.fold_in(KEY, step), x)
+            return ((y - target) ** 2).mean()
+
+        return peers.train(loss, params)
+
+    peers.same_run(run(haiku.dropout), run(ours))
