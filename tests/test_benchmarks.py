@@ -11,6 +11,7 @@ from test_package import TAKES_TRAIN
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 VARIANTS = ("unrolled, plain, one key", "scan, plain, one key", "scan, checkpoint, per-example keys")
+OUR_ATTENTION = {"jdrop chunked", "jdrop chunked, causal", "jdrop reference"}
 OURS = {"scale", "jdrop fast", "jdrop jax", "where(bernoulli)"}
 
 
@@ -55,9 +56,8 @@ def test_bench_family(need, tmp_path):
     _, found = run("bench_dropout.py", "--family", "--small", "--rounds", "2", "--json", str(path), out=path)
     rows = found["rows"]
     measured = {r["member"].split(",")[0].split(" ")[0] for r in rows if r["contender"] == "jdrop"}
-    assert (
-        set(TAKES_TRAIN) - {"multi_sample_dropout", "patch_dropout"} == measured
-    )  # those two do work of a head, or less
+    # The first two do work of a head, or less; attention has a benchmark of its own.
+    assert set(TAKES_TRAIN) - {"multi_sample_dropout", "patch_dropout", "dot_product_attention"} == measured
     assert {"torch", "keras", "linen"} <= {r["contender"] for r in rows}
     assert all(r["ratio"] > 0 and (r["limit"] is not None) == (r["contender"] == "jdrop") for r in rows)
 
@@ -72,6 +72,19 @@ def test_bench_memory(reports):
     assert held["where(bernoulli)"] >= 4 * 64 * 128
 
 
+def test_bench_attention(need, tmp_path):
+    need("flax")
+    path = tmp_path / "attention.json"
+    options = ("--lengths", "64", "--heads", "2", "--width", "16", "--rounds", "1", "--json", str(path))
+    _, found = run("bench_attention.py", *options, "--peers", "linen", "nnx", out=path)
+    rows = {(r["direction"], r["contender"], r["rate"]): r for r in found["rows"]}
+    assert {name for _, name, _ in rows} == {*OUR_ATTENTION, "jax.nn", "linen", "nnx"}
+    for direction in ("forward", "forward+backward"):
+        for name in OUR_ATTENTION:
+            row = rows[direction, name, 0.1]
+            assert row["to_none"] > 0 and row["to_full"] > 0 and row["temporary_bytes"] > 0
+
+
 def test_bench_compile(tmp_path):
     path = tmp_path / "compile.json"
     options = ("--layers", "1", "--size", "2x16x32", "--heads", "2", "--rounds", "1", "--json", str(path))
@@ -80,6 +93,35 @@ def test_bench_compile(tmp_path):
     rows = {r["contender"]: r for r in found["rows"]}
     assert {*OURS, "no dropout"} == set(rows)
     assert all(r["compile_ratio"] > 0 and r["fusions"] > 0 for r in rows.values())
+
+
+def test_bench_adapters(need, tmp_path):
+    for library in ("flax", "equinox", "haiku"):
+        need(library)
+    path = tmp_path / "adapters.json"
+    options = ("--layers", "1", "--size", "4x64x64", "--heads", "2", "--rounds", "1", "--json", str(path))
+    printed, found = run("bench_adapters.py", *options, out=path)
+    assert found["claim"] in printed
+    for library in ("linen", "nnx", "equinox", "haiku"):
+        rows = {r["contender"]: r for r in found["rows"] if r["library"] == library}
+        assert list(rows) == ["no dropout", "its own", "jdrop fast", "jdrop jax"]
+        assert all(r["ratio"] > 0 for r in rows.values())
+        assert rows["jdrop fast"]["bytes"] < rows["its own"]["bytes"]
+
+
+def test_bench_sharding(need, tmp_path):
+    need("flax")
+    path = tmp_path / "sharding.json"
+    options = ("--layers", "1", "--size", "4x32x64", "--heads", "2", "--rounds", "1", "--devices", "1", "2")
+    printed, found = run("bench_sharding.py", *options, "--json", str(path), out=path)
+    assert found["claim"] in printed and found["claim"].startswith("Claim: ")
+    for devices in (1, 2):
+        rows = {r["contender"]: r for r in found["rows"] if r["devices"] == devices}
+        assert list(rows) == ["no dropout", "jdrop fast", "linen"]
+        assert all(r["ratio"] > 0 and r["bytes"] > 0 for r in rows.values())
+        assert rows["jdrop fast"]["collectives"] == rows["no dropout"]["collectives"]
+        assert bool(rows["no dropout"]["collectives"]) == (devices > 1)
+        assert rows["jdrop fast"]["bytes"] < rows["linen"]["bytes"]
 
 
 def test_plot(reports, tmp_path):

@@ -3,6 +3,8 @@
 import ast
 import doctest
 import inspect
+import operator
+import os
 import pathlib
 import re
 import subprocess
@@ -16,6 +18,7 @@ from members import MEMBERS, SHAPE
 
 import jdrop
 
+os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_checks", "bits"],
@@ -23,10 +26,15 @@ LAYERS = [
     ["keys"],
     ["decisions"],
     ["masks", "_linear"],
-    ["_member"],
-    ["elementwise", "noise", "channels", "blocks", "paths", "weights", "tokens", "recurrent", "composed"],
-    ["__init__"],
+    ["_member", "_scores"],
+    ["_tiles", "_dense"],
+    ["_chunked"],
+    ["attention", "elementwise", "noise", "channels", "blocks", "paths", "weights", "tokens", "recurrent", "composed"],
+    ["__init__", "adapters.__init__"],
+    ["adapters._layer", "adapters._attention"],
+    ["adapters.linen", "adapters.nnx", "adapters.equinox", "adapters.haiku"],
 ]
+LIBRARY_OF = {"adapters.linen": ["flax"], "adapters.nnx": ["flax"], "adapters.equinox": ["equinox"]}
 PUBLIC = {name: value for name, value in vars(jdrop).items() if inspect.isfunction(value)} | {
     "keys.derive": jdrop.keys.derive,
     "keys.per_example": jdrop.keys.per_example,
@@ -36,6 +44,7 @@ PUBLIC = {name: value for name, value in vars(jdrop).items() if inspect.isfuncti
     "schedules.depth_rates": jdrop.schedules.depth_rates,
 }
 FIRST = {  # what stands in the place of key, x, rate: the exceptions to the grammar
+    "dot_product_attention": ["prng_key", "query", "key", "value", "rate"],
     "drop_connect": ["key", "params", "rate"],
     "gaussian_noise": ["key", "x", "stddev"],
     "token_dropout": ["key", "ids", "rate"],
@@ -46,16 +55,19 @@ NO_MASK = {"gaussian_dropout", "gaussian_noise", "patch_dropout"}  # nothing tha
 
 def test_imports_go_strictly_downwards():
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    for path in (ROOT / "jdrop").glob("*.py"):
+    for path in (ROOT / "jdrop").glob("**/*.py"):
+        module = ".".join(path.relative_to(ROOT / "jdrop").with_suffix("").parts)
+        known = {"jax", "numpy", "jdrop", *LIBRARY_OF.get(module, ())} | set(sys.stdlib_module_names)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jdrop":
                 parts = node.module.split(".")[1:]
-                for used in parts[:1] or [alias.name for alias in node.names]:
-                    assert level[used] < level[path.stem], f"{path.name} imports {used}"
+                for used in [".".join([*parts, alias.name]) for alias in node.names]:
+                    used = used if used in level else ".".join(parts)
+                    assert level[used] < level[module], f"{path.name} imports {used}"
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 roots = {name.split(".")[0] for name in names}
-                assert roots <= {"jax", "numpy", "jdrop"} | set(sys.stdlib_module_names), f"{path.name}: {roots}"
+                assert roots <= known, f"{path.name}: {roots}"
                 assert not any("_src" in name for name in names), f"{path.name} imports private parts of jax"
 
 
@@ -106,18 +118,21 @@ def test_the_walk_covers_every_function_with_a_train_argument():
 def test_signatures_follow_the_grammar(name):
     parameters = inspect.signature(PUBLIC[name]).parameters
     names = list(parameters)
-    assert names[:3] == FIRST.get(name, ["key", "x", "rate"])
+    first = FIRST.get(name, ["key", "x", "rate"])
+    assert names[: len(first)] == first
     options = names[names.index("train") :]
     assert all(parameters[n].kind == inspect.Parameter.KEYWORD_ONLY for n in options)
-    assert all(parameters[n].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD for n in names[: names.index("train")])
+    kind = "POSITIONAL_ONLY" if name == "dot_product_attention" else "POSITIONAL_OR_KEYWORD"
+    assert all(parameters[n].kind.name == kind for n in names[: names.index("train")])
     assert parameters["train"].default is inspect.Parameter.empty
-    assert options[-1] == "shard" and ("generator" in options) == (name not in NO_MASK)
+    assert "shard" in options and ("generator" in options) == (name not in NO_MASK)
 
 
 @pytest.mark.parametrize("name", TAKES_TRAIN)
 def test_errors_name_the_function_and_the_argument(name):
     f, x = MEMBERS[name], jnp.ones(SHAPE)
-    rate = FIRST.get(name, ["rate"])[-1]
+    first = FIRST.get(name, ["key", "rate"])
+    key, rate = first[0], first[-1]
     cases = [
         (lambda: f(jax.random.key(0), x, -0.5, train=True), ValueError, f"{name}: {rate} must "),
         (lambda: f(jax.random.key(0), x, np.nan, train=False), ValueError, f"{name}: {rate} must "),
@@ -126,10 +141,10 @@ def test_errors_name_the_function_and_the_argument(name):
         (
             lambda: f(jax.random.split(jax.random.key(0)), x, 0.5, train=True),
             ValueError,
-            f"{name}: key must be one key",
+            f"{name}: {key} must be one key",
         ),
-        (lambda: f(3, x, 0.5, train=True), TypeError, f"{name}: key must be a PRNG key, got 3"),
-        (lambda: f(None, x, 0.5, train=True), TypeError, f"{name}: key must be a PRNG key when something is dropped"),
+        (lambda: f(3, x, 0.5, train=True), TypeError, f"{name}: {key} must be a PRNG key, got 3"),
+        (lambda: f(None, x, 0.5, train=True), TypeError, f"{name}: {key} must be a PRNG key when something is dropped"),
         (
             lambda: f(jax.random.key(0), x, 0.5, train=True, shard="data"),
             (TypeError, ValueError),
@@ -149,11 +164,67 @@ def snippets():
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+def imported(code):
+    """The libraries that a snippet imports."""
+    nodes = [n for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+    return {n.split(".")[0] for n in [*names, *(n.module for n in nodes if isinstance(n, ast.ImportFrom))]}
+
+
 @pytest.mark.parametrize("number", range(len(snippets())))
-def test_readme_snippets_run(number):
+def test_readme_snippets_run(number, need):
+    """As they are, and with the import that a comment says was there before."""
     code = snippets()[number]
-    with jax.numpy_rank_promotion("raise"):
-        exec(compile(code, f"README snippet {number}", "exec"), {"__name__": "readme"})
+    before = re.sub(r"^from jdrop\.adapters\..* import .*  # before: ", "", code, flags=re.MULTILINE)
+    peers = imported(before) & {"flax", "equinox", "haiku"}
+    for library in peers:
+        need(library)
+    for text in dict.fromkeys([code, before]):
+        promotion = "standard" if peers else "strict"
+        with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion(promotion):
+            exec(compile(text, f"README snippet {number}", "exec"), {"__name__": "readme"})
+
+
+def test_readme_has_a_before_and_after_for_every_library():
+    text = (ROOT / "README.md").read_text()
+    for module, name in (("linen", "Dropout"), ("nnx", "Dropout"), ("equinox", "Dropout"), ("haiku", "dropout")):
+        assert re.search(rf"^from jdrop.adapters.{module} import {name}  # before: from .* import {name}$", text, re.M)
+
+
+def names_table():
+    """Rows of the table of names: the code in its columns PyTorch, Keras and jdrop."""
+    text = (ROOT / "README.md").read_text().split("### What you called it there")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("|")][2:]
+    return [[re.findall(r"`([^`]*)`", cell) for cell in row] for row in rows]
+
+
+@pytest.mark.parametrize("row", names_table(), ids=lambda row: row[2][0].split("(")[0])
+def test_readme_table_of_names_runs(row):
+    x = jnp.linspace(1, 2, 8 * 8 * 8 * 16).reshape(8, 8, 8, 16)
+    names = {**vars(jdrop), "jax": jax, "key": jax.random.key(0), "x": x, "s": x[:, 0]}
+    (call,) = row[2]
+    on = jax.tree.leaves(eval(call, names))[0]
+    off = jax.tree.leaves(eval(call.replace("train=True", "train=False"), names))[0]
+    same = on.shape == off.shape and bool((on == off).all())
+    assert same == ("train=True" not in call)
+
+
+def test_readme_names_what_exists_there(need):
+    """Names of timm and torchvision have no prefix, and are not looked up."""
+    need("torch")
+    need("keras")
+    import keras
+    import torch
+
+    roots = {"nn": torch.nn, "F": torch.nn.functional, "torch": torch, "layers": keras.layers, "random": keras.random}
+    found = 0
+    for in_torch, in_keras, _ in names_table():
+        for name in (*in_torch, *in_keras):
+            root, _, rest = name.partition(".")
+            if root in roots:
+                operator.attrgetter(rest)(roots[root])
+                found += 1
+    assert found >= 25
 
 
 def test_readme_names_what_exists():

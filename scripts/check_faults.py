@@ -1,0 +1,101 @@
+"""Claim: a trainer killed many times, at random steps and while it writes, ends with the bits of one that was not.
+
+Starts ``examples/distributed_lm.py``, kills all of its processes with SIGKILL at a random moment by a fixed seed (every
+second time while a checkpoint is being written), and resumes it with the same command, until it has been killed often
+enough and may end. Its weights and losses must be those of an undisturbed run on the same layout. Needs the packages
+of the extra ``examples``.
+
+    python scripts/check_faults.py --kills 20
+"""
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TRAINER = Path(__file__).parents[1] / "examples" / "distributed_lm.py"
+
+
+def start(options: Any, folder: Path, cache: Path) -> subprocess.Popen[str]:
+    """Start the trainer in a session of its own, so that all of its processes can be killed at once."""
+    command = [sys.executable, str(TRAINER), "--steps", str(options.steps), "--every", "1"]
+    command += ["--processes", str(options.processes), "--devices", str(options.devices)]
+    command += ["--out", str(folder), "--checkpoints", str(folder / "checkpoints")]
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", **os.environ}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(cache)
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+
+
+def kill(run: subprocess.Popen[str]) -> str:
+    os.killpg(run.pid, signal.SIGKILL)
+    return run.communicate()[0]
+
+
+def finish(run: subprocess.Popen[str], limit: float) -> str:
+    """Wait for a run, and return the digest of its weights."""
+    try:
+        printed, _ = run.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"a run hangs\n{kill(run)}")
+    if run.returncode:
+        sys.exit(f"a run failed\n{printed}")
+    return re.search(r"SHA-256 of weights *\| (\w+)", printed)[1]
+
+
+def count(folder: Path) -> int:
+    """How many checkpoints have their sums."""
+    return len(list((folder / "checkpoints").glob("*.sha256")))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which a run counts as hanging")
+    options = parser.parse_args()
+    if options.steps <= options.kills:
+        parser.error("--steps must exceed --kills: a run is killed after it has made a step")
+
+    draw = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as name:
+        cache, calm, killed = (Path(name) / part for part in ("cache", "calm", "killed"))
+        expected = finish(start(options, calm, cache), options.limit)
+        amid = 0
+        for number in range(1, options.kills + 1):
+            run, began, before = start(options, killed, cache), time.monotonic(), count(killed)
+            while count(killed) <= before and run.poll() is None and time.monotonic() - began < options.limit:
+                time.sleep(0.002)
+            writing = number % 2 == 0
+            while writing and run.poll() is None and not list((killed / "checkpoints").glob("*tmp*")):
+                time.sleep(0.001)
+            time.sleep(draw.random() * (0.02 if writing else 0.3))
+            if run.poll() is not None:
+                print(f"kill {number}: the run was over already: give it more --steps")
+                print(run.communicate()[0])
+                return 1
+            kill(run)
+            unfinished = bool(list((killed / "checkpoints").glob("*tmp*")))
+            amid += unfinished
+            where = "in the middle of writing a checkpoint" if unfinished else "between checkpoints"
+            print(f"kill {number} of {options.kills}: after {count(killed)} checkpoints, {where}", flush=True)
+        found = finish(start(options, killed, cache), options.limit)
+        same = (calm / "losses.csv").read_bytes() == (killed / "losses.csv").read_bytes()
+    ok = found == expected and same
+    print(f"weights {found} after {options.kills} kills, {amid} of them amid writing, {expected} undisturbed; ", end="")
+    print(f"losses {'the same' if same else 'DIFFER'}: {'ok' if ok else 'FAILED'}")
+    return int(not ok)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""One device to many processes, killed and resumed: the same masks, and where the layout is the same, the same bits."""
+
+import importlib.util
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jdrop import dropout_mask
+from jdrop.keys import derive, per_example
+
+pytestmark = pytest.mark.long
+EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_lm.py"
+STEPS = 6
+LAYOUTS = [(1, 1), (1, 4), (2, 2), (4, 1)]  # processes, devices of each
+LIMIT = 300  # seconds: a run that takes longer hangs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    for package in ("matplotlib", "optax", "orbax.checkpoint", "tqdm"):
+        pytest.importorskip(package)
+    return tmp_path_factory.mktemp("scale")
+
+
+def start(layout, out, cache, *options):
+    """Start the trainer in a session of its own, so that all of its processes can be killed at once."""
+    processes, devices = map(str, layout)
+    command = [sys.executable, str(EXAMPLE), "--processes", processes, "--devices", devices, "--out", str(out)]
+    command += ["--steps", str(STEPS), "--dump-masks", *map(str, options)]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def kill(run):
+    """End all processes of a run, and wait for them."""
+    os.killpg(run.pid, signal.SIGKILL)
+    return run.communicate()
+
+
+def finish(run):
+    try:
+        printed, errors = run.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"the run hangs: {kill(run)}") from None
+    assert run.returncode == 0, errors
+    return printed
+
+
+def weights(printed):
+    return re.search(r"SHA-256 of weights *\| (\w+)", printed)[1]
+
+
+def losses(out):
+    steps, values = np.loadtxt(out / "losses.csv", delimiter=",", ndmin=2).T
+    return steps.astype(int).tolist(), values
+
+
+def masks(out):
+    return {path.name: dict(np.load(path)) for path in sorted(out.glob("masks-*.npz"))}
+
+
+def assert_same_masks(found, expected):
+    for name in found:
+        assert found[name].keys() == expected[name].keys() == {"ids", "embed", "attention", "out", "up", "down"}
+        for place, mask in found[name].items():
+            np.testing.assert_array_equal(mask, expected[name][place], f"{name}, {place}")
+
+
+def wait_until(ready, run):
+    deadline = time.monotonic() + LIMIT
+    while not ready():
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def steps_done(out):
+    return len((out / "losses.csv").read_text().splitlines()) if (out / "losses.csv").exists() else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """The trainer on each layout, and what it printed."""
+    return {
+        layout: finish(start(layout, folder / "{}x{}".format(*layout), folder / "cache", "--every", 1))
+        for layout in LAYOUTS
+    }
+
+
+def test_layouts_agree(undisturbed, folder):
+    outs = [folder / "{}x{}".format(*layout) for layout in LAYOUTS]
+    expected = masks(outs[0])
+    assert len(expected) == STEPS
+    for t, step in enumerate(expected.values()):
+        for place in step.keys() - {"ids"}:
+            kept = step[place]
+            kept = kept[..., np.tril(np.ones(kept.shape[-2:], bool))] if place == "attention" else kept
+            assert abs(kept.mean() - 0.9) < 5 * (0.9 * 0.1 / kept.size) ** 0.5, f"5 standard errors, {place}"
+            assert t == 0 or (step[place] != expected["masks-00000000.npz"][place]).any(), "a mask for each step"
+        keys = per_example(derive(jax.random.key(0), "dropout", t), step["ids"])  # by numbers of examples, not places
+        alone = dropout_mask(derive(keys[3], "embed"), step["embed"].shape[1:], 0.1)
+        np.testing.assert_array_equal(step["embed"][3], alone)
+    steps, curve = losses(outs[0])
+    assert steps == list(range(STEPS))
+    # A sum of n terms, in whatever order, is off by n eps at most, relative to the sum of their sizes. The longest
+    # sum is over the positions of a batch, in the loss and in gradients; a step hands on what it got and adds its own.
+    terms = expected["masks-00000000.npz"]["embed"][..., 0].size
+    bound = terms * np.finfo(np.float32).eps * (1 + np.arange(STEPS))
+    for out in outs[1:]:
+        assert_same_masks(masks(out), expected)
+        assert masks(out).keys() == expected.keys()
+        assert losses(out)[0] == steps
+        assert (np.abs(losses(out)[1] - curve) <= bound * curve).all(), (losses(out)[1] - curve) / curve
+    assert "characters/s" not in undisturbed[2, 2] and undisturbed[4, 1].count("validation loss") == 1  # process 0 only
+
+
+def newest(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of other libraries
+        spec = importlib.util.spec_from_file_location("distributed_lm", EXAMPLE)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module.newest(folder)
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+DAMAGE = {
+    "corrupt": lambda step: flip(largest_file(step)),
+    "truncated": lambda step: truncate(largest_file(step)),
+    "a file is missing": lambda step: largest_file(step).unlink(),
+    "a file too many": lambda step: (step / "other").write_text("not of this run"),
+    "missing": lambda step: shutil.rmtree(step),
+    "empty": lambda step: (shutil.rmtree(step), step.mkdir()),
+    "no sums": lambda step: step.with_suffix(".sha256").unlink(),
+    "corrupt sums": lambda step: flip(step.with_suffix(".sha256")),
+    "truncated sums": lambda step: truncate(step.with_suffix(".sha256")),
+    "empty sums": lambda step: step.with_suffix(".sha256").write_text(""),
+}
+ANOTHER = 2  # devices to resume on
+
+
+def checkpoint(folder, step):
+    return folder / f"step-{step:08}"
+
+
+@pytest.fixture(scope="module")
+def killed(folder, undisturbed):
+    """Kill the trainer at a random step, resume it, kill it while it writes, and leave what is there then."""
+    out, cache, saved = folder / "killed", folder / "cache", folder / "saved"
+    options = ("--every", 1, "--checkpoints", saved)
+    draw = random.Random(6)
+    at = draw.randrange(1, STEPS - 3)
+    run = start((1, 4), out, cache, *options)
+    wait_until(lambda: steps_done(out) >= at, run)
+    time.sleep(draw.random() * 0.1)
+    kill(run)
+    assert at <= steps_done(out) < STEPS
+    before = len(list(saved.glob("*.sha256")))
+    run = start((1, 4), out, cache, *options)
+    wait_until(lambda: len(list(saved.glob("*.sha256"))) > before and list(saved.glob("*tmp*")), run)
+    kill(run)
+    assert list(saved.glob("*tmp*")), "killed in the middle of writing"
+    return out, saved
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_been(killed, undisturbed, folder):
+    """Bit for bit; and on another number of devices, the same masks."""
+    out, saved = killed
+    for layout, path in {(1, 4): "same", (1, ANOTHER): "other"}.items():
+        shutil.copytree(out, folder / path)
+        shutil.copytree(saved, folder / f"saved {path}")
+        options = ("--every", 1, "--checkpoints", folder / f"saved {path}")
+        printed = finish(start(layout, folder / path, folder / "cache", *options))
+        assert re.search(r"resumes at step [1-9]", printed)
+        assert_same_masks(masks(folder / path), masks(folder / "1x4"))
+        assert masks(folder / path).keys() == masks(folder / "1x4").keys()
+        assert losses(folder / path)[0] == list(range(STEPS))
+        if path == "same":
+            assert weights(printed) == weights(undisturbed[1, 4])
+            np.testing.assert_array_equal(losses(folder / path)[1], losses(folder / "1x4")[1])
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, killed, folder, tmp_path, capsys):
+    shutil.copytree(folder / "saved same", saved := tmp_path / "saved")
+    assert newest(saved) == STEPS and not capsys.readouterr().out
+    for step in (STEPS, STEPS - 1):
+        damage(checkpoint(saved, step))
+        assert newest(saved) == step - 1
+        printed = capsys.readouterr().out
+        assert f"checkpoint {checkpoint(saved, step)}: " in printed
+
+
+def test_a_run_goes_on_from_before_a_flipped_bit(killed, undisturbed, folder):
+    saved = folder / "saved same"
+    flip(largest_file(checkpoint(saved, STEPS)))
+    options = ("--every", 1, "--checkpoints", saved)
+    printed = finish(start((1, 4), folder / "same", folder / "cache", *options))
+    assert f"{checkpoint(saved, STEPS)}: bad: " in printed and f"resumes at step {STEPS - 1}" in printed
+    assert weights(printed) == weights(undisturbed[1, 4])
+
+
+def children(pid):
+    """The processes that a process has started, by the number that each was given."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        arguments = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        if "--process" in arguments:
+            found[int(arguments[arguments.index("--process") + 1])] = int(child)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a process by /proc")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_process_of_two_dies(victim, undisturbed, folder):
+    """The other one ends within the heartbeat, the launcher says what happened, and the same command resumes."""
+    out, heartbeat = folder / f"dies {victim}", 10
+    options = ("--every", 1, "--checkpoints", folder / f"saved {victim}", "--heartbeat", heartbeat)
+    run = start((2, 2), out, folder / "cache", *options)
+    wait_until(lambda: steps_done(out) >= 2, run)
+    both = children(run.pid)
+    os.kill(both[victim], signal.SIGKILL)
+    _, errors = run.communicate(timeout=3 * heartbeat)  # a heartbeat, and what it takes to notice on a busy machine
+    assert run.returncode == 1
+    assert f"process {victim} of 2 was ended by SIGKILL; " in errors.splitlines()[-1], errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in both.values())
+    if victim:
+        printed = finish(start((2, 2), out, folder / "cache", *options))
+        assert re.search(r"resumes at step [1-9]", printed)
+        assert weights(printed) == weights(undisturbed[2, 2])
+        assert_same_masks(masks(out), masks(folder / "1x1"))

@@ -1,0 +1,194 @@
+"""A whole train step: the same masks on any mesh, in any microbatch and under any checkpoint policy, at no traffic."""
+
+import functools
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from members import MEMBERS, SHAPE
+
+import jdrop
+from jdrop.keys import derive, per_example
+
+KEY = jax.random.key(31)
+B, T, W, N = 16, 24, 40, 4  # batch, time, width, heads: no other array has the shape of a mask
+FEWER = [pytest.param(n, marks=pytest.mark.long) for n in (2, 4)]
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # not: runs fast
+KINDS = ["auto", "explicit", "shard_map"]
+COLLECTIVES = (
+    r"\b(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
+)
+POLICIES = {
+    "dots saved": jax.checkpoint_policies.dots_saveable,
+    "nothing saved": jax.checkpoint_policies.nothing_saveable,
+    "everything saved": jax.checkpoint_policies.everything_saveable,
+}
+draw = np.random.default_rng(0)
+SIZES = {"qkv": (3, W, N, W // N), "out": (N, W // N, W), "up": (W, 3 * W), "down": (3 * W, W), "bias": (W,)}
+PARAMS = {name: draw.normal(0, 0.2, size).astype(np.float32) for name, size in SIZES.items()}
+X = draw.normal(0, 1, (B, T, W)).astype(np.float32)
+PROBE = np.zeros((B, T, N, T), np.float32), np.broadcast_to(np.eye(T, dtype=np.float32)[:, None], (B, T, N, T))
+MASKS = [f"[{B},{T},{W}]", f"[{B},{T},{3 * W}]", f"[{B},{N},{T},{T}]"]  # as the compiled text has them
+
+
+def places(key, train, shard=None):
+    """The dropouts of a model, by name: functions of what they drop."""
+    o = dict(train=train, shard=shard)
+    k = lambda *path: derive(key, *path) if train else None
+    return {
+        "in": lambda x: jdrop.locked_dropout(k("in"), x, 0.1, time_axis=1, **o),
+        "attention": lambda q, k_, v: jdrop.dot_product_attention(k("attention"), q, k_, v, 0.1, **o),
+        "path": lambda x: jdrop.drop_path(k("path"), x, 0.2, **o),
+        "up": lambda x: jdrop.alpha_dropout(k("up"), x, 0.1, **o),
+        "channel": lambda x: jdrop.channel_dropout(k("channel"), x, 0.1, **o),
+        "add": lambda x, bias, old: jdrop.bias_dropout_add(k("add"), x, 0.1, bias, old, **o),
+    }
+
+
+def loss_fn(params, x, drop):
+    x = drop["in"](x)
+    q, k, v = (jnp.einsum("btw,wnh->btnh", x, params["qkv"][i]) for i in range(3))
+    x = x + drop["path"](jnp.einsum("btnh,nhw->btw", drop["attention"](q, k, v), params["out"]))
+    h = drop["channel"](drop["up"](jax.nn.selu(jnp.einsum("btw,wu->btu", x, params["up"]))))
+    return jnp.mean(drop["add"](jnp.einsum("btu,uw->btw", h, params["down"]), params["bias"], x) ** 2)
+
+
+def masks_of(drop, x, nothing, eye):
+    """What each place keeps of ones; of attention, whose scores are equal here, what is kept of each of them."""
+    ones = jnp.ones_like(x)
+    wide = jnp.concatenate([ones] * 3, axis=-1)
+    found = {name: drop[name](ones) != 0 for name in ("in", "path")}
+    found |= {name: drop[name](wide) for name in ("up", "channel")}
+    found["add"] = drop["add"](ones, jnp.zeros(W), jnp.zeros_like(x)) != 0
+    return found | {"attention": drop["attention"](nothing, nothing, eye) != 0}
+
+
+def on_mesh(kind, devices, train):
+    """The step and its masks over a mesh, and where their arguments go."""
+    axis = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(axis,), devices=jax.devices()[:devices])
+    spread, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    if kind != "shard_map":
+        step = lambda params, x: jax.value_and_grad(loss_fn)(params, x, places(KEY, train))
+        return mesh, spread, whole, step, lambda x, *probe: masks_of(places(KEY, train), x, *probe)
+
+    def step(params, x):
+        one = lambda params, x: jax.lax.pmean(loss_fn(params, x, places(KEY, train, P("data"))), "data")
+        return jax.value_and_grad(jax.shard_map(one, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(params, x)
+
+    each = lambda x, *probe: masks_of(places(KEY, train, P("data")), x, *probe)
+    return mesh, spread, whole, step, jax.shard_map(each, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"))
+
+
+def rounding(terms):
+    """A sum of n terms is off by n eps at most, in any order, relative to the sum of their sizes."""
+    return terms * np.finfo(np.float32).eps
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The step on one device, with no mesh: loss, gradients, masks."""
+    drop = places(KEY, True)
+    loss, grads = jit(lambda p, x: jax.value_and_grad(loss_fn)(p, x, drop))(PARAMS, X)
+    return loss, grads, jit(lambda *a: masks_of(drop, *a))(X, *PROBE)
+
+
+@pytest.mark.parametrize("devices", [1, *FEWER, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_over_a_mesh(kind, devices, whole):
+    text = {}
+    for train in (False, True):
+        mesh, spread, everywhere, step, masks = on_mesh(kind, devices, train)
+        with jax.set_mesh(mesh):
+            params, x = jax.device_put(PARAMS, everywhere), jax.device_put(X, spread)
+            compiled = jit(step).lower(params, x).compile()
+            text[train] = compiled.as_text()
+            if train:
+                loss, grads = compiled(params, x)
+                found = jit(masks)(x, *jax.device_put(PROBE, spread))
+    for name, mask in found.items():
+        np.testing.assert_array_equal(mask, whole[2][name], name)
+    np.testing.assert_allclose(loss, whole[0], rtol=rounding(B * T * W))
+    for name, grad in grads.items():
+        np.testing.assert_allclose(grad, whole[1][name], atol=rounding(B * T) * np.abs(whole[1][name]).max() * 10)
+    dropped, plain = (Counter(re.findall(COLLECTIVES, text[train])) for train in (True, False))
+    assert dropped == plain, "a collective that the undropped program lacks"
+    assert plain.total() or devices == 1, "the gradients are summed over devices, so something is counted"
+    for shape in MASKS:
+        assert (shape in text[True]) == (devices == 1), f"a buffer {shape} of the unsharded size"
+
+
+@pytest.mark.parametrize("devices", FEWER)  # on eight, forward and backward: in test_members
+@pytest.mark.parametrize("name", sorted(set(MEMBERS) - {"dot_product_attention"}))  # attention is in the step above
+def test_members_on_fewer_devices(name, devices):
+    x = jnp.asarray(draw.normal(0, 1, SHAPE).astype(np.float32))
+    expected = jit(lambda k, x: MEMBERS[name](k, x, 0.5, train=True))(KEY, x)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
+        if name in ("token_dropout", "embedding_dropout of ids") and kind == AxisType.Explicit:
+            continue  # the ids that the table of members makes have no sharding
+        with jax.set_mesh(mesh):
+            spread = jax.device_put(x, NamedSharding(mesh, P("data")))
+            found = jit(lambda k, x: MEMBERS[name](k, x, 0.5, train=True))(KEY, spread)
+            np.testing.assert_array_equal(found, expected)
+    if name not in ("token_dropout", "embedding_dropout of ids"):  # whose ids would be those of a tile
+        tiled = lambda k, x: MEMBERS[name](k, x, 0.5, train=True, shard=P("data"))
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+        tiled = jax.shard_map(tiled, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
+        np.testing.assert_array_equal(jit(tiled)(KEY, x), expected)
+
+
+# ---------------------------------------------------------------------------------- microbatches and checkpoints
+
+IDS = jnp.asarray(draw.permutation(1000)[:B])
+STEP = 7
+
+
+def by_example(params, x, ids, policy="no checkpoint", keys=per_example):
+    """Mean loss and masks, with a key for each example."""
+
+    def one(key, x, nothing, eye):
+        drop = places(key, True)
+        masks = masks_of(drop, x[None], nothing[None], eye[None])
+        loss = lambda params, x: loss_fn(params, x[None], drop)
+        loss = loss if policy == "no checkpoint" else jax.checkpoint(loss, policy=POLICIES[policy])
+        return loss(params, x), masks
+
+    probe = [p[: len(x)] for p in PROBE]
+    losses, masks = jax.vmap(one)(keys(derive(KEY, "dropout", STEP), ids), x, *probe)
+    return losses.mean(), masks
+
+
+def accumulated(parts, policy, keys=per_example):
+    """Gradients by weights and inputs, and masks, of a step in microbatches."""
+    step = jit(jax.grad(lambda p, x, i: by_example(p, x, i, policy, keys), argnums=(0, 1), has_aux=True))
+    found = [step(PARAMS, x, ids) for x, ids in zip(np.split(X, parts), jnp.split(IDS, parts), strict=True)]
+    by_params = jax.tree.map(lambda *g: sum(g) / parts, *[grads[0] for grads, _ in found])
+    by_inputs = jnp.concatenate([grads[1] for grads, _ in found]) / parts
+    return by_params, by_inputs, jax.tree.map(lambda *m: jnp.concatenate(m), *[masks for _, masks in found])
+
+
+@pytest.fixture(scope="module")
+def at_once():
+    return accumulated(1, "no checkpoint")
+
+
+@pytest.mark.parametrize(("parts", "policy"), [(2, "no checkpoint"), (4, "no checkpoint"), *((2, p) for p in POLICIES)])
+def test_microbatches_and_checkpoint_policies(parts, policy, at_once):
+    by_params, by_inputs, masks = accumulated(parts, policy)
+    jax.tree.map(np.testing.assert_array_equal, masks, at_once[2])
+    np.testing.assert_array_equal(by_inputs == 0, at_once[1] == 0)  # the masks that the backward pass used
+    assert 0.05 < float(jnp.mean(at_once[1] == 0)) < 0.15
+    for found, expected in zip(jax.tree.leaves((by_params, by_inputs)), jax.tree.leaves(at_once[:2]), strict=True):
+        np.testing.assert_allclose(found, expected, atol=rounding(B * T) * np.abs(expected).max() * 10)
+
+
+def test_keys_by_the_place_in_a_microbatch_would_be_seen(at_once):
+    by_place = lambda key, ids: per_example(key, jnp.arange(len(ids)))
+    whole, parts = accumulated(1, "no checkpoint", by_place), accumulated(2, "no checkpoint", by_place)
+    assert (np.asarray(whole[2]["in"]) != np.asarray(parts[2]["in"])).any()
