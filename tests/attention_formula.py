@@ -13,6 +13,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes
 
 
 def quick(f):
+    """Compile cheaply. Queries and keys should be operands: XLA may fold a softmax of constants to NaN on a CPU."""
     return jax.jit(f, compiler_options=QUICK)
 
 
@@ -98,7 +99,7 @@ def reveal(key, shape, rate, key_heads=None, seen=None, dtype=jnp.float32, **opt
     weight = count * np.broadcast_to(1 - np.asarray(rate, np.float64), (*shape[:3], 1))[..., 0]
     weight = weight * 2.0 ** (np.arange(heads) % groups)[:, None]
     do = eye[:queries, None] * np.swapaxes(weight, 1, 2)[..., None]
-    zeros = np.zeros((batch, queries, heads, width)), np.zeros(value.shape)  # operands: XLA errs on dots of constants
+    zeros = np.zeros((batch, queries, heads, width)), np.zeros(value.shape)  # operands, see quick
 
     def both(key, rate, query, k, value, do):
         out, pull = jax.vjp(lambda v: jdrop.dot_product_attention(key, query, k, v, rate, train=True, **options), value)

@@ -89,8 +89,9 @@ def test_rates(generator):
     for rate in (1, jnp.float32(1)):
         y, pull = jax.vjp(functools.partial(f, dropout_rng=KEY, dropout_rate=rate), *data)
         assert not y.any() and all(jnp.isfinite(g).all() for g in pull(jnp.ones_like(y)))
-    traced = jax.jit(lambda rate: f(*data, dropout_rng=KEY, dropout_rate=rate))
-    assert jnp.isfinite(traced(jnp.float32(0.3))).all() and traced(jnp.float32(0.6)).any() and traced._cache_size() == 1
+    traced = jax.jit(lambda rate, *x: f(*x, dropout_rng=KEY, dropout_rate=rate))
+    assert jnp.isfinite(traced(jnp.float32(0.3), *data)).all() and traced(jnp.float32(0.6), *data).any()
+    assert traced._cache_size() == 1
     half = f(*qkv(2, dtype="bfloat16"), dropout_rng=KEY, dropout_rate=np.float64(0.3))
     assert half.dtype == jnp.bfloat16 and f(*data, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 

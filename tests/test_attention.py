@@ -236,10 +236,11 @@ def test_bias_beside_segments(small_blocks):
 def test_scale(implementation):
     arrays = q, k, v, do = data(2, 12, 10, 2, 2, 32)
     agrees(arrays, implementation, scale=-0.3)
-    f = quick(jax.value_and_grad(lambda s: jnp.vdot(attend(KEY, q, k, v, scale=s, implementation=implementation), do)))
+    dot = lambda s, q, k, v: jnp.vdot(attend(KEY, q, k, v, scale=s, implementation=implementation), do)
+    f = quick(jax.value_and_grad(dot))
     kept = np.asarray(jdrop.dropout_mask(KEY, (2, 2, 12, 10), 0.5)) * 2
     value = lambda s: np.vdot(formula(q, k, v, kept, scale=s), do)
-    found = f(jnp.float32(0.2))
+    found = f(jnp.float32(0.2), q, k, v)
     np.testing.assert_allclose(found, (value(0.2), (value(0.2 + 1e-5) - value(0.2 - 1e-5)) / 2e-5), rtol=1e-4)
 
 
@@ -412,25 +413,24 @@ def test_no_key_is_needed_or_read_without_dropout(implementation):
 
 
 def test_traced_rates(implementation):
-    q, k, v, do = data(1, 12, 30, 2, 1, 32)
-    bias = jnp.zeros([30])
+    arrays = q, k, v, do = data(1, 12, 30, 2, 1, 32)
     traces = []
 
     @quick
-    def f(rate):
+    def f(rate, *x):
         traces.append(rate)
-        return with_gradients(KEY, q, k, v, do, rate, bias, implementation=implementation)
+        return with_gradients(KEY, *x, rate, jnp.zeros([30]), implementation=implementation)
 
     for rate in (0.5, 0.25, 0.0, 1.0, -0.3, 1.7):
         clipped = min(max(rate, 0.0), 1.0)
         kept = np.asarray(jdrop.dropout_mask(KEY, (1, 2, 12, 30), clipped)) / max(1 - clipped, 0.1)
-        found = f(jnp.float32(rate))
+        found = f(jnp.float32(rate), *arrays)
         close(found, formula(q, k, v, kept, bias=np.zeros(30), do=do))
         assert rate < 1 or not any(np.asarray(x).any() for x in found)
-    assert np.isnan(f(jnp.float32(np.nan))[0]).all()
+    assert np.isnan(f(jnp.float32(np.nan), *arrays)[0]).all()
     assert len(traces) == 1
     for same in (jnp.float32(0.0), jnp.float32(-1.0)):
-        np.testing.assert_allclose(f(same)[0], attend(None, q, k, v, train=False), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(f(same, *arrays)[0], attend(None, q, k, v, train=False), rtol=1e-5, atol=1e-6)
 
 
 def test_a_concrete_rate_of_one(implementation):
@@ -442,8 +442,8 @@ def test_a_concrete_rate_of_one(implementation):
 
 def test_no_gradient_flows_to_the_rate(implementation):
     q, k, v, do = data(1, 6, 7, 2, 1, 32)
-    f = lambda rate: jnp.vdot(attend(KEY, q, k, v, rate, implementation=implementation), do)
-    assert not quick(jax.grad(f))(jnp.full([2, 6, 1], 0.3)).any()
+    f = lambda rate, *x: jnp.vdot(attend(KEY, *x, rate, implementation=implementation), do)
+    assert not quick(jax.grad(f))(jnp.full([2, 6, 1], 0.3), q, k, v).any()
 
 
 # ---------------------------------------------------------------------------------- transforms
@@ -457,14 +457,14 @@ def test_a_key_for_each_example_under_vmap(implementation, small, request):
     shape = (2, 4, 20, 30)
     v = np.broadcast_to(np.eye(30, dtype=np.float32)[:, None], (2, 30, 2, 30))
     q, k = np.zeros((2, 20, 4, 30), np.float32), np.zeros((2, 30, 2, 30), np.float32)
-    f = lambda key, rate: attend(key, q, k, v, rate, implementation=implementation)
+    f = lambda q, k, key, rate: attend(key, q, k, v, rate, implementation=implementation)
     expected = [jdrop.dropout_mask(key, shape, 0.5) for key in keys]
-    found = quick(jax.vmap(f, in_axes=(0, None)))(keys, jnp.float32(0.5))
+    found = quick(jax.vmap(f, in_axes=(None, None, 0, None)))(q, k, keys, jnp.float32(0.5))
     np.testing.assert_array_equal(np.moveaxis(found != 0, 3, 2), expected)
     if not small:  # the words of one key, more and more of them dropped
         rates = jnp.array([0.0, 0.3, 0.9])
         expected = [jdrop.dropout_mask(KEY, shape, rate) for rate in rates]
-        found = quick(jax.vmap(f, in_axes=(None, 0)))(KEY, rates)
+        found = quick(jax.vmap(f, in_axes=(None, None, None, 0)))(q, k, KEY, rates)
         np.testing.assert_array_equal(np.moveaxis(found != 0, 3, 2), expected)
 
 
@@ -489,9 +489,9 @@ def test_one_query_meets_many_keys_under_vmap(implementation):
     """Values and bias alone are mapped: the mask is the same for each."""
     q, k, v, _ = data(1, 12, 20, 2, 2, 32)
     values, biases = normal(3, 3, *v.shape), normal(4, 3, 20)
-    f = lambda v, b: attend(KEY, q, k, v, bias=b, implementation=implementation)
-    found = quick(jax.vmap(f))(values, biases)
-    close([found[2]], [np.asarray(f(values[2], biases[2]), np.float64)])
+    f = lambda q, k, v, b: attend(KEY, q, k, v, bias=b, implementation=implementation)
+    found = quick(jax.vmap(f, in_axes=(None, None, 0, 0)))(q, k, values, biases)
+    close([found[2]], [np.asarray(f(q, k, values[2], biases[2]), np.float64)])
 
 
 def test_jit_is_eager(implementation):
