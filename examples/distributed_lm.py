@@ -166,8 +166,8 @@ def sums(folder: Path) -> str:
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder.parent)}\n" for p in files)
 
 
-def save(folder: Path, step: int, now: dict) -> None:
-    """Commit a checkpoint, and then its sums: without them it does not count."""
+def save(folder: Path, step: int, now: dict, keep: int) -> None:
+    """Commit a checkpoint, and then its sums: without them it does not count. Delete all but the newest ones."""
     path = folder / f"step-{step:08}"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), now, force=True)
@@ -178,6 +178,9 @@ def save(folder: Path, step: int, now: dict) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path.with_suffix(".sha256"))
+        for old in sorted({path.with_suffix("") for path in folder.glob("step-*")})[:-keep]:
+            old.with_suffix(".sha256").unlink(missing_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def newest(folder: Path) -> int:
@@ -238,7 +241,7 @@ def train(args: argparse.Namespace) -> None:
                 bar.update(len(losses) * BATCH * TIME)
             losses = []
             if args.checkpoints:
-                save(args.checkpoints, t + 1, now)
+                save(args.checkpoints, t + 1, now, args.keep)
     bar.close()
     speed = (args.steps - start) * BATCH * TIME / (time.time() - began)
 
@@ -295,12 +298,15 @@ def main() -> int:
     parser.add_argument("--model", type=int, help="size of the mesh axis of weights; of the batch is the rest")
     parser.add_argument("--checkpoints", type=Path, help="folder to write checkpoints to, and to resume from")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
+    parser.add_argument("--keep", type=int, default=3, help="how many checkpoints to keep: the newest ones")
     parser.add_argument("--dump-masks", action="store_true")
     parser.add_argument("--heartbeat", type=int, default=20, help="seconds after which a silent process counts as dead")
     parser.add_argument("--cluster", action="store_true", help="find the other processes by JAX's own detection")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.keep < 1:
+        parser.error("--keep must be at least 1")
 
     if args.processes > 1 and args.process is None:
         return launch(args)

@@ -50,9 +50,9 @@ def finish(run: subprocess.Popen[str], limit: float) -> str:
     return re.search(r"SHA-256 of weights *\| (\w+)", printed)[1]
 
 
-def count(folder: Path) -> int:
-    """How many checkpoints have their sums."""
-    return len(list((folder / "checkpoints").glob("*.sha256")))
+def newest(folder: Path) -> int:
+    """The step of the newest checkpoint that has its sums."""
+    return max((int(path.stem.removeprefix("step-")) for path in (folder / "checkpoints").glob("*.sha256")), default=0)
 
 
 def main() -> int:
@@ -73,8 +73,8 @@ def main() -> int:
         expected = finish(start(options, calm, cache), options.limit)
         amid = 0
         for number in range(1, options.kills + 1):
-            run, began, before = start(options, killed, cache), time.monotonic(), count(killed)
-            while count(killed) <= before and run.poll() is None and time.monotonic() - began < options.limit:
+            run, began, before = start(options, killed, cache), time.monotonic(), newest(killed)
+            while newest(killed) <= before and run.poll() is None and time.monotonic() - began < options.limit:
                 time.sleep(0.002)
             writing = number % 2 == 0
             while writing and run.poll() is None and not list((killed / "checkpoints").glob("*tmp*")):
@@ -88,7 +88,7 @@ def main() -> int:
             unfinished = bool(list((killed / "checkpoints").glob("*tmp*")))
             amid += unfinished
             where = "in the middle of writing a checkpoint" if unfinished else "between checkpoints"
-            print(f"kill {number} of {options.kills}: after {count(killed)} checkpoints, {where}", flush=True)
+            print(f"kill {number} of {options.kills}: after step {newest(killed)}, {where}", flush=True)
         found = finish(start(options, killed, cache), options.limit)
         same = (calm / "losses.csv").read_bytes() == (killed / "losses.csv").read_bytes()
     ok = found == expected and same

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ import pytest
 from jdrop import dropout_mask
 from jdrop.keys import derive, per_example
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long  # with -n, --dist loadfile makes the runs that tests share once
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_lm.py"
 STEPS = 6
 LAYOUTS = [(1, 1), (1, 4), (2, 2), (4, 1)]  # processes, devices of each
@@ -33,12 +34,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("scale")
 
 
-def start(layout, out, cache, *options):
+def start(layout, out, cache, *options, **environment):
     """Start the trainer in a session of its own, so that all of its processes can be killed at once."""
     processes, devices = map(str, layout)
     command = [sys.executable, str(EXAMPLE), "--processes", processes, "--devices", devices, "--out", str(out)]
     command += ["--steps", str(STEPS), "--dump-masks", *map(str, options)]
-    environment = {
+    environment |= {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
@@ -132,6 +133,23 @@ def test_layouts_agree(undisturbed, folder):
     assert "characters/s" not in undisturbed[2, 2] and undisturbed[4, 1].count("validation loss") == 1  # process 0 only
 
 
+def test_a_cluster_is_found(undisturbed, folder):
+    """Two processes that a Slurm job step would start, as JAX itself finds them: no launcher."""
+    out = folder / "cluster"
+    with socket.socket() as free:  # JAX makes the port from the number of the job: one of the last 4096
+        while (port := random.randrange(65535 - 4095, 65536)) and free.connect_ex(("127.0.0.1", port)) == 0:
+            pass
+    job = {"SLURM_JOB_ID": str(port - (65535 - 4095)), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    runs = [
+        start((1, 2), out, folder / "cache", "--every", 1, "--cluster", SLURM_PROCID=i, SLURM_LOCALID=i, **job)
+        for i in ("0", "1")
+    ]
+    printed = [finish(run) for run in runs]
+    assert "SHA-256" not in printed[1], "process 0 only"
+    assert weights(printed[0]) == weights(undisturbed[2, 2])
+    assert_same_masks(masks(out), masks(folder / "1x1"))
+
+
 def newest(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of other libraries
@@ -185,34 +203,47 @@ def killed(folder, undisturbed):
     time.sleep(draw.random() * 0.1)
     kill(run)
     assert at <= steps_done(out) < STEPS
-    before = len(list(saved.glob("*.sha256")))
+    sums = lambda: max(saved.glob("*.sha256"), default=None)
+    before = sums()
     run = start((1, 4), out, cache, *options)
-    wait_until(lambda: len(list(saved.glob("*.sha256"))) > before and list(saved.glob("*tmp*")), run)
+    wait_until(lambda: sums() != before and list(saved.glob("*tmp*")), run)
     kill(run)
     assert list(saved.glob("*tmp*")), "killed in the middle of writing"
     return out, saved
 
 
-def test_killed_and_resumed_is_as_if_nothing_had_been(killed, undisturbed, folder):
+@pytest.fixture(scope="module")
+def resumed(killed, folder):
+    """What was killed, resumed on the same number of devices and on another: what was printed, and checkpoints."""
+    found = {}
+    for layout in ((1, 4), (1, ANOTHER)):
+        out, saved = (Path(shutil.copytree(path, folder / f"{path.name} {layout[1]}")) for path in killed)
+        options = ("--every", 1, "--checkpoints", saved)
+        found[layout] = finish(start(layout, out, folder / "cache", *options)), out, saved
+    return found
+
+
+def test_killed_and_resumed_is_as_if_nothing_had_been(resumed, undisturbed, folder):
     """Bit for bit; and on another number of devices, the same masks."""
-    out, saved = killed
-    for layout, path in {(1, 4): "same", (1, ANOTHER): "other"}.items():
-        shutil.copytree(out, folder / path)
-        shutil.copytree(saved, folder / f"saved {path}")
-        options = ("--every", 1, "--checkpoints", folder / f"saved {path}")
-        printed = finish(start(layout, folder / path, folder / "cache", *options))
+    for layout, (printed, out, _) in resumed.items():
         assert re.search(r"resumes at step [1-9]", printed)
-        assert_same_masks(masks(folder / path), masks(folder / "1x4"))
-        assert masks(folder / path).keys() == masks(folder / "1x4").keys()
-        assert losses(folder / path)[0] == list(range(STEPS))
-        if path == "same":
-            assert weights(printed) == weights(undisturbed[1, 4])
-            np.testing.assert_array_equal(losses(folder / path)[1], losses(folder / "1x4")[1])
+        assert_same_masks(masks(out), masks(folder / "1x4"))
+        assert masks(out).keys() == masks(folder / "1x4").keys()
+        assert losses(out)[0] == list(range(STEPS))
+        if layout == (1, 4):
+            assert weights(printed) == weights(undisturbed[layout])
+            np.testing.assert_array_equal(losses(out)[1], losses(folder / "1x4")[1])
+
+
+def test_the_newest_checkpoints_alone_are_kept(resumed):
+    for _, _, saved in resumed.values():
+        kept = [checkpoint(saved, step) for step in range(STEPS - 2, STEPS + 1)]
+        assert sorted(saved.iterdir()) == sorted([*kept, *(path.with_suffix(".sha256") for path in kept)])
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_passed_over(damage, killed, folder, tmp_path, capsys):
-    shutil.copytree(folder / "saved same", saved := tmp_path / "saved")
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, resumed, tmp_path, capsys):
+    saved = Path(shutil.copytree(resumed[1, 4][2], tmp_path / "saved"))
     assert newest(saved) == STEPS and not capsys.readouterr().out
     for step in (STEPS, STEPS - 1):
         damage(checkpoint(saved, step))
@@ -221,11 +252,11 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, killed, folder, t
         assert f"checkpoint {checkpoint(saved, step)}: " in printed
 
 
-def test_a_run_goes_on_from_before_a_flipped_bit(killed, undisturbed, folder):
-    saved = folder / "saved same"
+def test_a_run_goes_on_from_before_a_flipped_bit(resumed, undisturbed, folder, tmp_path):
+    out, saved = (Path(shutil.copytree(path, tmp_path / path.name)) for path in resumed[1, 4][1:])
     flip(largest_file(checkpoint(saved, STEPS)))
     options = ("--every", 1, "--checkpoints", saved)
-    printed = finish(start((1, 4), folder / "same", folder / "cache", *options))
+    printed = finish(start((1, 4), out, folder / "cache", *options))
     assert f"{checkpoint(saved, STEPS)}: bad: " in printed and f"resumes at step {STEPS - 1}" in printed
     assert weights(printed) == weights(undisturbed[1, 4])
 
@@ -254,8 +285,7 @@ def test_one_process_of_two_dies(victim, undisturbed, folder):
     assert run.returncode == 1
     assert f"process {victim} of 2 was ended by SIGKILL; " in errors.splitlines()[-1], errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in both.values())
-    if victim:
-        printed = finish(start((2, 2), out, folder / "cache", *options))
-        assert re.search(r"resumes at step [1-9]", printed)
-        assert weights(printed) == weights(undisturbed[2, 2])
-        assert_same_masks(masks(out), masks(folder / "1x1"))
+    printed = finish(start((2, 2), out, folder / "cache", *options))
+    assert re.search(r"resumes at step [1-9]", printed)
+    assert weights(printed) == weights(undisturbed[2, 2])
+    assert_same_masks(masks(out), masks(folder / "1x1"))
