@@ -114,7 +114,8 @@ def test_errors():
         attend(q, k.swapaxes(0, 1), v)
     with pytest.raises(ValueError, match=text + "mask must broadcast to"):
         attend(q, k, v, mask=jnp.ones((3, 2, 1, 12, 20)))
-    for name in ("precision", "module", "einsum_dot_general", "qk_attn_weights_einsum", "promote_dtype"):
+    unserved = ("precision", "module", "einsum_dot_general", "qk_attn_weights_einsum", "attn_weights_value_einsum")
+    for name in (*unserved, "promote_dtype", "input_positions"):
         with pytest.raises(NotImplementedError, match=text + f"{name} must be None, got str"):
             attend(*data, **{name: "highest"})
 

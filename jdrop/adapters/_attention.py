@@ -33,6 +33,7 @@ def dot_product_attention(
     qk_attn_weights_einsum: Any = None,
     attn_weights_value_einsum: Any = None,
     promote_dtype: Any = None,
+    input_positions: Any = None,
     generator: Generator = "fast",
     implementation: Any = None,
 ) -> Array:
@@ -61,6 +62,7 @@ def dot_product_attention(
       qk_attn_weights_einsum: must be ``None`` (linen).
       attn_weights_value_einsum: must be ``None`` (linen).
       promote_dtype: must be ``None`` (nnx).
+      input_positions: must be ``None`` (nnx): rotate query and key first.
       generator: ``"fast"``, or ``"jax"`` for the masks of Flax, bit for bit; pass it by ``functools.partial``.
       implementation: as for :func:`jdrop.dot_product_attention`; pass it by ``functools.partial``.
 
@@ -92,6 +94,7 @@ def dot_product_attention(
         "qk_attn_weights_einsum": qk_attn_weights_einsum,
         "attn_weights_value_einsum": attn_weights_value_einsum,
         "promote_dtype": promote_dtype,
+        "input_positions": input_positions,
     }
     for argument, given in unserved.items():
         if given is not None:
