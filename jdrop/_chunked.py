@@ -72,6 +72,8 @@ def _backward_block(
     k, v = (a[:, :, 0, segment.low : segment.high] for a in x[1:3])
     bias, given = _tiles.cut((bias, given), at, segment)
     p = jnp.exp(_logits(plan, q, k, bias, given, at, segment) - lse)
+    if q.dtype == jnp.float16:  # which has not the range for gradients over a keep probability
+        q, k, v = (a.astype(p.dtype) for a in (q, k, v))
     kept = p if given.drawn is None else lax.optimization_barrier(_keep(plan, p, given, at, segment))  # drawn once
     do = _scale_kept(plan, do.astype(p.dtype), given).astype(q.dtype)
     einsum = functools.partial(jnp.einsum, preferred_element_type=p.dtype)

@@ -359,6 +359,19 @@ def test_errors_are_at_most_twice_those_of_a_dense_reference(implementation, dty
     assert all(error <= 2 * bound + own for error, bound in zip(found, bounds)), (found, bounds)
 
 
+def test_gradients_of_float16_are_as_large_as_its_range(implementation):
+    """A loss is scaled until gradients come near it; divided by the keep probability they are beyond."""
+    q, k, v, do = data(1, 40, 60, 1, 1, 32)
+    v, do = v / 8, do * (np.arange(32) == 0)  # so that their products stay in range
+    do = 6e4 / np.abs(do).max() * do
+    kept = np.asarray(jdrop.dropout_mask(KEY, (1, 1, 40, 60), 0.5)) * 2
+    f = quick(lambda *x: with_gradients(KEY, *x, implementation=implementation))
+    found = f(*(x.astype(np.float16) for x in (q, k, v, do)))
+    expected = formula(q, k, v, kept, do=do)
+    assert np.abs(do).max() * 2 > np.finfo(np.float16).max > np.abs(expected[3]).max()
+    close(found[1:], expected[1:], 0.01)
+
+
 def test_bias_keeps_its_dtype(implementation):
     q, k, v, do = (x.astype(jnp.bfloat16) for x in data(1, 8, 9, 2, 2, 32))
     for dtype in (jnp.float32, jnp.bfloat16):
@@ -691,7 +704,8 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
         (call(scale=True), TypeError, "scale must be a number, got True; pass a Python float"),
         (call(scale=jnp.ones(2)), ValueError, "scale must broadcast to shape (), got shape (2,);"),
         (call(scale=jnp.int32(2)), TypeError, "scale must be float16, bfloat16, float32, float64, got int32[]"),
-        (call(scale=np.nan), ValueError, "scale must"),
+        (call(scale=np.nan), ValueError, "scale must be finite, got nan; pass a number within the limits"),
+        (call(scale=-np.inf), ValueError, "scale must be finite, got -inf; pass a number within the limits"),
         (
             call(implementation="flash"),
             ValueError,
