@@ -160,11 +160,12 @@ def sizes(function: str, argument: str, value: Any) -> tuple[Any, ...]:
 
 
 def number(function: str, argument: str, value: Any, low: float, high: float) -> float:
-    """Require a Python or NumPy number within limits."""
+    """Require a Python or NumPy number within limits; a finite one if there is no lower limit."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(text(function, argument, "must be a number", describe(value), "pass a Python float"))
-    if not low <= value <= high:
+    if not low <= value <= high or (low == -np.inf and np.isinf(value)):
         limits = f"must lie in [{low:g}, {high:g}]" if np.isfinite(high) else f"must be at least {low:g}"
+        limits = "must be finite" if low == -np.inf else limits
         raise ValueError(text(function, argument, limits, describe(value), "pass a number within the limits"))
     return float(value)
 

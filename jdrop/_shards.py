@@ -34,18 +34,21 @@ def names_of(function: str, shape: Sequence[Any], shard: Shard) -> tuple[tuple[s
     return names
 
 
-def check_key_varies(function: str, key: Array | None, shard: Shard, argument: str = "key") -> None:
-    """Inside ``shard_map``, require a key of each device's own, or word on how the array is laid out."""
+def check_key_varies(function: str, key: Array | None, shard: Shard, argument: str = "key", how: str = "pass") -> None:
+    """Inside ``shard_map``, require a key of each device's own, or word on how the array is laid out.
+
+    ``how`` says where the user can give ``shard=``.
+    """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if shard is None and manual and key is not None:
         alike = [name for name in manual if name not in jax.typeof(key).manual_axis_type.varying]
         if alike and not jax.typeof(lax.axis_index(alike[0])).manual_axis_type.varying:
-            fix = "pass shard=PartitionSpec() to draw from the key as it is, or shard= the PartitionSpec of x"
+            fix = f"{how} shard=PartitionSpec() to draw from the key as it is, or shard= the PartitionSpec of x"
             rule = f"must be known to vary over the manual mesh axes {tuple(alike)} when shard is None"
             got = "a type that does not tell (jax.pmap, or check_vma=False)"
             raise ValueError(_checks.text(function, argument, rule, got, fix))
         if alike:
-            fix = "pass shard=, the PartitionSpec of x, or shard=PartitionSpec() if every tile shall have the same mask"
+            fix = f"{how} shard=, the PartitionSpec of x, or shard=PartitionSpec() if all tiles shall have one mask"
             rule = f"must vary over the manual mesh axes {tuple(alike)} when shard is None"
             raise ValueError(_checks.text(function, argument, rule, "the same key on every device", fix))
 

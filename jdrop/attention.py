@@ -68,14 +68,16 @@ def dot_product_attention(
         axes that it broadcasts on.
       mask: bool array that broadcasts to ``[B, N, T, S]``: true where a query sees a key.
       is_causal: whether query i sees the keys up to i alone.
-      scale: what products are multiplied by; ``None`` means ``1 / sqrt(H)``. An array of JAX is multiplied into query.
+      scale: what products are multiplied by; ``None`` means ``1 / sqrt(H)``. An array of JAX is multiplied into query,
+        and that is rounded to the dtype of query.
       query_seq_lengths: integer array ``[B]``: queries from there on see nothing.
       key_value_seq_lengths: integer array ``[B]``: keys from there on are not seen.
       local_window_size: how many keys to the left and to the right a query sees beside its own place, one int for
         both or a pair; ``None`` means all.
       implementation: ``"reference"`` holds all probabilities and works under every transform of JAX, forward mode
         too. ``"chunked"`` never holds an array of ``[T, S]``; its memory is linear in T and S; it has reverse mode
-        only. ``None`` takes ``"chunked"`` where it can serve the call and T times S is at least 2**16.
+        only. ``None`` takes ``"chunked"`` where it can serve the call and T times S is at least 2**16, from where on it
+        was no slower on a CPU; for forward mode at such sizes, pass ``"reference"``.
 
     Returns:
       An array of the shape and dtype of query.
@@ -106,6 +108,7 @@ def dot_product_attention(
     flat = query.ndim == 3
     query, key, value = (jnp.asarray(x)[None] if flat else jnp.asarray(x) for x in (query, key, value))
     shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+    _check_whole(query, key, value)
     bias, mask = _over_scores("bias", bias, shape, _checks.FLOATS), _over_scores("mask", mask, shape, ("bool",))
     query_lengths = _lengths("query_seq_lengths", query_seq_lengths, shape[0])
     key_lengths = _lengths("key_value_seq_lengths", key_value_seq_lengths, shape[0])
@@ -144,7 +147,7 @@ def _refusal(call: _member.Call, *arrays: Array) -> str | None:
         return 'must be "reference" for sizes that are 0 or symbolic'
     explicit = [s.spec for x in arrays if (s := _shards.explicit_sharding(jax.typeof(x).sharding)) is not None]
     if any(spec != explicit[0] or spec[1] or spec[3] for spec in explicit):
-        return 'must be "reference" on an explicit mesh that spreads more than batch and heads'
+        return 'must be "reference" on an explicit mesh that spreads more than batch and heads, or not all alike'
     if call.idle:
         return None
     if call.rate.ndim and call.rate.shape[_S] > 1:
@@ -172,6 +175,15 @@ def _check_data(query: Array, key: Array, value: Array) -> None:
     if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
         rule, fix = "must have a number of heads that divides query's", "group query heads evenly"
         raise ValueError(_checks.text(_NAME, "key", rule, f"{key.shape[-2]} for {query.shape[-2]}", fix))
+
+
+def _check_whole(query: Array, key: Array, value: Array) -> None:
+    """On an explicit mesh, require keys and width whole: sums over them would need communication."""
+    for argument, x, axes in (("query", query, (3,)), ("key", key, (1, 3)), ("value", value, (1, 3))):
+        sharding = _shards.explicit_sharding(jax.typeof(x).sharding)
+        if sharding is not None and any(sharding.spec[axis] for axis in axes):
+            rule = "must be whole along width" if argument == "query" else "must be whole along keys and width"
+            raise ValueError(_checks.text(_NAME, argument, rule, jax.typeof(x), "use jax.sharding.reshard first"))
 
 
 def _over_scores(argument: str, x: Array | None, shape: tuple[int, ...], dtypes: Sequence[str]) -> Array | None:

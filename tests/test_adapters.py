@@ -291,6 +291,14 @@ def test_every_member_by_the_recipe(library, member):
     np.testing.assert_array_equal(y, f(None, x, 0.3, train=False))
 
 
+@LIBRARIES
+def test_in_shard_map_one_key_is_refused_with_a_way_out(library):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    f = jax.shard_map(lambda x: peers.ours(library)(KEY, x, 0.5), mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+    with pytest.raises(ValueError, match=r"must vary over the manual mesh axes .* call jdrop.dropout with shard="):
+        f(X)
+
+
 # ------------------------------------------------------------------------------------ the files
 
 

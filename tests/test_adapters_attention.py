@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jdrop
 
@@ -118,6 +120,37 @@ def test_errors():
     for name in (*unserved, "promote_dtype", "input_positions"):
         with pytest.raises(NotImplementedError, match=text + f"{name} must be None, got str"):
             attend(*data, **{name: "highest"})
+
+
+def test_the_precision_of_default_asks_for_nothing():
+    data = qkv(2)
+    for precision in ("default", jax.lax.Precision.DEFAULT):
+        np.testing.assert_array_equal(attend(*data, precision=precision), attend(*data))
+    with pytest.raises(NotImplementedError, match="precision must be None, got str; run the step under"):
+        attend(*data, precision="highest")
+
+
+def test_in_shard_map_one_key_is_refused_with_a_way_out():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    f = lambda *x: attend(*x, dropout_rng=KEY, dropout_rate=0.5)
+    f = jax.shard_map(f, mesh=mesh, in_specs=(P("d"),) * 3, out_specs=P("d"))
+    with pytest.raises(ValueError, match=r"dropout_rng must vary .* call jdrop.dot_product_attention with shard="):
+        f(*qkv(8))
+
+
+@pytest.mark.parametrize(("spec", "served"), [(P("d"), True), (P(None, "d"), False)], ids=str)
+def test_batch_axes_on_an_explicit_mesh(spec, served):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2])
+    data = qkv(2, 2)
+    f = jax.jit(functools.partial(attend, dropout_rng=KEY, dropout_rate=0.5, broadcast_dropout=False))
+    expected = f(*data)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in data]
+        if served:
+            np.testing.assert_allclose(f(*placed), expected, rtol=1e-5, atol=1e-6)
+        else:
+            with pytest.raises(NotImplementedError, match="must have batch axes that JAX can merge, got float32"):
+                f(*placed)
 
 
 # ------------------------------------------------------------------------------------ the modules

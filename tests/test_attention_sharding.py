@@ -220,17 +220,35 @@ def test_tiles_of_bits_that_do_not_go_by_index(implementation):
         in_shard_map(key=jax.random.key(0, impl="rbg"), shard=P("a"), generator="jax", implementation=implementation)
 
 
-@pytest.mark.parametrize(
-    "specs", [(P(None, "a"), P()), (P(), P("a")), (P(None, "a"),) * 2, (P(None, None, None, "a"),) * 2], ids=str
-)
+@pytest.mark.parametrize("specs", [(P(None, "a"), P()), (P(), P("a"))], ids=str)
 def test_explicit_meshes_that_chunked_cannot_serve(specs):
     q, k, v = (normal(i, 8, 256, 8, 8) for i in range(3))
     there = mesh(AxisType.Explicit, 8)
     with jax.set_mesh(there):
         q, k, v = (jax.device_put(x, NamedSharding(there, s)) for x, s in zip((q, k, v), (specs[0], *specs[1:] * 2)))
-        rule = 'implementation must be "reference" on an explicit mesh that spreads more than batch and heads, got'
+        rule = (
+            'implementation must be "reference" on an explicit mesh that spreads more than batch and heads, or not all'
+        )
         with pytest.raises(NotImplementedError, match=rule):
             jdrop.dot_product_attention(KEY, q, k, v, 0.5, train=True, implementation="chunked")
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize(
+    ("specs", "text"),
+    [
+        ((P(), P(None, "a"), P(None, "a")), "key must be whole along keys and width"),
+        ((P(), P(), P(None, "a")), "value must be whole along keys and width"),
+        ((P(None, None, None, "a"),) * 3, "query must be whole along width"),
+    ],
+    ids=str,
+)
+def test_keys_and_width_are_whole_on_an_explicit_mesh(implementation, specs, text):
+    there = mesh(AxisType.Explicit, 8)
+    with jax.set_mesh(there):
+        q, k, v = (jax.device_put(normal(i, 8, 256, 8, 8), NamedSharding(there, s)) for i, s in enumerate(specs))
+        with pytest.raises(ValueError, match=rf"^dot_product_attention: {text}, got float32\["):
+            jdrop.dot_product_attention(KEY, q, k, v, 0.5, train=True, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", [None, "reference"])

@@ -3,11 +3,12 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 import jdrop
-from jdrop import _checks, decisions
+from jdrop import _checks, _shards, decisions
 from jdrop.decisions import Generator, RateLike
 
 NAME = "dot_product_attention"
@@ -54,8 +55,8 @@ def dot_product_attention(
       dropout_rate: probability of dropping an attention probability: a scalar, and it may be traced.
       deterministic: ``True`` drops nothing.
       dtype: what query, key and value are cast to.
-      precision: must be ``None``; ``jax.default_matmul_precision`` sets it for all.
-      module: must be ``None``, so no ``sow_weights``: the weights are never in memory.
+      precision: must be ``None`` or the default; ``jax.default_matmul_precision`` sets it for all.
+      module: must be ``None``, so no ``sow_weights``: the weights are not returned.
       is_causal: hide the keys after a query (nnx).
       force_fp32_for_softmax: of no effect (linen): the softmax of 16-bit floats is in float32 anyway.
       einsum_dot_general: must be ``None`` (linen).
@@ -72,7 +73,11 @@ def dot_product_attention(
     Raises:
       ValueError: a rate or a shape is out of range.
       TypeError: an argument is of the wrong type, or ``dropout_rng`` is missing.
-      NotImplementedError: an argument that must be ``None`` is not.
+      NotImplementedError: an argument that must be ``None`` is not, or several batch axes are spread over an explicit
+        mesh so that JAX cannot merge them.
+
+    Limits:
+      In ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dot_product_attention`.
 
     References:
       Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin (2017), Attention Is All You Need, NeurIPS.
@@ -88,7 +93,7 @@ def dot_product_attention(
       (2, 8, 16)
     """
     unserved = {
-        "precision": precision,
+        "precision": None if precision in ("default", lax.Precision.DEFAULT) else precision,
         "module": module,
         "einsum_dot_general": einsum_dot_general,
         "qk_attn_weights_einsum": qk_attn_weights_einsum,
@@ -99,11 +104,13 @@ def dot_product_attention(
     for argument, given in unserved.items():
         if given is not None:
             fix = "leave it out, or use Flax's own function"
+            fix = "run the step under jax.default_matmul_precision" if argument == "precision" else fix
             raise NotImplementedError(_checks.text(NAME, argument, "must be None", type(given).__name__, fix))
     train = not _checks.flag(NAME, "deterministic", deterministic)
     rate = _checks.rate(NAME, dropout_rate, (), "dropout_rate")
     if dropout_rng is not None or (train and not decisions.is_zero(rate)):
         _checks.key(NAME, dropout_rng, "dropout_rng")
+        _shards.check_key_varies(NAME, dropout_rng, None, "dropout_rng", f"call jdrop.{NAME} with")
     shared = (0, 1) if _checks.flag(NAME, "broadcast_dropout", broadcast_dropout) else ()
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
@@ -116,7 +123,12 @@ def dot_product_attention(
     bias = _one_batch_axis("bias", bias, scores)
     mask = _one_batch_axis("mask", None if mask is None else jnp.asarray(mask) != 0, scores)
     if len(batch) > 1:
-        query, key, value = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in (query, key, value))
+        try:
+            query, key, value = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in (query, key, value))
+        except Exception as error:  # on an explicit mesh; JAX has no public name for it
+            rule, fix = "must have batch axes that JAX can merge", "spread the first of them alone"
+            got = f"{jax.typeof(query)}, {jax.typeof(key)}, {jax.typeof(value)}"
+            raise NotImplementedError(_checks.text(NAME, "query, key and value", rule, got, fix)) from error
     options: Any = {"bias": bias, "mask": mask, "is_causal": is_causal, "implementation": implementation}
     options |= {"train": train, "shared_axes": shared, "generator": generator}
     out = jdrop.dot_product_attention(dropout_rng, query, key, value, rate, **options)

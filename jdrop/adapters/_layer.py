@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop import _checks, _member
+from jdrop import _checks, _member, _shards
 from jdrop.decisions import Generator, RateLike
 
 
@@ -62,4 +62,5 @@ def drop(
         return jnp.zeros_like(x)
     key = ask()
     _checks.key(function, key, source)
+    _shards.check_key_varies(function, key, None, source, "call jdrop.dropout with")
     return call._replace(key=key, rate=jnp.asarray(call.rate) if in_jax else call.rate).apply(_member.SCALED, x)

@@ -33,7 +33,7 @@ class Dropout(equinox.nn.Dropout):
     Raises:
       ValueError: ``p`` or ``generator`` is out of range, or ``key`` is a batch of keys.
       TypeError: x is no floating point array, or an argument is of the wrong type.
-      RuntimeError: something is dropped, and there is no ``key``.
+      RuntimeError: a mask is drawn, and there is no ``key``. None is drawn at a Python or NumPy ``p`` of 0 or 1.
 
     Limits:
       In ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout`.
