@@ -8,8 +8,9 @@ it, in the format of ``sha256sum``. They are checked before it is read: a checkp
 corrupt is named, and the one before it is used. All processes need to see the same folders.
 
 ``--processes 2 --devices 2`` starts two processes of two CPU devices each on this machine, talking over loopback (gloo
-listens where the host name points to). If one dies, the others end too, and the same command resumes. On a cluster,
-start one process a host with ``--cluster``, and JAX finds the others. ``--dump-masks`` writes the masks of each step.
+listens where the host name points to). If one dies, the others end too, and with ``--checkpoints out/checkpoints`` the
+same command resumes. On a cluster, start one process a host with ``--cluster``, and JAX finds the others.
+``--dump-masks`` writes the masks of each step.
 
     python examples/distributed_lm.py
 
@@ -167,7 +168,7 @@ def sums(folder: Path) -> str:
 
 
 def save(folder: Path, step: int, now: dict, keep: int) -> None:
-    """Commit a checkpoint, and then its sums: without them it does not count. Delete all but the newest ones."""
+    """Commit a checkpoint, and then its sums: without them it does not count. Keep it and the ones before it."""
     path = folder / f"step-{step:08}"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), now, force=True)
@@ -178,7 +179,8 @@ def save(folder: Path, step: int, now: dict, keep: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path.with_suffix(".sha256"))
-        for old in sorted({path.with_suffix("") for path in folder.glob("step-*")})[:-keep]:
+        earlier = {found.with_suffix("") for found in folder.glob("step-*")}  # a later one is damaged: see newest
+        for old in sorted(found for found in earlier if found <= path)[:-keep]:
             old.with_suffix(".sha256").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -202,11 +204,20 @@ def newest(folder: Path) -> int:
 # ---------------------------------------------------------------------------------- the run
 
 
+def size_of_model(devices: int, wanted: int | None) -> int:
+    """The size of the mesh axis "model", so that the axis "data" divides the batch."""
+    for size in (wanted,) if wanted else (2, 1, 4):
+        if devices % size == 0 and HEADS % size == 0 and BATCH % (devices // size) == 0:
+            return size
+    wanted = f" with --model {wanted}" if wanted else ""
+    sys.exit(f"{devices} devices{wanted} cannot share a batch of {BATCH} and {HEADS} heads evenly: take a power of two")
+
+
 def train(args: argparse.Namespace) -> None:
     """One process of the run."""
     first = jax.process_index() == 0
     text, held_out, vocabulary = read()
-    on_mesh = OnMesh(args.seed, vocabulary, args.model or 2 - jax.device_count() % 2)
+    on_mesh = OnMesh(args.seed, vocabulary, size_of_model(jax.device_count(), args.model))
     now, start, curve = on_mesh.start, 0, args.out / "losses.csv"
     if args.checkpoints:
         start = int(multihost_utils.broadcast_one_to_all(np.int32(newest(args.checkpoints) if first else 0)))
@@ -215,12 +226,16 @@ def train(args: argparse.Namespace) -> None:
             now = checkpointer.restore(args.checkpoints.absolute() / f"step-{start:08}", on_mesh.abstract)
         if int(now["seed"]) != args.seed:
             sys.exit(f"{args.checkpoints} is of a run with --seed {int(now['seed'])}")
+    if start > args.steps:
+        sys.exit(f"{args.checkpoints} is of a run that has made {start} steps: pass --steps {start} or more")
     if first and start:
         print(f"resumes at step {start}", flush=True)
     if first:
         args.out.mkdir(parents=True, exist_ok=True)
         lines = curve.read_text().splitlines(keepends=True) if start and curve.exists() else []
-        curve.write_text("".join(line for line in lines if int(line.split(",")[0]) < start))
+        part = curve.with_suffix(".part")
+        part.write_text("".join(line for line in lines if int(line.split(",")[0]) < start))
+        part.replace(curve)
 
     losses, began = [], time.time()
     sizes = {"total": args.steps * BATCH * TIME, "initial": start * BATCH * TIME, "unit": "characters"}
@@ -249,8 +264,9 @@ def train(args: argparse.Namespace) -> None:
     validation = np.mean([float(on_mesh.evaluate(now, on_mesh.put(words))) for words in held_out])
     params = jax.tree.leaves(multihost_utils.process_allgather(now["params"], tiled=True))
     if first:
-        steps, values = np.loadtxt(curve, delimiter=",", ndmin=2).T
-        print(f"last training loss  | {values[-1]:.6f}\nvalidation loss     | {validation:.6f}")
+        steps, values = np.array([line.split(",") for line in curve.read_text().split()], float).reshape(-1, 2).T
+        last = f"{values[-1]:.6f}" if len(values) else f"none in {curve}, and no step is left"
+        print(f"last training loss  | {last}\nvalidation loss     | {validation:.6f}")
         print(f"characters a second | {speed:,.0f}")
         print(f"SHA-256 of weights  | {hashlib.sha256(b''.join(p.tobytes() for p in params)).hexdigest()[:16]}")
         fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -305,8 +321,9 @@ def main() -> int:
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.keep < 1:
-        parser.error("--keep must be at least 1")
+    for name in ("steps", "processes", "every", "keep"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
 
     if args.processes > 1 and args.process is None:
         return launch(args)

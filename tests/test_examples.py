@@ -10,8 +10,14 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 PACKAGES = ("matplotlib", "mlxtend", "optax", "orbax.checkpoint", "sklearn", "tqdm")
-LINES = {"distributed_lm": 330}  # with its checkpoints and its launcher, which would not work apart
+LINES = {"distributed_lm": 350}  # with its checkpoints and its launcher, which would not work apart
+OPTIONS = {path: [()] for path in EXAMPLES}
+OPTIONS |= {path: [(), ("--bf16",)] for path in EXAMPLES if path.stem == "char_gpt"}
 example = pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+
+
+def case(value):
+    return value.stem if isinstance(value, Path) else " ".join(value)
 
 
 def docstring(path):
@@ -53,11 +59,11 @@ def test_is_one_short_file_of_its_own(path):
     assert not imported & others
 
 
-@example
-def test_runs(path, tmp_path):
+@pytest.mark.parametrize(("path", "options"), [(p, o) for p in EXAMPLES for o in OPTIONS[p]], ids=case)
+def test_runs(path, options, tmp_path):
     for package in PACKAGES:
         pytest.importorskip(package)
-    command = [sys.executable, str(path), "--steps", "2", "--out", str(tmp_path)]
+    command = [sys.executable, str(path), "--steps", "2", "--out", str(tmp_path), *options]
     environment = {"JAX_PLATFORMS": "cpu", **os.environ}
     environment.pop("XLA_FLAGS")  # those of the tests
     run = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600)

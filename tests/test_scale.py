@@ -39,12 +39,13 @@ def start(layout, out, cache, *options, **environment):
     processes, devices = map(str, layout)
     command = [sys.executable, str(EXAMPLE), "--processes", processes, "--devices", devices, "--out", str(out)]
     command += ["--steps", str(STEPS), "--dump-masks", *map(str, options)]
-    environment |= {
+    environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        **environment,
     }
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
@@ -57,12 +58,13 @@ def kill(run):
 
 
 def finish(run):
+    """Wait for a run, and return what it printed, the progress bar too."""
     try:
         printed, errors = run.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         raise AssertionError(f"the run hangs: {kill(run)}") from None
     assert run.returncode == 0, errors
-    return printed
+    return printed + errors
 
 
 def weights(printed):
@@ -130,32 +132,47 @@ def test_layouts_agree(undisturbed, folder):
         assert masks(out).keys() == expected.keys()
         assert losses(out)[0] == steps
         assert (np.abs(losses(out)[1] - curve) <= bound * curve).all(), (losses(out)[1] - curve) / curve
-    assert "characters/s" not in undisturbed[2, 2] and undisturbed[4, 1].count("validation loss") == 1  # process 0 only
+    assert all(printed.count("validation loss") == 1 for printed in undisturbed.values()), "by process 0 alone"
+
+
+FIRST_PORT = 65536 - 4096  # JAX makes the port from the number of the job: one of the last 4096
+
+
+def free_port():
+    while True:
+        with socket.socket() as server:
+            try:
+                server.bind(("127.0.0.1", random.randrange(FIRST_PORT, 65536)))
+            except OSError:
+                continue
+            return server.getsockname()[1]
 
 
 def test_a_cluster_is_found(undisturbed, folder):
     """Two processes that a Slurm job step would start, as JAX itself finds them: no launcher."""
     out = folder / "cluster"
-    with socket.socket() as free:  # JAX makes the port from the number of the job: one of the last 4096
-        while (port := random.randrange(65535 - 4095, 65536)) and free.connect_ex(("127.0.0.1", port)) == 0:
-            pass
-    job = {"SLURM_JOB_ID": str(port - (65535 - 4095)), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
+    job = {"SLURM_JOB_ID": str(free_port() - FIRST_PORT), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
     runs = [
         start((1, 2), out, folder / "cache", "--every", 1, "--cluster", SLURM_PROCID=i, SLURM_LOCALID=i, **job)
         for i in ("0", "1")
     ]
     printed = [finish(run) for run in runs]
-    assert "SHA-256" not in printed[1], "process 0 only"
+    for line in ("characters/s", "validation loss"):
+        assert line in printed[0] and line not in printed[1], "progress is shown by process 0 alone"
     assert weights(printed[0]) == weights(undisturbed[2, 2])
     assert_same_masks(masks(out), masks(folder / "1x1"))
 
 
-def newest(folder):
+def example():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of other libraries
         spec = importlib.util.spec_from_file_location("distributed_lm", EXAMPLE)
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module.newest(folder)
+    return module
+
+
+def newest(folder):
+    return example().newest(folder)
 
 
 def largest_file(folder):
@@ -193,21 +210,21 @@ def checkpoint(folder, step):
 
 @pytest.fixture(scope="module")
 def killed(folder, undisturbed):
-    """Kill the trainer at a random step, resume it, kill it while it writes, and leave what is there then."""
+    """Kill the trainer at a random moment, resume it, kill it while it writes, and leave what is there then."""
     out, cache, saved = folder / "killed", folder / "cache", folder / "saved"
     options = ("--every", 1, "--checkpoints", saved)
     draw = random.Random(6)
-    at = draw.randrange(1, STEPS - 3)
+    done = lambda: max((int(path.stem.removeprefix("step-")) for path in saved.glob("*.sha256")), default=0)
+    at = draw.randrange(1, STEPS - 2)
     run = start((1, 4), out, cache, *options)
-    wait_until(lambda: steps_done(out) >= at, run)
+    wait_until(lambda: done() >= at, run)
     time.sleep(draw.random() * 0.1)
     kill(run)
-    assert at <= steps_done(out) < STEPS
-    sums = lambda: max(saved.glob("*.sha256"), default=None)
-    before = sums()
+    before = done()
+    assert at <= before < STEPS - 1
     run = start((1, 4), out, cache, *options)
-    wait_until(lambda: sums() != before and list(saved.glob("*tmp*")), run)
-    kill(run)
+    wait_until(lambda: done() > before and list(saved.glob("*tmp*")), run)
+    assert f"resumes at step {before}" in kill(run)[0]
     assert list(saved.glob("*tmp*")), "killed in the middle of writing"
     return out, saved
 
@@ -250,6 +267,35 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, resumed, tmp_path
         assert newest(saved) == step - 1
         printed = capsys.readouterr().out
         assert f"checkpoint {checkpoint(saved, step)}: " in printed
+
+
+def test_new_checkpoints_are_kept_where_all_later_ones_are_damaged(resumed, tmp_path, capsys):
+    saved = Path(shutil.copytree(resumed[1, 4][2], tmp_path / "saved"))
+    for step in range(STEPS - 2, STEPS + 1):
+        flip(largest_file(checkpoint(saved, step)))
+    assert newest(saved) == 0
+    module = example()
+    for step in (1, 2):
+        module.save(saved, step, {"params": np.ones(3)}, keep=1)
+        assert newest(saved) == step and checkpoint(saved, step - 1).exists() is False
+    assert "bad: " in capsys.readouterr().out
+
+
+def test_a_finished_run_has_nothing_to_do(resumed, folder, tmp_path):
+    """Also where its losses are gone; and a run that has made more steps is no run of fewer."""
+    saved = Path(shutil.copytree(resumed[1, 4][2], tmp_path / "saved"))
+    printed = finish(start((1, 4), tmp_path / "out", folder / "cache", "--checkpoints", saved))
+    assert weights(printed) == weights(resumed[1, 4][0]) and "no step is left" in printed
+    run = start((1, 4), tmp_path / "out", folder / "cache", "--checkpoints", saved, "--steps", STEPS - 1)
+    assert f"has made {STEPS} steps" in run.communicate(timeout=LIMIT)[1] and run.returncode == 1
+
+
+def test_devices_that_cannot_share_the_batch():
+    size = example().size_of_model
+    assert [size(n, None) for n in (1, 2, 4, 8, 16, 32, 64)] == [1, 2, 2, 2, 2, 2, 4]
+    for devices, wanted in ((3, None), (8, 3), (128, None), (2, 4)):
+        with pytest.raises(SystemExit, match=f"^{devices} devices.* cannot share"):
+            size(devices, wanted)
 
 
 def test_a_run_goes_on_from_before_a_flipped_bit(resumed, undisturbed, folder, tmp_path):
