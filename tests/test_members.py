@@ -238,14 +238,29 @@ def key_use(name):
         f(key, X, 0.5)
 
 
+def over(devices, kind):
+    return jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
+
+
+def stays_apart(step, arguments, shapes, devices):
+    """Require that each device works at its part alone: no collective, and no buffer of these unsharded shapes."""
+    text = jax.jit(step).lower(*arguments).compile().as_text()
+    assert not re.search(r"all-(gather|reduce|to-all)|collective-(permute|broadcast)|reduce-scatter", text)
+    for shape in shapes:
+        assert (f"[{','.join(map(str, shape))}]" in text) == (devices == 1), "a buffer of the unsharded size"
+
+
 @check
-def tiles(name):
-    """In shard_map with ``shard=``, eight devices see the single-device result."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+def tiles(name, devices=8):
+    """In shard_map with ``shard=``: the single-device result, no collective, no unsharded buffer."""
+    mesh = over(devices, AxisType.Auto)
     f = jax.shard_map(
         lambda k, x: train(name, shard=P("data"))(k, x, 0.5), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
     )
-    same(jax.jit(f)(KEY, X), train(name)(KEY, X, 0.5), name)
+    expected = train(name)(KEY, X, 0.5)
+    same(jax.jit(f)(KEY, X), expected, name)
+    arguments = jax.device_put(KEY, NamedSharding(mesh, P())), jax.device_put(X, NamedSharding(mesh, P("data")))
+    stays_apart(f, arguments, [expected.shape], devices)
     with pytest.raises(ValueError, match=r"key must vary over the manual mesh axes"):
         g = jax.shard_map(
             lambda k, x: train(name)(k, x, 0.5), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
@@ -254,7 +269,7 @@ def tiles(name):
 
 
 @check
-def meshes(name):
+def meshes(name, devices=8):
     """On auto and explicit meshes: the single-device bits, no collective, no unsharded buffer, forward and backward."""
 
     def step(k, x):
@@ -263,18 +278,15 @@ def meshes(name):
 
     whole = jax.jit(step)(KEY, X)
     for kind, axis in itertools.product((AxisType.Auto, AxisType.Explicit), (0, 3) if name in BY_CHANNEL else (0,)):
-        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        mesh = over(devices, kind)
         with jax.set_mesh(mesh):
             x = jax.device_put(X, NamedSharding(mesh, P(*[None] * axis, "data")))
             key = jax.device_put(KEY, NamedSharding(mesh, P()))
             placed = jax.jit(step)(key, x)
             for got, want in zip(placed, whole, strict=True):
                 same(got, want, name)
-                assert got.sharding.spec[axis] == "data"
-            text = jax.jit(step).lower(key, x).compile().as_text()
-            assert not re.search(r"all-(gather|reduce|to-all)|collective-permute|reduce-scatter", text)
-            for one in whole:
-                assert f"[{','.join(map(str, one.shape))}]" not in text, "a buffer of the unsharded size"
+                assert devices == 1 or got.sharding.spec[axis] == "data"
+            stays_apart(step, (key, x), {one.shape for one in whole}, devices)
 
 
 @check
@@ -309,6 +321,15 @@ def test_members_keep_the_rules(what, name):
             CHECKS[what](name)
     else:
         CHECKS[what](name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("name", MEMBERS)
+@pytest.mark.parametrize("what", ["tiles", "meshes"])
+def test_members_on_fewer_devices(what, name, devices):
+    if (what, name) not in EXEMPT:
+        CHECKS[what](name, devices)
 
 
 def test_exemptions_name_checks_and_members():

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from members import MEMBERS, SHAPE
 
 import jdrop
 from jdrop.keys import derive, per_example
@@ -127,26 +126,6 @@ def test_step_over_a_mesh(kind, devices, whole, x64):
     assert plain.total() or devices == 1, "the gradients are summed over devices, so something is counted"
     for shape in MASKS:
         assert (shape in text[True]) == (devices == 1), f"a buffer {shape} of the unsharded size"
-
-
-@pytest.mark.parametrize("devices", FEWER)  # on eight, forward and backward: in test_members
-@pytest.mark.parametrize("name", sorted(set(MEMBERS) - {"dot_product_attention"}))  # attention is in the step above
-def test_members_on_fewer_devices(name, devices):
-    x = jnp.asarray(draw.normal(0, 1, SHAPE).astype(np.float32))
-    expected = jit(lambda k, x: MEMBERS[name](k, x, 0.5, train=True))(KEY, x)
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
-        if name in ("token_dropout", "embedding_dropout of ids") and kind == AxisType.Explicit:
-            continue  # the ids that the table of members makes have no sharding
-        with jax.set_mesh(mesh):
-            spread = jax.device_put(x, NamedSharding(mesh, P("data")))
-            found = jit(lambda k, x: MEMBERS[name](k, x, 0.5, train=True))(KEY, spread)
-            np.testing.assert_array_equal(found, expected)
-    if name not in ("token_dropout", "embedding_dropout of ids"):  # whose ids would be those of a tile
-        tiled = lambda k, x: MEMBERS[name](k, x, 0.5, train=True, shard=P("data"))
-        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-        tiled = jax.shard_map(tiled, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"))
-        np.testing.assert_array_equal(jit(tiled)(KEY, x), expected)
 
 
 # ---------------------------------------------------------------------------------- microbatches and checkpoints

@@ -52,17 +52,18 @@ def test_replacements_may_differ_and_rates_may_be_traced():
     same(f(0.25), jdrop.token_dropout(KEY, ids, 0.25, 7, train=True))
 
 
-def test_token_tiles_and_meshes():
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4)), 8])
+def test_token_tiles_and_meshes(devices):
     ids = jnp.arange(64 * 16, dtype=jnp.int32).reshape(64, 16)
     whole = jdrop.token_dropout(KEY, ids, 0.5, -1, train=True)
     for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+        mesh = jax.make_mesh((devices,), ("d",), axis_types=(kind,), devices=jax.devices()[:devices])
         with jax.set_mesh(mesh):
             placed = jax.device_put(ids, jax.NamedSharding(mesh, P("d")))
             f = jax.jit(lambda k, i: jdrop.token_dropout(k, i, 0.5, -1, train=True))
             same(f(KEY, placed), whole)
             text = f.lower(KEY, placed).compile().as_text()
-            assert "all-" not in text and "[64,16]" not in text
+            assert "all-" not in text and ("[64,16]" in text) == (devices == 1)
             tiled = jax.shard_map(
                 lambda k, i: jdrop.token_dropout(k, i, 0.5, -1, train=True, shard=P("d")),
                 in_specs=(P(), P("d")),
