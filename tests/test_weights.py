@@ -189,8 +189,7 @@ def test_rates_by_word_and_under_vmap():
 
 @pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4)), 8])
 def test_ids_on_tiles_and_meshes(devices):
-    some = {"axis_shapes": (devices,), "axis_names": ("d",), "devices": jax.devices()[:devices]}
-    mesh = jax.make_mesh(**some, axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:devices])
     ids, x = jnp.arange(64).reshape(16, 4) % 9, jnp.ones((16, 4, 5))
     whole = jdrop.embedding_dropout(KEY, x, 0.5, train=True, ids=ids)
     f = lambda k, x, i, **o: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=i, **o)
@@ -199,7 +198,7 @@ def test_ids_on_tiles_and_meshes(devices):
         compiled = jax.jit(f).lower(KEY, *placed).compile()
         same(jax.jit(f)(KEY, *placed), whole)
         assert "all-" not in compiled.as_text()
-    mesh = jax.make_mesh(**some, axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     tiled = jax.shard_map(
         lambda k, x, i: f(k, x, i, shard=P("d")), mesh=mesh, in_specs=(P(), P("d"), P("d")), out_specs=P("d")
     )
