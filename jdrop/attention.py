@@ -146,7 +146,7 @@ def _refusal(call: _member.Call, *arrays: Array) -> str | None:
     if not all(isinstance(n, int) for n in sizes) or 0 in sizes:
         return 'must be "reference" for sizes that are 0 or symbolic'
     explicit = [s.spec for x in arrays if (s := _shards.explicit_sharding(jax.typeof(x).sharding)) is not None]
-    if any(spec != explicit[0] or spec[1] or spec[3] for spec in explicit):
+    if any(spec != explicit[0] for spec in explicit):
         return 'must be "reference" on an explicit mesh that spreads more than batch and heads, or not all alike'
     if call.idle:
         return None

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import jdrop
 
 SHAPE = (8, 6, 10, 40)  # [batch, height, width, channel]
+# As the compiled text has them.
+COLLECTIVES = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
 
 
 def ids_like(x):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from members import COLLECTIVES
 
 import jdrop
 from jdrop.keys import derive, per_example
@@ -19,9 +20,6 @@ B, T, W, N = 16, 24, 40, 4  # batch, time, width, heads: no other array has the 
 FEWER = [pytest.param(n, marks=pytest.mark.long) for n in (2, 4)]
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # not: runs fast
 KINDS = ["auto", "explicit", "shard_map"]
-COLLECTIVES = (
-    r"\b(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)(?:-start)?\("
-)
 POLICIES = {
     "dots saved": jax.checkpoint_policies.dots_saveable,
     "nothing saved": jax.checkpoint_policies.nothing_saveable,
@@ -121,7 +119,7 @@ def test_step_over_a_mesh(kind, devices, whole, x64):
     for name, mask in found.items():
         np.testing.assert_array_equal(mask, whole[2][name], name)
     assert_equal_but_for_rounding((loss, grads), whole[:2])
-    dropped, plain = (Counter(re.findall(COLLECTIVES, text[train])) for train in (True, False))
+    dropped, plain = (Counter(re.findall(rf"\b{COLLECTIVES}(?:-start)?\(", text[train])) for train in (True, False))
     assert dropped == plain, "a collective that the undropped program lacks"
     assert plain.total() or devices == 1, "the gradients are summed over devices, so something is counted"
     for shape in MASKS:

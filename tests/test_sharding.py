@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from members import COLLECTIVES
 
 from jdrop import dropout, dropout_mask
 from jdrop.keys import derive, per_example
@@ -16,7 +17,6 @@ KEY = jax.random.key(21)
 SHAPE = (64, 32, 256)
 X = jnp.arange(1.0, 1 + 64 * 32 * 256).reshape(SHAPE)
 SPECS = [P("a"), P(None, "a"), P(None, None, "b"), P("a", None, "b"), P(("a", "b")), P("b", "a"), P()]
-COLLECTIVES = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
 
 
 def mesh(kind):

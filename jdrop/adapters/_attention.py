@@ -108,8 +108,10 @@ def dot_product_attention(
             raise NotImplementedError(_checks.text(NAME, argument, "must be None", type(given).__name__, fix))
     train = not _checks.flag(NAME, "deterministic", deterministic)
     rate = _checks.rate(NAME, dropout_rate, (), "dropout_rate")
-    if dropout_rng is not None or (train and not decisions.is_zero(rate)):
+    drawn = train and not decisions.is_zero(rate)
+    if dropout_rng is not None or drawn:
         _checks.key(NAME, dropout_rng, "dropout_rng")
+    if drawn:
         _shards.check_key_varies(NAME, dropout_rng, None, "dropout_rng", f"call jdrop.{NAME} with")
     shared = (0, 1) if _checks.flag(NAME, "broadcast_dropout", broadcast_dropout) else ()
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
