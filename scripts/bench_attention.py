@@ -1,4 +1,4 @@
-"""Claim: dropout in attention costs a tenth of the attention, and memory is linear in the length.
+"""Claim: dropout in attention costs about a tenth of forward and backward together; memory is linear in the length.
 
 For each length, attention on ``[1, T, heads, width]`` forward and forward+backward, in float32 or ``--dtypes``, every
 contender once a round in an order drawn anew. A ratio is formed within a round. ``x none`` is to the same function at
