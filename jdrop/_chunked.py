@@ -6,6 +6,8 @@ the mask again from its seed.
 """
 
 import functools
+import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jdrop import _scores, _tiles, decisions
+from jdrop import _linear, _scores, _tiles, decisions
 from jdrop._linear import real_dtype
 from jdrop._scores import Given, Problem
 from jdrop._shards import explicit_sharding, names_of, tile, vary_like, vary_together
@@ -67,8 +69,11 @@ def _forward_block(
 def _backward_block(
     plan: Plan, x: tuple[Array, ...], bias: Array | None, given: Given, at: At, segment: Segment
 ) -> tuple[Array, Array, Array, Array]:
-    """Return a block's part of the gradients, short of ``scale``: of q, of k and v as [.., H, S], and of its logits."""
-    q, lse, do = (_tiles.rows(a, at, segment) for a in (x[0], *x[3:]))
+    """Return a block's part of the gradients, short of scales: of q, of k and v as [.., H, S], and of its logits.
+
+    ``delta``, if there is one, is the sum over keys of p times its gradient.
+    """
+    q, do, lse, *delta = (_tiles.rows(a, at, segment) for a in (x[0], *x[3:]))
     k, v = (a[:, :, 0, segment.low : segment.high] for a in x[1:3])
     bias, given = _tiles.cut((bias, given), at, segment)
     p = jnp.exp(_logits(plan, q, k, bias, given, at, segment) - lse)
@@ -78,7 +83,7 @@ def _backward_block(
     do = _scale_kept(plan, do.astype(p.dtype), given).astype(q.dtype)
     einsum = functools.partial(jnp.einsum, preferred_element_type=p.dtype)
     dp = kept * einsum("bkgqh,bksh->bkgqs", do, v)
-    ds = dp - p * jnp.sum(dp, axis=-1, keepdims=True)
+    ds = dp - p * (delta[0] if delta else jnp.sum(dp, axis=-1, keepdims=True))
     # The sums over queries as [H, S]: as [S, H] they would transpose a block of scores first.
     dv = einsum("bkgqh,bkgqs->bkhs", do, kept.astype(q.dtype))
     dk = einsum("bkgqh,bkgqs->bkhs", q, ds.astype(q.dtype))
@@ -86,6 +91,22 @@ def _backward_block(
 
 
 # ---------------------------------------------------------------------------------- the loops
+
+
+def _in_scale(plan: Plan, query: Array) -> tuple[Plan, Array]:
+    """Multiply the query by the scale rather than each logit, where that rounds as little."""
+    scale, real = plan.problem.scale, query.dtype == real_dtype(query)
+    if not (real or (query.dtype == jnp.bfloat16 and math.frexp(abs(scale))[0] == 0.5)):
+        return plan, query
+    return plan._replace(problem=plan.problem._replace(scale=1.0)), query * scale
+
+
+def _after(before: list[Any], x: Array, segment: Segment) -> Array:
+    """Return x, for a segment that is to wait for those before it: else XLA may hold blocks of all at one time."""
+    if not before or not segment.waits:
+        return x
+    word = lax.bitcast_convert_type(before[-1][..., :1, :1].astype(jnp.float32), jnp.uint32)
+    return x + _linear.hidden(word, 0x80000000).astype(x.dtype)  # -0.0 changes no number
 
 
 def _over_blocks(f: Callable[[Any, Array], tuple[Any, Any]], carry: Any, segment: Segment) -> tuple[Any, Any]:
@@ -101,11 +122,6 @@ def _join_blocks(x: Array) -> Array:
     return x.reshape(*x.shape[:3], -1, *x.shape[5:])
 
 
-def _concatenate(parts: list[Any]) -> Any:
-    """Join what the segments returned along the queries."""
-    return jax.tree.map(lambda *x: jnp.concatenate(x, axis=3), *parts)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, query: Array, key: Array, value: Array, bias: Array | None, given: Given) -> Array:
     return _forward(plan, query, key, value, bias, given)[0]
@@ -114,51 +130,60 @@ def _attend(plan: Plan, query: Array, key: Array, value: Array, bias: Array | No
 def _forward(
     plan: Plan, query: Array, key: Array, value: Array, bias: Array | None, given: Given
 ) -> tuple[Array, tuple[Any, ...]]:
-    fine = _tiles.fine((bias, given), plan)
+    fine, (scaled, q) = _tiles.fine((bias, given), plan), _in_scale(plan, query)
 
     def turn(x: tuple[Any, ...]) -> tuple[Array, Array]:
-        batch, head, *arrays = x
-        parts = []
+        batch, head, q, k, v = x
+        outs: list[Array] = []
+        lses: list[Array] = []
         for segment in plan.segments:
+            arrays = (_after(outs, q, segment), k, v)
 
-            def block(carry: None, first: Array, segment: Segment = segment) -> tuple[None, tuple[Array, Array]]:
-                return carry, _forward_block(plan, tuple(arrays), *fine, At(batch, head, first), segment)
+            def block(carry: None, first: Array, segment: Segment = segment, arrays: Any = arrays) -> tuple[None, Any]:
+                return carry, _forward_block(scaled, arrays, *fine, At(batch, head, first), segment)
 
-            parts.append(_over_blocks(block, None, segment)[1])
-        return _concatenate(parts)
+            out, lse = _over_blocks(block, None, segment)[1]
+            outs, lses = [*outs, out], [*lses, lse]
+        return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
-    out, lse = lax.map(turn, (*_tiles.minor(plan), *(_tiles.split(x, plan) for x in (query, key, value))))
-    return _tiles.join(out, plan), (query, key, value, bias, given, lse)
+    out, lse = lax.map(turn, (*_tiles.minor(plan), *(_tiles.split(x, plan) for x in (q, key, value))))
+    out = _tiles.join(out, plan)
+    return out, (query, key, value, bias, given, lse, out if out.dtype == lse.dtype else None)
 
 
 def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
-    query, key, value, bias, given, lse = residuals
-    fine = _tiles.fine((bias, given), plan)
+    query, key, value, bias, given, lse, out = residuals
+    fine, (scaled, q) = _tiles.fine((bias, given), plan), _in_scale(plan, query)
+    # The sum over keys of p times its gradient is that over H of out times its own, but not with 16 bits of out.
+    delta = [] if out is None else [_tiles.split(jnp.sum(do * out, axis=-1, keepdims=True), plan)]
 
     def zeros(*shape: int) -> Array:
         return vary_like(jnp.zeros(shape, lse.dtype), jax.typeof(do))
 
     def turn(dbias: Any, x: tuple[Any, ...]) -> tuple[Any, tuple[Array, Array, Array]]:
-        batch, head, *arrays = x
-        dk = dv = zeros(plan.batch[0], plan.heads[0], key.shape[3], key.shape[1])
-        parts = []
+        batch, head, q, k, v, do, *of_rows = x
+        dqs: list[Array] = []
+        dks: list[Array] = []
+        dvs: list[Array] = []
         for segment in plan.segments:
+            arrays = (_after(dqs, q, segment), k, v, _after(dqs, do, segment), *of_rows)
 
-            def block(carry: Any, first: Array, segment: Segment = segment) -> tuple[Any, Array]:
+            def block(carry: Any, first: Array, segment: Segment = segment, arrays: Any = arrays) -> tuple[Any, Array]:
                 (dk, dv, dbias), at = carry, At(batch, head, first)
-                dq, more_dk, more_dv, ds = _backward_block(plan, tuple(arrays), *fine, at, segment)
+                dq, more_dk, more_dv, ds = _backward_block(scaled, arrays, *fine, at, segment)
                 return (dk + more_dk, dv + more_dv, _add(dbias, ds, at, segment)), dq
 
-            seen = (..., slice(segment.low, segment.high))
-            (dk_seen, dv_seen, dbias), dq = _over_blocks(block, (dk[seen], dv[seen], dbias), segment)
-            dk, dv = dk.at[seen].set(dk_seen), dv.at[seen].set(dv_seen)
-            parts.append(dq)
-        dq, dk = _concatenate(parts) * plan.problem.scale, dk * plan.problem.scale
+            none = zeros(plan.batch[0], plan.heads[0], key.shape[3], segment.high - segment.low)
+            (dk, dv, dbias), dq = _over_blocks(block, (none, none, dbias), segment)
+            rest = [(0, 0)] * 3 + [(segment.low, key.shape[1] - segment.high)]
+            dqs, dks, dvs = [*dqs, dq], [*dks, jnp.pad(dk, rest)], [*dvs, jnp.pad(dv, rest)]
+        dq = jnp.concatenate(dqs, axis=3) * plan.problem.scale
+        dk, dv = functools.reduce(operator.add, dks) * scaled.problem.scale, functools.reduce(operator.add, dvs)
         return dbias, (dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype))
 
     dbias: Any = None if fine[0] is None else zeros(*fine[0].shape)
-    arrays = [_tiles.split(x, plan) for x in (query, key, value, do)]
-    dbias, gradients = lax.scan(turn, dbias, (*_tiles.minor(plan), *arrays[:3], lse, *arrays[3:]))
+    arrays = [_tiles.split(x, plan) for x in (q, key, value, do)]
+    dbias, gradients = lax.scan(turn, dbias, (*_tiles.minor(plan), *arrays, lse, *delta))
     dq, dk, dv = gradients
     dk, dv = (jnp.expand_dims(x.swapaxes(-1, -2), 3) for x in (dk, dv))  # all at once
     dq, dk, dv = (_tiles.join(x, plan) for x in (dq, dk, dv))

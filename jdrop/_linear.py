@@ -118,7 +118,8 @@ def multiply(x: Array, factor: Array, *, where: Array, words: Array | None = Non
     if words is None:
         product = product * factor
     else:
-        one, minus_zero = (_hidden(words, bits).astype(factor.dtype) for bits in (0x3F800000, 0x80000000))
+        word = lax.optimization_barrier(words)[0]
+        one, minus_zero = (hidden(word, bits).astype(factor.dtype) for bits in (0x3F800000, 0x80000000))
         product = product * (factor * one) + minus_zero  # -0.0 changes no number, not even a zero's sign
     product = jnp.where(where, product, jnp.zeros((), factor.dtype))
     return _round_to_bfloat16(product) if words is not None and x.dtype == jnp.bfloat16 else product.astype(x.dtype)
@@ -130,22 +131,19 @@ def choose(kept: Array, x: Array, y: Array, words: Array) -> Array:
         return jnp.where(kept, x, y)
     bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
     a, b = lax.bitcast_convert_type(x, bits), lax.bitcast_convert_type(y, bits)
-    mask = jnp.where(kept, ~_hidden_zero(words).astype(bits), jnp.zeros((), bits))
+    zero = _hidden_zero(lax.optimization_barrier(words)[0])
+    mask = jnp.where(kept, ~zero.astype(bits), jnp.zeros((), bits))
     return lax.bitcast_convert_type(((a ^ b) & mask) ^ b, x.dtype)
 
 
-def _hidden_zero(words: Array) -> Array:
-    """Return 0, uint32, from random words, so that no compiler knows it: ``w * (w + 1)`` is even.
-
-    The barrier keeps what the words were made from out of the loop.
-    """
-    w = lax.optimization_barrier(words)[0]
-    return w * (w + np.uint32(1)) & np.uint32(1)
+def hidden(word: Array, bits: int) -> Array:
+    """Return the float32 of these bits, in the shape of a uint32 word, so that no compiler knows it."""
+    return lax.bitcast_convert_type(_hidden_zero(word) | np.uint32(bits), jnp.float32)
 
 
-def _hidden(words: Array, bits: int) -> Array:
-    """Return the float32 of these bits, so that no compiler knows it."""
-    return lax.bitcast_convert_type(_hidden_zero(words) | np.uint32(bits), jnp.float32)
+def _hidden_zero(word: Array) -> Array:
+    """Return 0, uint32: ``w * (w + 1)`` is even, which no compiler knows."""
+    return word * (word + np.uint32(1)) & np.uint32(1)
 
 
 def _round_to_bfloat16(x: Array) -> Array:

@@ -19,8 +19,9 @@ from jdrop.bits import Pair, add64
 
 T = TypeVar("T")  # operands: a pytree
 
-ROWS = 512  # queries in a block, over all groups
-SEGMENT = 128  # fewest queries with a range of keys of their own, where the position says what is seen
+ROWS = 512  # queries in a block, over all groups, or more where the scores are then no more than BLOCK
+BLOCK = 2**20
+SEGMENT = 256  # fewest queries with a range of keys of their own, where the position says what is seen
 SEGMENTS = 8
 # Scores in a block, where it takes more than ROWS queries of one head to have so many: what fits a core's cache, and
 # on other platforms, where nothing was measured, what keeps an accelerator busy.
@@ -35,6 +36,8 @@ class Segment(NamedTuple):
     rows: int
     low: int
     high: int
+    waits: bool = False
+    """Whether its blocks are too large to live beside those of other segments."""
 
 
 class Plan(NamedTuple):
@@ -59,9 +62,10 @@ class At(NamedTuple):
 def plan(problem: Problem, query: Array, key: Array) -> Plan:
     """Choose the loops for a query [B, T, N, H] and a key [B, S, K, H]."""
     groups = query.shape[2] // key.shape[2]
-    segments = _segments(problem, query.shape[1], key.shape[1], max(ROWS // groups, 16))
-    one = groups * max(s.rows * (s.high - s.low) for s in segments)
-    room = (CPU_SCORES if jax.default_backend() == "cpu" else OTHER_SCORES) // one
+    scores = CPU_SCORES if jax.default_backend() == "cpu" else OTHER_SCORES
+    rows = max(ROWS // groups, BLOCK // key.shape[1] // groups, 16)
+    segments = _segments(problem, query.shape[1], key.shape[1], rows, scores // groups)
+    room = scores // (groups * max(s.rows * (s.high - s.low) for s in segments))
     mesh = jax.sharding.get_abstract_mesh()
     apart = [n for name, n in mesh.shape.items() if name not in mesh.manual_axes]
     devices = math.prod(apart) if mesh.manual_axes else jax.device_count()
@@ -77,15 +81,13 @@ def _parts(size: int, devices: int, room: int) -> tuple[tuple[int, int], int]:
     return (spread * each, size // spread // each), room // each
 
 
-def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int) -> tuple[Segment, ...]:
+def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int, scores: int) -> tuple[Segment, ...]:
     left, right = problem.window or (num_queries, num_keys)
     right = 0 if problem.causal else right
     bounded = (problem.causal or problem.window is not None) and not problem.spread
     if not bounded:
         left, right = num_queries, num_keys
     span = max(-(-num_queries // SEGMENTS), SEGMENT) if bounded else num_queries
-    if bounded and span >= rows:
-        rows = min(rows, -(-span // 2))  # XLA lets segments without a loop overlap, and would hold a block of each
     found = []
     for first in range(0, num_queries, span):
         last = min(first + span, num_queries)
@@ -93,9 +95,10 @@ def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int) -> t
         high = max(min(num_keys, last + right), low + 1)
         size = math.ceil((last - first) / math.ceil((last - first) / rows))
         blocks, rest = divmod(last - first, size)
-        found.append(Segment(first, blocks, size, low, high))
+        waits = size * (high - low) > scores
+        found.append(Segment(first, blocks, size, low, high, waits))
         if rest:
-            found.append(Segment(last - rest, 1, rest, low, high))
+            found.append(Segment(last - rest, 1, rest, low, high, waits))
     return tuple(found)
 
 

@@ -23,7 +23,8 @@ def normal(seed, *shape):
 
 def use_plan(monkeypatch, rows, segment=128, segments=8, scores=2**19):
     """Cut the blocks of the chunked implementation otherwise than by default."""
-    for name, value in (("ROWS", rows), ("SEGMENT", segment), ("SEGMENTS", segments), ("CPU_SCORES", scores)):
+    sizes = {"ROWS": rows, "BLOCK": 0, "SEGMENT": segment, "SEGMENTS": segments, "CPU_SCORES": scores}
+    for name, value in sizes.items():
         monkeypatch.setattr(_tiles, name, value)
     _chunked.attend.clear_cache()
 

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_formula import IMPLEMENTATIONS, QUICK, close, formula, normal, quick, visible
+from attention_formula import IMPLEMENTATIONS, QUICK, close, formula, normal, quick, use_plan, visible
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_sharding import COLLECTIVES, largest
 
 import jdrop
+from jdrop import _chunked
 
 KEY = jax.random.key(41)
 SHAPE = B, N, T, S = 4, 8, 24, 144  # scores; four key heads
@@ -69,6 +70,28 @@ def test_jit_over_a_mesh(implementation, kind, spread):
         text = compiled.as_text()
         assert not re.search(COLLECTIVES, text)
         assert largest(text) <= placed[0].size // parts[batch] // parts[heads] * S // T  # the size of its values
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_segments_that_wait_for_others_exchange_nothing(kind, monkeypatch):
+    arrays = [normal(i, 4, 40, n, 16) for i, n in enumerate((8, 4, 4, 8))]
+    there = mesh(kind, 4, 2)
+    with jax.set_mesh(there), monkeypatch.context() as patch:
+        use_plan(patch, 8, segment=8, scores=1)
+        placed = [jax.device_put(x, NamedSharding(there, P("a", None, "b"))) for x in arrays]
+
+        def step(key, q, k, v, do):
+            options = {"train": True, "is_causal": True, "implementation": "chunked"}
+            out, pull = jax.vjp(lambda *x: jdrop.dot_product_attention(key, *x, 0.5, **options), q, k, v)
+            return out, *pull(do)
+
+        compiled = jax.jit(step).lower(KEY, *placed).compile(compiler_options=QUICK)
+        assert not re.search(COLLECTIVES, compiled.as_text())
+        factor = np.asarray(jdrop.dropout_mask(KEY, (4, 8, 40, 40), 0.5)) / 0.5
+        close(
+            compiled(KEY, *placed), formula(*arrays[:3], factor, seen=visible((4, 8, 40, 40), None, True), do=arrays[3])
+        )
+    _chunked.attend.clear_cache()
 
 
 @pytest.mark.parametrize("spec", [P(None, "a"), P("b", "a")], ids=str)

@@ -4,12 +4,13 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from attention_formula import QUICK, normal, shows, use_plan, visible
 from test_sharding import largest
 
 import jdrop
-from jdrop import _chunked
+from jdrop import _chunked, _scores, _tiles
 
 KEY = jax.random.key(51)
 PLANS = {  # rows, segment, segments, scores
@@ -63,7 +64,7 @@ def test_causal_attention_takes_little_more_memory():
 
 
 def test_what_is_kept_for_the_backward_pass():
-    """Queries, keys, values, a number for each query, and of the mask its seed and rate alone."""
+    """Queries, keys, values, out, a number for each query, and of the mask its seed and rate alone."""
     q, k, v = (jnp.asarray(normal(i, 2, 200, n, 32)) for i, n in ((0, 4), (1, 2), (2, 2)))
 
     def bytes_kept(rate, **options):
@@ -71,18 +72,30 @@ def test_what_is_kept_for_the_backward_pass():
         pull = f(q, k, v, rate) if isinstance(rate, float) else jax.eval_shape(f, q, k, v, rate)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
 
-    without = q.nbytes + k.nbytes + v.nbytes + 4 * 2 * 4 * 200
+    without = q.nbytes + k.nbytes + v.nbytes + q.nbytes + 4 * 2 * 4 * 200
     assert bytes_kept(0.0) == bytes_kept(0.0, is_causal=True) == without
     assert bytes_kept(jnp.float32(0.5)) == bytes_kept(0.5) == without + 2 * 4 + 4
     assert bytes_kept(jnp.full([2, 1, 200, 1], 0.5)) == without + 2 * 4 + 2 * 200 * 4
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale", "moves"),
+    [("float32", 0.3, True), ("bfloat16", -0.125, True), ("bfloat16", 0.3, False), ("float16", 0.125, False)],
+)
+def test_the_scale_goes_into_queries_where_that_rounds_as_little(dtype, scale, moves):
+    q = jnp.asarray(normal(0, 1, 300, 1, 16), dtype)
+    exact = np.asarray(q, np.float64) * np.float64(np.float32(scale))
+    plan, scaled = _chunked._in_scale(_tiles.plan(_scores.Problem(scale, False, None, False, None), q, q), q)
+    assert plan.problem.scale == (1.0 if moves else scale) and scaled.dtype == q.dtype
+    np.testing.assert_allclose(np.asarray(scaled, np.float64), exact if moves else q, rtol=2**-24)
+
+
 def test_the_gradient_of_bias_is_made_on_demand():
-    bias = jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32)
+    bias = jax.ShapeDtypeStruct((2, 2048, 2048), jnp.float32)
 
     def written(wrt):
-        lines = compiled_gradient(1024, wrt, bias).as_text().splitlines()
-        return [line for line in lines if re.search(r"= f32\[[\d,]*1024,1024\]\S* dynamic-update-slice", line)]
+        lines = compiled_gradient(2048, wrt, bias).as_text().splitlines()
+        return [line for line in lines if re.search(r"= f32\[[\d,]*2048,2048\]\S* dynamic-update-slice", line)]
 
     assert written((0, 1, 2, 3)) and not written((0, 1, 2))
 
