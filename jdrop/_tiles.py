@@ -21,7 +21,9 @@ T = TypeVar("T")  # operands: a pytree
 
 ROWS = 512  # queries in a block, over all groups, or more where the scores are then no more than BLOCK
 BLOCK = 2**20
-SEGMENT = 256  # fewest queries with a range of keys of their own, where the position says what is seen
+# Where the position says what is seen, queries are cut into segments with a range of keys of their own: eight of them,
+# but of 256 to 512 queries, and never more than sixteen.
+SEGMENT = 256
 SEGMENTS = 8
 # Scores in a block, where it takes more than ROWS queries of one head to have so many: what fits a core's cache, and
 # on other platforms, where nothing was measured, what keeps an accelerator busy.
@@ -87,7 +89,8 @@ def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int, scor
     bounded = (problem.causal or problem.window is not None) and not problem.spread
     if not bounded:
         left, right = num_queries, num_keys
-    span = max(-(-num_queries // SEGMENTS), SEGMENT) if bounded else num_queries
+    span = max(min(-(-num_queries // SEGMENTS), 2 * SEGMENT), SEGMENT, -(-num_queries // (2 * SEGMENTS)))
+    span = span if bounded else num_queries
     found = []
     for first in range(0, num_queries, span):
         last = min(first + span, num_queries)
