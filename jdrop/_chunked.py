@@ -79,7 +79,8 @@ def _backward_block(
     p = jnp.exp(_logits(plan, q, k, bias, given, at, segment) - lse)
     if q.dtype == jnp.float16:  # which has not the range for gradients over a keep probability
         q, k, v = (a.astype(p.dtype) for a in (q, k, v))
-    kept = p if given.drawn is None else lax.optimization_barrier(_keep(plan, p, given, at, segment))  # drawn once
+    # The barrier: draw once, where XLA heeds it, which it does not on a CPU.
+    kept = p if given.drawn is None else lax.optimization_barrier(_keep(plan, p, given, at, segment))
     do = _scale_kept(plan, do.astype(p.dtype), given).astype(q.dtype)
     einsum = functools.partial(jnp.einsum, preferred_element_type=p.dtype)
     dp = kept * einsum("bkgqh,bksh->bkgqs", do, v)

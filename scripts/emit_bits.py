@@ -62,19 +62,25 @@ def blocks(columns: int, order: str) -> Iterator[tuple[int, int, int, int]]:
         row += rows
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "cols", "order"))
-def words(seed: Array, row: bits.Pair, col: Array, *, rows: int, cols: int, order: str) -> Array:
-    """Return a block of words: ``[rows, cols]``, or ``[cols, rows]`` if written column by column."""
+@functools.partial(jax.jit, static_argnames=("rows", "cols", "order", "group"))
+def words(seed: Array, row: bits.Pair, col: Array, *, rows: int, cols: int, order: str, group: int = 1) -> Array:
+    """Return a block of words: ``[rows, group, cols / group]``, or with columns first if written column by column.
+
+    Those of one group, which are neighbours in the order of writing, lie along axis 1.
+    """
     down, across = jnp.arange(rows, dtype=jnp.uint32), jnp.arange(cols, dtype=jnp.uint32) + col
-    down, across = (down[:, None], across[None, :]) if order == "rows" else (down[None, :], across[:, None])
+    slow, fast = (down, across) if order == "rows" else (across, down)
+    slow, fast = slow[:, None, None], fast.reshape(-1, group).T[None]
+    down, across = (slow, fast) if order == "rows" else (fast, slow)
     return bits.word((seed[0], seed[1]), bits.add64(row, (np.uint32(0), down)), across)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "cols", "order"))
 def mask_bytes(seed: Array, row: bits.Pair, col: Array, threshold: Array, *, rows: int, cols: int, order: str) -> Array:
     """Return a block of keep decisions, ``word >= threshold``, eight a byte, the first in the lowest bit."""
-    keep = words(seed, row, col, rows=rows, cols=cols, order=order) >= threshold
-    return jnp.packbits(keep, axis=1, bitorder="little")
+    keep = words(seed, row, col, rows=rows, cols=cols, order=order, group=8) >= threshold
+    bit = jnp.arange(8, dtype=jnp.uint8)[None, :, None]
+    return jnp.sum(keep.astype(jnp.uint8) << bit, axis=1, dtype=jnp.uint8)
 
 
 def stream(columns: int, order: str, key_seed: int, mask_rate: float | None) -> Iterator[np.ndarray]:
