@@ -7,7 +7,6 @@ the mask again from its seed.
 
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -69,9 +68,10 @@ def _forward_block(
 def _backward_block(
     plan: Plan, x: tuple[Array, ...], bias: Array | None, given: Given, at: At, segment: Segment
 ) -> tuple[Array, Array, Array, Array]:
-    """Return a block's part of the gradients, short of scales: of q, of k and v as [.., H, S], and of its logits.
+    """Return a block's part of the gradients: of q times scale, of k and v as [.., H, S], and of its logits.
 
-    ``delta``, if there is one, is the sum over keys of p times its gradient.
+    That of k is short of the scale that logits are multiplied by here. ``delta``, if there is one, is the sum over keys
+    of p times its gradient.
     """
     q, do, lse, *delta = (_tiles.rows(a, at, segment) for a in (x[0], *x[3:]))
     k, v = (a[:, :, 0, segment.low : segment.high] for a in x[1:3])
@@ -79,7 +79,7 @@ def _backward_block(
     p = jnp.exp(_logits(plan, q, k, bias, given, at, segment) - lse)
     if q.dtype == jnp.float16:  # which has not the range for gradients over a keep probability
         q, k, v = (a.astype(p.dtype) for a in (q, k, v))
-    # The barrier: draw once, where XLA heeds it, which it does not on a CPU.
+    # Behind a barrier it is drawn once; XLA for CPU draws again for ds, which takes no longer than storing it.
     kept = p if given.drawn is None else lax.optimization_barrier(_keep(plan, p, given, at, segment))
     do = _scale_kept(plan, do.astype(p.dtype), given).astype(q.dtype)
     einsum = functools.partial(jnp.einsum, preferred_element_type=p.dtype)
@@ -94,20 +94,24 @@ def _backward_block(
 # ---------------------------------------------------------------------------------- the loops
 
 
-def _in_scale(plan: Plan, query: Array) -> tuple[Plan, Array]:
-    """Multiply the query by the scale rather than each logit, where that rounds as little."""
-    scale, real = plan.problem.scale, query.dtype == real_dtype(query)
-    if not (real or (query.dtype == jnp.bfloat16 and math.frexp(abs(scale))[0] == 0.5)):
+def _scale_queries(plan: Plan, query: Array) -> tuple[Plan, Array]:
+    """Multiply the queries by the scale, in place of each logit, where that rounds no more than their products do."""
+    as_wide = query.dtype == real_dtype(query)
+    power_of_two = math.frexp(abs(plan.problem.scale))[0] == 0.5
+    if not (as_wide or (query.dtype == jnp.bfloat16 and power_of_two)):
         return plan, query
-    return plan._replace(problem=plan.problem._replace(scale=1.0)), query * scale
+    return plan._replace(problem=plan.problem._replace(scale=1.0)), query * plan.problem.scale
 
 
-def _after(before: list[Any], x: Array, segment: Segment) -> Array:
-    """Return x, for a segment that is to wait for those before it: else XLA may hold blocks of all at one time."""
-    if not before or not segment.waits:
-        return x
+def _after(plan: Plan, before: list[Array]) -> Array | None:
+    """Return -0.0 made from the last of what segments before returned, for the next one to wait for.
+
+    On a mesh each device waits for its own part of that.
+    """
+    if not before or not plan.in_turn:
+        return None
     word = lax.bitcast_convert_type(before[-1][..., :1, :1].astype(jnp.float32), jnp.uint32)
-    return x + _linear.hidden(word, 0x80000000).astype(x.dtype)  # -0.0 changes no number
+    return _linear.hidden(word, 0x80000000)
 
 
 def _over_blocks(f: Callable[[Any, Array], tuple[Any, Any]], carry: Any, segment: Segment) -> tuple[Any, Any]:
@@ -131,17 +135,17 @@ def _attend(plan: Plan, query: Array, key: Array, value: Array, bias: Array | No
 def _forward(
     plan: Plan, query: Array, key: Array, value: Array, bias: Array | None, given: Given
 ) -> tuple[Array, tuple[Any, ...]]:
-    fine, (scaled, q) = _tiles.fine((bias, given), plan), _in_scale(plan, query)
+    fine, (inner, q) = _tiles.fine((bias, given), plan), _scale_queries(plan, query)
 
     def turn(x: tuple[Any, ...]) -> tuple[Array, Array]:
-        batch, head, q, k, v = x
+        batch, head, *arrays = x
         outs: list[Array] = []
         lses: list[Array] = []
         for segment in plan.segments:
-            arrays = (_after(outs, q, segment), k, v)
+            after = _after(plan, lses)  # not outs: under vmap they may be many where queries and keys are not
 
-            def block(carry: None, first: Array, segment: Segment = segment, arrays: Any = arrays) -> tuple[None, Any]:
-                return carry, _forward_block(scaled, arrays, *fine, At(batch, head, first), segment)
+            def block(carry: None, first: Array, segment: Segment = segment, after: Any = after) -> tuple[None, Any]:
+                return carry, _forward_block(inner, tuple(arrays), *fine, At(batch, head, first, after), segment)
 
             out, lse = _over_blocks(block, None, segment)[1]
             outs, lses = [*outs, out], [*lses, lse]
@@ -154,7 +158,7 @@ def _forward(
 
 def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
     query, key, value, bias, given, lse, out = residuals
-    fine, (scaled, q) = _tiles.fine((bias, given), plan), _in_scale(plan, query)
+    fine, (inner, q) = _tiles.fine((bias, given), plan), _scale_queries(plan, query)
     # The sum over keys of p times its gradient is that over H of out times its own, but not with 16 bits of out.
     delta = [] if out is None else [_tiles.split(jnp.sum(do * out, axis=-1, keepdims=True), plan)]
 
@@ -162,24 +166,22 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, .
         return vary_like(jnp.zeros(shape, lse.dtype), jax.typeof(do))
 
     def turn(dbias: Any, x: tuple[Any, ...]) -> tuple[Any, tuple[Array, Array, Array]]:
-        batch, head, q, k, v, do, *of_rows = x
+        batch, head, *arrays = x
+        dk = dv = zeros(plan.batch[0], plan.heads[0], key.shape[3], key.shape[1])
         dqs: list[Array] = []
-        dks: list[Array] = []
-        dvs: list[Array] = []
         for segment in plan.segments:
-            arrays = (_after(dqs, q, segment), k, v, _after(dqs, do, segment), *of_rows)
+            after = _after(plan, dqs)
 
-            def block(carry: Any, first: Array, segment: Segment = segment, arrays: Any = arrays) -> tuple[Any, Array]:
-                (dk, dv, dbias), at = carry, At(batch, head, first)
-                dq, more_dk, more_dv, ds = _backward_block(scaled, arrays, *fine, at, segment)
+            def block(carry: Any, first: Array, segment: Segment = segment, after: Any = after) -> tuple[Any, Array]:
+                (dk, dv, dbias), at = carry, At(batch, head, first, after)
+                dq, more_dk, more_dv, ds = _backward_block(inner, tuple(arrays), *fine, at, segment)
                 return (dk + more_dk, dv + more_dv, _add(dbias, ds, at, segment)), dq
 
-            none = zeros(plan.batch[0], plan.heads[0], key.shape[3], segment.high - segment.low)
-            (dk, dv, dbias), dq = _over_blocks(block, (none, none, dbias), segment)
-            rest = [(0, 0)] * 3 + [(segment.low, key.shape[1] - segment.high)]
-            dqs, dks, dvs = [*dqs, dq], [*dks, jnp.pad(dk, rest)], [*dvs, jnp.pad(dv, rest)]
-        dq = jnp.concatenate(dqs, axis=3) * plan.problem.scale
-        dk, dv = functools.reduce(operator.add, dks) * scaled.problem.scale, functools.reduce(operator.add, dvs)
+            seen = (..., slice(segment.low, segment.high))
+            (dk_seen, dv_seen, dbias), dq = _over_blocks(block, (dk[seen], dv[seen], dbias), segment)
+            dk, dv = dk.at[seen].set(dk_seen), dv.at[seen].set(dv_seen)
+            dqs.append(dq)
+        dq, dk = jnp.concatenate(dqs, axis=3) * plan.problem.scale, dk * inner.problem.scale
         return dbias, (dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype))
 
     dbias: Any = None if fine[0] is None else zeros(*fine[0].shape)

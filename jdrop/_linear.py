@@ -118,7 +118,7 @@ def multiply(x: Array, factor: Array, *, where: Array, words: Array | None = Non
     if words is None:
         product = product * factor
     else:
-        word = lax.optimization_barrier(words)[0]
+        word = lax.optimization_barrier(words)[0]  # or what the words were made from would join the loop
         one, minus_zero = (hidden(word, bits).astype(factor.dtype) for bits in (0x3F800000, 0x80000000))
         product = product * (factor * one) + minus_zero  # -0.0 changes no number, not even a zero's sign
     product = jnp.where(where, product, jnp.zeros((), factor.dtype))

@@ -58,7 +58,7 @@ def logits(
 
     ``queries`` and ``keys`` are positions; ``bias`` and what is given fit the products.
     """
-    s = products if problem.scale == 1 else products * problem.scale
+    s = products * problem.scale
     if bias is not None:
         s = s + bias.astype(s.dtype)
     seen = [] if given.mask is None else [given.mask]

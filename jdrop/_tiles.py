@@ -19,14 +19,14 @@ from jdrop.bits import Pair, add64
 
 T = TypeVar("T")  # operands: a pytree
 
-ROWS = 512  # queries in a block, over all groups, or more where the scores are then no more than BLOCK
+ROWS = 512  # queries in a block, over all groups, or more where the scores of a head are then no more than BLOCK
 BLOCK = 2**20
 # Where the position says what is seen, queries are cut into segments with a range of keys of their own: eight of them,
-# but of 256 to 512 queries, and never more than sixteen.
+# but of 256 to 512 queries each, and from 8192 queries on sixteen.
 SEGMENT = 256
 SEGMENTS = 8
-# Scores in a block, where it takes more than ROWS queries of one head to have so many: what fits a core's cache, and
-# on other platforms, where nothing was measured, what keeps an accelerator busy.
+# Scores up to which a block takes in further heads, and a quarter of those that segments may have side by side, which
+# is faster: what was best on a CPU, and on other platforms, where nothing was measured, to keep an accelerator busy.
 CPU_SCORES, OTHER_SCORES = 2**19, 2**25
 
 
@@ -38,8 +38,6 @@ class Segment(NamedTuple):
     rows: int
     low: int
     high: int
-    waits: bool = False
-    """Whether its blocks are too large to live beside those of other segments."""
 
 
 class Plan(NamedTuple):
@@ -51,6 +49,8 @@ class Plan(NamedTuple):
     """Parts of the axis of key heads."""
     groups: int
     segments: tuple[Segment, ...]
+    in_turn: bool
+    """Whether segments wait for one another. XLA orders only what depends on another, and would hold blocks of all."""
 
 
 class At(NamedTuple):
@@ -59,6 +59,8 @@ class At(NamedTuple):
     batch: Array
     head: Array
     query: Array
+    after: Array | None = None
+    """-0.0, made from what the block has to wait for."""
 
 
 def plan(problem: Problem, query: Array, key: Array) -> Plan:
@@ -66,14 +68,16 @@ def plan(problem: Problem, query: Array, key: Array) -> Plan:
     groups = query.shape[2] // key.shape[2]
     scores = CPU_SCORES if jax.default_backend() == "cpu" else OTHER_SCORES
     rows = max(ROWS // groups, BLOCK // key.shape[1] // groups, 16)
-    segments = _segments(problem, query.shape[1], key.shape[1], rows, scores // groups)
-    room = scores // (groups * max(s.rows * (s.high - s.low) for s in segments))
+    segments = _segments(problem, query.shape[1], key.shape[1], rows)
+    sizes = [groups * s.rows * (s.high - s.low) for s in segments]
+    room = scores // max(sizes)
     mesh = jax.sharding.get_abstract_mesh()
     apart = [n for name, n in mesh.shape.items() if name not in mesh.manual_axes]
     devices = math.prod(apart) if mesh.manual_axes else jax.device_count()
-    heads, room = _parts(key.shape[2], devices, room)
-    batch, _ = _parts(query.shape[0], devices, room)
-    return Plan(problem, batch, heads, groups, segments)
+    heads, left = _parts(key.shape[2], devices, room)
+    batch, left = _parts(query.shape[0], devices, left)
+    joined = max(room, 1) // max(left, 1)
+    return Plan(problem, batch, heads, groups, segments, joined * sum(sizes) > 4 * scores)
 
 
 def _parts(size: int, devices: int, room: int) -> tuple[tuple[int, int], int]:
@@ -83,14 +87,13 @@ def _parts(size: int, devices: int, room: int) -> tuple[tuple[int, int], int]:
     return (spread * each, size // spread // each), room // each
 
 
-def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int, scores: int) -> tuple[Segment, ...]:
+def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int) -> tuple[Segment, ...]:
     left, right = problem.window or (num_queries, num_keys)
     right = 0 if problem.causal else right
     bounded = (problem.causal or problem.window is not None) and not problem.spread
-    if not bounded:
-        left, right = num_queries, num_keys
     span = max(min(-(-num_queries // SEGMENTS), 2 * SEGMENT), SEGMENT, -(-num_queries // (2 * SEGMENTS)))
-    span = span if bounded else num_queries
+    if not bounded:
+        left, right, span = num_queries, num_keys, num_queries
     found = []
     for first in range(0, num_queries, span):
         last = min(first + span, num_queries)
@@ -98,10 +101,9 @@ def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int, scor
         high = max(min(num_keys, last + right), low + 1)
         size = math.ceil((last - first) / math.ceil((last - first) / rows))
         blocks, rest = divmod(last - first, size)
-        waits = size * (high - low) > scores
-        found.append(Segment(first, blocks, size, low, high, waits))
+        found.append(Segment(first, blocks, size, low, high))
         if rest:
-            found.append(Segment(last - rest, 1, rest, low, high, waits))
+            found.append(Segment(last - rest, 1, rest, low, high))
     return tuple(found)
 
 
@@ -160,7 +162,8 @@ def cut(operands: T, at: At, segment: Segment) -> T:
 
 def rows(x: Array, at: At, segment: Segment) -> Array:
     """A block's queries of [batch, head, group, T, H]."""
-    return lax.dynamic_slice_in_dim(x, at.query, segment.rows, axis=3)
+    x = lax.dynamic_slice_in_dim(x, at.query, segment.rows, axis=3)
+    return x if at.after is None else x + at.after.astype(x.dtype)  # the same numbers, but later
 
 
 def index(plan: Plan, at: At, segment: Segment, offset: Array | None) -> list[Pair]:
@@ -169,7 +172,7 @@ def index(plan: Plan, at: At, segment: Segment, offset: Array | None) -> list[Pa
     def iota(axis: int, size: int) -> Array:
         return lax.broadcasted_iota(jnp.uint32, [size if axis == k else 1 for k in range(5)], axis)
 
-    batch, head, query = (i.astype(jnp.uint32) for i in at)
+    batch, head, query = (i.astype(jnp.uint32) for i in at[:3])
     key_head = iota(1, plan.heads[0]) * np.uint32(plan.heads[1]) + head
     axes = [
         iota(0, plan.batch[0]) * np.uint32(plan.batch[1]) + batch,

@@ -45,17 +45,32 @@ def test_all_keys_are_there_where_positions_do_not_tell():
     """In a tile of shard_map, where the first query may be any."""
     for causal, window in SEEING:
         (segment,) = plan_of((1, 300, 200, 1, 1), causal, window, spread=True).segments
-        assert segment == (0, 1, 300, 0, 200, False)
+        assert segment == (0, 1, 300, 0, 200)
 
 
-@pytest.mark.parametrize("length", [1024, 2048, 4096, 8192])
+def test_blocks_and_turns_by_default():
+    """A block has 512 queries, or as many as have 2^20 scores; segments take turns where they are more than 2^21."""
+    blocks = {n: plan_of((1, n, n, 1, 1)).segments for n in (512, 1024, 2048, 4096)}
+    assert {n: (s[0].rows, s[0].blocks) for n, s in blocks.items()} == {
+        512: (512, 1),
+        1024: (1024, 1),
+        2048: (512, 4),
+        4096: (512, 8),
+    }
+    for length, in_turn in ((512, False), (1024, False), (2048, True), (4096, True)):
+        assert plan_of((1, length, length, 1, 1), causal=True).in_turn == in_turn
+    assert plan_of((1, 1024, 1024, 4, 1), causal=True).in_turn  # four query heads of a key head
+    assert plan_of((16, 512, 512, 1, 1), causal=True).in_turn == plan_of((1, 512, 512, 16, 16), causal=True).in_turn
+
+
+@pytest.mark.parametrize("length", [1024, 2048, 4096, 8192, 16384])
 def test_work_is_left_out_where_positions_hide_keys(length):
     def area(**options):
         segments = plan_of((1, length, length, 1, 1), **options).segments
         return sum(s.blocks * s.rows * (s.high - s.low) for s in segments)
 
     assert area() == length**2
-    segment = 256 if length <= 2048 else 512
+    segment = {1024: 256, 2048: 256, 16384: 1024}.get(length, 512)
     assert area(causal=True) == (length + segment) / 2 * length
     assert area(window=(128, 0)) <= (128 + segment) * length
 
