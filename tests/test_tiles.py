@@ -48,7 +48,7 @@ def test_all_keys_are_there_where_positions_do_not_tell():
         assert segment == (0, 1, 300, 0, 200)
 
 
-def test_blocks_and_turns_by_default():
+def test_blocks_and_turns_by_default(monkeypatch):
     """A block has 512 queries, or as many as have 2^20 scores; segments take turns where they are more than 2^21."""
     blocks = {n: plan_of((1, n, n, 1, 1)).segments for n in (512, 1024, 2048, 4096)}
     assert {n: (s[0].rows, s[0].blocks) for n, s in blocks.items()} == {
@@ -60,7 +60,9 @@ def test_blocks_and_turns_by_default():
     for length, in_turn in ((512, False), (1024, False), (2048, True), (4096, True)):
         assert plan_of((1, length, length, 1, 1), causal=True).in_turn == in_turn
     assert plan_of((1, 1024, 1024, 4, 1), causal=True).in_turn  # four query heads of a key head
-    assert plan_of((16, 512, 512, 1, 1), causal=True).in_turn == plan_of((1, 512, 512, 16, 16), causal=True).in_turn
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    eighths = {heads: plan_of((1, 4096, 4096, heads, heads), window=(0, 0)).in_turn for heads in (1, 2)}
+    assert eighths == {1: False, 2: True}  # both heads are in one block
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 4096, 8192, 16384])
