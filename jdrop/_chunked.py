@@ -148,7 +148,8 @@ def _forward(
                 return carry, _forward_block(inner, tuple(arrays), *fine, At(batch, head, first, after), segment)
 
             out, lse = _over_blocks(block, None, segment)[1]
-            outs, lses = [*outs, out], [*lses, lse]
+            outs.append(out)
+            lses.append(lse)
         return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
 
     out, lse = lax.map(turn, (*_tiles.minor(plan), *(_tiles.split(x, plan) for x in (q, key, value))))

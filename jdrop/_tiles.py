@@ -74,17 +74,17 @@ def plan(problem: Problem, query: Array, key: Array) -> Plan:
     mesh = jax.sharding.get_abstract_mesh()
     apart = [n for name, n in mesh.shape.items() if name not in mesh.manual_axes]
     devices = math.prod(apart) if mesh.manual_axes else jax.device_count()
-    heads, left = _parts(key.shape[2], devices, room)
-    batch, left = _parts(query.shape[0], devices, left)
-    joined = max(room, 1) // max(left, 1)
-    return Plan(problem, batch, heads, groups, segments, joined * sum(sizes) > 4 * scores)
+    heads, joined_heads = _parts(key.shape[2], devices, room)
+    batch, joined_batch = _parts(query.shape[0], devices, room // joined_heads)
+    in_turn = joined_heads * joined_batch * sum(sizes) > 4 * scores
+    return Plan(problem, batch, heads, groups, segments, in_turn)
 
 
 def _parts(size: int, devices: int, room: int) -> tuple[tuple[int, int], int]:
-    """Split an axis, so that a device works at ``room`` of its elements at a time, and return what room is left."""
+    """Split an axis, so that a device works at up to ``room`` of its elements at a time, and return at how many."""
     spread = math.gcd(size, devices)
     each = max(n for n in range(1, size // spread + 1) if size // spread % n == 0 and n <= max(room, 1))
-    return (spread * each, size // spread // each), room // each
+    return (spread * each, size // spread // each), each
 
 
 def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int) -> tuple[Segment, ...]:
@@ -172,7 +172,7 @@ def index(plan: Plan, at: At, segment: Segment, offset: Array | None) -> list[Pa
     def iota(axis: int, size: int) -> Array:
         return lax.broadcasted_iota(jnp.uint32, [size if axis == k else 1 for k in range(5)], axis)
 
-    batch, head, query = (i.astype(jnp.uint32) for i in at[:3])
+    batch, head, query = (i.astype(jnp.uint32) for i in (at.batch, at.head, at.query))
     key_head = iota(1, plan.heads[0]) * np.uint32(plan.heads[1]) + head
     axes = [
         iota(0, plan.batch[0]) * np.uint32(plan.batch[1]) + batch,
