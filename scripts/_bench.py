@@ -28,6 +28,7 @@ DISTRIBUTIONS = {
     "haiku": "dm-haiku",
     "torch": "torch",
     "keras": "keras",
+    "timm": "timm",
 }
 JAX_PEERS = ("linen", "nnx", "equinox", "haiku")
 NONE, SCALE = "no dropout", "scale"

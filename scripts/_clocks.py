@@ -59,9 +59,9 @@ def jax_inputs(data: list[np.ndarray], dtype: str) -> Iterator[Any]:
 
 
 def torch_clock(
-    function: str, data: list[np.ndarray], dtype: str, direction: str, rate: float, calls: int
+    drop: Callable[[Any, Any], Any], data: list[np.ndarray], dtype: str, direction: str, calls: int
 ) -> Clock | str:
-    """PyTorch as its users call it, a function of ``torch.nn.functional`` and ``backward``; or the reason why not."""
+    """PyTorch as its users call it, ``drop(torch.nn.functional, x)`` and ``backward``; or the reason why not."""
     try:
         import torch
     except ImportError:
@@ -71,11 +71,10 @@ def torch_clock(
     if device == "cuda" and not torch.cuda.is_available():
         return "no build for this device"
     both = direction != "forward"
-    f = getattr(torch.nn.functional, function)
     xs = [torch.from_numpy(x).to(device, getattr(torch, dtype)).requires_grad_(both) for x in data]
 
     def step(x: Any, dy: Any) -> Any:
-        y = f(x, rate, training=True)
+        y = drop(torch.nn.functional, x)
         if not both:
             return y
         y.backward(dy)

@@ -4,7 +4,8 @@ import functools
 import os
 import time
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import _bench
@@ -35,7 +36,8 @@ class Member(NamedTuple):
     floor_name: str
     floor: _bench.Drop
     drop: _bench.Drop
-    torch: str | None = None  # a function of torch.nn.functional
+    torch: Callable[[Any, Any], Any] | None = None  # (torch.nn.functional, x) -> y
+    timm: Callable[[Any, Any], Any] | None = None  # (timm.layers.drop, x) -> y
     keras: Callable[[Any], Any] | None = None  # keras.layers -> layer
     linen_broadcast: tuple[int, ...] | None = None  # broadcast_dims of Flax's Dropout
 
@@ -49,6 +51,7 @@ def members(small: bool) -> list[Member]:
     flat = (64, 128) if small else (4096, 1024)
     steps = (4, 8, 64) if small else (64, 64, 1024)
     image = (2, 16, 16, 8) if small else (32, 32, 64, 64)
+    channels_first = (image[0], image[3], *image[1:3])
     vector, matrix = jnp.ones(flat[-1:]), jnp.ones(flat)
     ids = jnp.arange(steps[0] * steps[1]).reshape(steps[:2]) % 1000
     train = {"train": True}
@@ -64,8 +67,13 @@ def members(small: bool) -> list[Member]:
 
     tokens = lambda key, x: jdrop.token_dropout(key, jax.lax.bitcast_convert_type(x, jnp.int32), RATE, 3, **train)
     return [
-        plain("dropout", jdrop.dropout, torch="dropout", keras=lambda k: k.Dropout(RATE)),
-        plain("alpha_dropout", jdrop.alpha_dropout, torch="alpha_dropout", keras=lambda k: k.AlphaDropout(RATE)),
+        plain("dropout", jdrop.dropout, torch=lambda f, x: f.dropout(x, RATE), keras=lambda k: k.Dropout(RATE)),
+        plain(
+            "alpha_dropout",
+            jdrop.alpha_dropout,
+            torch=lambda f, x: f.alpha_dropout(x, RATE, training=True),
+            keras=lambda k: k.AlphaDropout(RATE),
+        ),
         plain("gaussian_dropout", jdrop.gaussian_dropout, limit=3.0, keras=lambda k: k.GaussianDropout(RATE)),
         plain("gaussian_noise", jdrop.gaussian_noise, limit=3.0, keras=lambda k: k.GaussianNoise(RATE)),
         plain(
@@ -75,7 +83,9 @@ def members(small: bool) -> list[Member]:
             keras=lambda k: k.SpatialDropout2D(RATE),
             linen_broadcast=(1, 2),
         ),
-        plain("drop_path", jdrop.drop_path, linen_broadcast=(1,)),
+        plain(
+            "drop_path", jdrop.drop_path, linen_broadcast=(1,), timm=lambda d, x: d.drop_path(x, RATE, training=True)
+        ),
         plain("drop_connect", jdrop.drop_connect),
         plain("embedding_dropout", jdrop.embedding_dropout, linen_broadcast=(1,)),
         plain("embedding_dropout, ids", functools.partial(jdrop.embedding_dropout, ids=ids), steps),
@@ -104,6 +114,7 @@ def members(small: bool) -> list[Member]:
             "7 x 7 max-pool",
             pool,
             lambda k, x: jdrop.drop_block(k, x, RATE, 7, spatial_axes=(1, 2), **train),
+            timm=lambda d, x: d.drop_block_2d(x.view(channels_first), RATE, 7, couple_channels=False).view_as(x),
         ),
     ]
 
@@ -129,6 +140,28 @@ def peers_of(member: Member, peers: Sequence[str]) -> dict[str, _bench.Drop]:
     return found
 
 
+def torch_peers_of(member: Member, peers: Sequence[str]) -> dict[str, Callable[[Any, Any], Any]]:
+    """What PyTorch and timm have of a member."""
+    found: dict[str, Callable[[Any, Any], Any]] = {}
+    if member.torch and "torch" in peers:
+        found["torch"] = member.torch
+    if member.timm and "timm" in peers and (layers := timm_layers()):
+        found["timm"] = functools.partial(lambda drop, f, x: drop(layers, x), member.timm)
+    return found
+
+
+def timm_layers() -> Any:
+    """The file ``timm.layers.drop`` by itself, or None: it needs torch alone, the package around it torchvision."""
+    package = find_spec("timm")
+    if package is None or find_spec("torch") is None:
+        return None
+    file = Path(package.submodule_search_locations[0], "layers", "drop.py")
+    spec = spec_from_file_location("timm_drop", file)
+    layers = module_from_spec(spec)
+    spec.loader.exec_module(layers)
+    return layers
+
+
 def clocks(member: Member, peers: Sequence[str], calls: int) -> dict[Case, _clocks.Clock]:
     """What to time for a member; integers have no gradient."""
     directions = _clocks.DIRECTIONS[:1] if member.name == "token_dropout" else _clocks.DIRECTIONS
@@ -140,10 +173,10 @@ def clocks(member: Member, peers: Sequence[str], calls: int) -> dict[Case, _cloc
         for name, drop in drops.items():
             step = _clocks.jax_step(drop, direction)
             found[Case(member.name, direction, name)] = _clocks.Clock(step, inputs, calls, jax.block_until_ready)
-        if member.torch and "torch" in peers:
-            clock = _clocks.torch_clock(member.torch, data, "float32", direction, RATE, calls)
+        for name, drop in torch_peers_of(member, peers).items():
+            clock = _clocks.torch_clock(drop, data, "float32", direction, calls)
             if isinstance(clock, _clocks.Clock):
-                found[Case(member.name, direction, "torch")] = clock
+                found[Case(member.name, direction, name)] = clock
     return found
 
 

@@ -54,7 +54,9 @@ def clocks(
                 for name, drop in drops.items()
             }
             if "torch" in peers:
-                made["torch"] = _clocks.torch_clock("dropout", data, dtype, direction, rate, calls)
+                made["torch"] = _clocks.torch_clock(
+                    lambda f, x: f.dropout(x, rate, training=True), data, dtype, direction, calls
+                )
             cases = {Case(dtype, direction, name): clock for name, clock in made.items()}
             blocks.append({case: clock for case, clock in cases.items() if isinstance(clock, _clocks.Clock)})
             missing |= {case: reason for case, reason in cases.items() if isinstance(reason, str)}
@@ -115,9 +117,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="4096x1024", help="shapes of x")
     parser.add_argument("--dtypes", nargs="+", default=("float32", "bfloat16"), help="dtypes of x")
-    names = (*_bench.JAX_PEERS, "torch", "keras")
+    names = (*_bench.JAX_PEERS, "torch", "keras", "timm")
     parser.add_argument(
-        "--peers", nargs="+", default=names, choices=(*names, "none"), help="other libraries (keras: --family)"
+        "--peers", nargs="+", default=names, choices=(*names, "none"), help="other libraries (keras, timm: --family)"
     )
     parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
     parser.add_argument("--rounds", type=int, default=60, help="rounds for each shape")

@@ -19,12 +19,27 @@ def require(name, *, whole_file=False):
 
     ``JDROP_PEERS`` names the libraries that are, with commas between them, or is ``required`` for all.
     """
+    _find(name, whole_file)
+    return importlib.import_module(name)
+
+
+def require_file(library, path):
+    """As :func:`require`, one file by itself: timm's layers need torch alone, the package around them torchvision."""
+    file = os.path.join(_find(library).submodule_search_locations[0], path)
+    spec = importlib.util.spec_from_file_location(f"{library}_{os.path.basename(path)[:-3]}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _find(name, whole_file=False):
     library = name.split(".")[0]
-    if importlib.util.find_spec(library) is None:
+    spec = importlib.util.find_spec(library)
+    if spec is None:
         if {library, "required"} & set(os.environ.get("JDROP_PEERS", "").split(",")):
             pytest.fail(f"{name} is required here and is not installed")
         pytest.skip(f"{name} is not installed", allow_module_level=whole_file)
-    return importlib.import_module(name)
+    return spec
 
 
 def adapter(library):

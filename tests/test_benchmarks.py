@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import peers
 import pytest
 from test_package import TAKES_TRAIN
 
@@ -52,13 +53,14 @@ def test_bench_dropout(reports):
 def test_bench_family(need, tmp_path):
     for library in ("flax", "keras", "torch"):
         need(library)
+    peers.require_file("timm", "layers/drop.py")
     path = tmp_path / "family.json"
     _, found = run("bench_dropout.py", "--family", "--small", "--rounds", "2", "--json", str(path), out=path)
     rows = found["rows"]
     measured = {r["member"].split(",")[0].split(" ")[0] for r in rows if r["contender"] == "jdrop"}
     # The first two do work of a head, or less; attention has a benchmark of its own.
     assert set(TAKES_TRAIN) - {"multi_sample_dropout", "patch_dropout", "dot_product_attention"} == measured
-    assert {"torch", "keras", "linen"} <= {r["contender"] for r in rows}
+    assert {"torch", "keras", "linen", "timm"} <= {r["contender"] for r in rows}
     assert all(r["ratio"] > 0 and (r["limit"] is not None) == (r["contender"] == "jdrop") for r in rows)
 
 

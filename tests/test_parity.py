@@ -1,4 +1,4 @@
-"""The same function in PyTorch and Keras: their formula or distribution against ours.
+"""The same function in PyTorch, timm and Keras: their formula or distribution against ours.
 
 Where they keep something, it is kept with the same factor; where they drop, as often: both fractions lie within 5
 standard errors of the rate. Where jdrop differs on purpose, the difference is what is tested.
@@ -9,6 +9,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peers
 import pytest
 
 import jdrop
@@ -27,6 +28,12 @@ def torch(need):
 
     torch.manual_seed(0)
     return torch
+
+
+@pytest.fixture
+def timm(torch):
+    """Files of timm's layers, by name."""
+    return lambda file: peers.require_file("timm", f"layers/{file}.py")
 
 
 @pytest.fixture
@@ -98,6 +105,56 @@ def test_blocks_as_max_pooling_in_torch(torch, block):
     theirs = 1 - torch.nn.functional.max_pool2d(padded, (high, wide), stride=1)
     ours = jax.vmap(lambda s: jdrop.drop_block_mask(s, block))(jnp.asarray(seeds))
     np.testing.assert_array_equal(ours, theirs.numpy() == 1)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_drop_block_in_timm(torch, timm, monkeypatch, block, coupled):
+    """The same mask from the same starts, drawn as often, and the same rescaling, over another set.
+
+    timm starts blocks beyond the border too, so its mask is a window of the mask of a larger map, and it rescales all
+    examples by one factor.
+    """
+    drawn, bernoulli = [], torch.Tensor.bernoulli_
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda t, p: drawn.append((p, bernoulli(t, p).clone())) or t)
+    y = timm("drop").drop_block_2d(torch.ones(3000, 2, 16, 14), RATE, block, couple_channels=coupled).numpy()
+    (gamma, starts), every = drawn[0], jax.vmap(jax.vmap(lambda s: jdrop.drop_block_mask(s, block)))
+    kept = np.asarray(every(jnp.asarray(starts.numpy() == 1)))[..., block // 2 :, block // 2 :][..., :16, :14]
+    np.testing.assert_allclose(y, np.broadcast_to(kept / kept.mean(), y.shape), rtol=1e-6)
+
+    x = jnp.ones([3000, 2, 16, 14])
+    options = {"train": True, "spatial_axes": (2, 3), "channel_axis": 1, "couple_channels": coupled}
+    ours = np.asarray(jdrop.drop_block(KEY, x, RATE, block, **options))
+    kept = ours != 0
+    np.testing.assert_allclose(ours, kept / kept.mean((1, 2, 3), keepdims=True), rtol=1e-6)
+    corners = kept[:, : 1 if coupled else 2, ::15, ::13]  # one block alone covers a corner
+    for f in corners, starts.numpy() == 0:
+        assert abs(1 - f.mean() - gamma) < 5 * np.sqrt(gamma * (1 - gamma) / f.size)
+
+
+def test_drop_path_in_timm(torch, timm):
+    theirs = timm("drop").drop_path(torch.from_numpy(X.copy()), RATE, training=True)
+    agree(factors(theirs, X, (0,)), factors(jdrop.drop_path(KEY, X, RATE, train=True), X, (0,)), 400)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 12])
+def test_depth_rates_in_timm(timm, depth):
+    ours = jdrop.schedules.depth_rates(RATE, depth, "i/(n-1)")
+    np.testing.assert_allclose(ours, timm("drop").calculate_drop_path_rates(RATE, depth), rtol=1e-6)
+
+
+@pytest.mark.parametrize("tokens, rate, theirs, ours", [(16, 0.25, 12, 12), (17, 0.5, 8, 9), (5, 0.9, 1, 1)])
+def test_patch_dropout_in_timm(torch, timm, tokens, rate, theirs, ours):
+    """Prefix and order; each token as often, within 5 standard errors. timm rounds the number of tokens down."""
+    x = np.broadcast_to(np.arange(tokens + 2, dtype=np.float32)[:, None], (2000, tokens + 2, 3))
+    y, _ = timm("patch_dropout").patch_dropout_forward(torch.from_numpy(x.copy()), rate, 2, ordered=True, training=True)
+    draw = jax.vmap(lambda k, x: jdrop.patch_dropout(k, x, rate, train=True, num_prefix=2)[0])
+    for found, kept in ((np.asarray(y), theirs), (np.asarray(draw(jax.random.split(KEY, 2000), x)), ours)):
+        assert found.shape == (2000, 2 + kept, 3) and (np.diff(found[..., 0]) > 0).all()
+        assert (found[:, :2, 0] == [0, 1]).all()
+        often = np.bincount(found[:, 2:, 0].astype(int).ravel(), minlength=tokens + 2)[2:] / 2000
+        share = kept / tokens
+        assert (abs(often - share) < 5 * np.sqrt(share * (1 - share) / 2000)).all()
 
 
 def test_whole_maps_and_steps_in_keras(keras):
