@@ -1,7 +1,6 @@
 """Keep masks as arrays, whole or in part."""
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,6 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop import _checks, decisions
-from jdrop._shards import explicit_sharding
 from jdrop.bits import Pair, pair
 from jdrop.decisions import Generator, Layout, RateLike
 
@@ -72,7 +70,7 @@ def dropout_mask(
         _checks.key(name, key)
     sharding = _out_sharding(name, size, out_sharding)
     if decisions.is_zero(rate):
-        return jnp.ones(size, bool, out_sharding=sharding)
+        return _laid(jnp.ones([1] * len(size), bool), size=size, sharding=sharding)
     source, words, rate = decisions.operands(name, key, rate, generator, part=start is not None)
     return _dropout_mask(words, rate, start, layout=decisions.layout(name, whole, source), size=size, sharding=sharding)
 
@@ -81,47 +79,69 @@ def _window(function: str, shape: tuple[Any, ...], window: Any) -> tuple[tuple[i
     """Return the sizes of a window, and where it starts as ``(hi, lo)`` an axis."""
     fix = "pass one (start, size) pair an axis"
     try:
-        starts, sizes = [w[0] for w in window], tuple(operator.index(w[1]) for w in window)
-        starts = [at if isinstance(at, Array) else operator.index(at) for at in starts]
-    except (TypeError, IndexError, KeyError):
+        pairs = [(at if isinstance(at, Array) else _checks.index(at), _checks.index(n)) for at, n in window]
+    except (TypeError, ValueError):
         rule = "must hold pairs of a start and a static size"
         raise TypeError(_checks.text(function, "window", rule, _checks.describe(window), fix)) from None
-    if len(starts) != len(shape):
+    if len(pairs) != len(shape):
         rule = f"must hold {len(shape)} pairs for shape {shape}"
-        raise ValueError(_checks.text(function, "window", rule, len(starts), fix))
-    for start, n, whole in zip(starts, sizes, shape):
-        if isinstance(start, Array):
-            if start.ndim or not jnp.issubdtype(start.dtype, jnp.integer):
-                rule = "must start at integer scalars"
-                raise TypeError(_checks.text(function, "window", rule, _checks.describe(start), fix))
-        elif start < 0 or n < 0 or start + n > whole:
-            rule = f"must lie inside shape {shape}"
-            raise ValueError(_checks.text(function, "window", rule, (start, n), "keep 0 <= start <= start + size"))
-    return sizes, tuple(pair(start) for start in starts)
+        raise ValueError(_checks.text(function, "window", rule, len(pairs), fix))
+    for (start, n), whole in zip(pairs, shape):
+        if isinstance(start, Array) and (start.ndim or not _checks.is_integers(start)):
+            rule = "must start at integer scalars"
+            raise TypeError(_checks.text(function, "window", rule, _checks.describe(start), fix))
+        first = 0 if isinstance(start, Array) else start
+        if first < 0 or n < 0 or (isinstance(whole, int) and first + n > whole):  # a symbolic size is not known yet
+            rule, got = f"must lie inside shape {shape}", f"({_checks.describe(start)}, {n})"
+            raise ValueError(_checks.text(function, "window", rule, got, "keep 0 <= start <= start + size"))
+    return tuple(n for _, n in pairs), tuple(pair(start) for start, _ in pairs)
 
 
 def _out_sharding(function: str, size: tuple[int, ...], sharding: Any) -> NamedSharding | None:
     if sharding is None:
         return None
-    if isinstance(sharding, PartitionSpec):
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            fix = "set one with jax.set_mesh, or pass a NamedSharding"
-            raise ValueError(_checks.text(function, "out_sharding", "needs a mesh in context", sharding, fix))
-        sharding = NamedSharding(mesh, sharding)
-    if not isinstance(sharding, NamedSharding) or len(sharding.spec) > len(size):
-        rule = f"must be a PartitionSpec or NamedSharding of an array with {len(size)} axes"
-        raise TypeError(_checks.text(function, "out_sharding", rule, sharding, "name at most one entry an axis"))
-    return sharding
+    if not isinstance(sharding, (PartitionSpec, NamedSharding)):
+        rule, fix = "must be a PartitionSpec or NamedSharding", "pass the PartitionSpec of the mask"
+        raise TypeError(_checks.text(function, "out_sharding", rule, _checks.describe(sharding), fix))
+    spec, mesh = (sharding, None) if isinstance(sharding, PartitionSpec) else (sharding.spec, sharding.mesh)
+    if mesh is None or mesh.explicit_axes:
+        in_context = jax.sharding.get_abstract_mesh()
+        if in_context.empty:
+            rule, fix = "needs a mesh in context", "enter it with jax.set_mesh"
+            raise ValueError(_checks.text(function, "out_sharding", rule, spec, fix))
+        mesh = in_context if mesh is None else mesh
+    names = [name for part in _parts(spec) for name in part]
+    if len(spec) > len(size) or len(set(names)) < len(names) or not set(names) <= set(mesh.axis_names):
+        rule = f"must name axes of the mesh, {mesh.axis_names}, each once, for up to {len(size)} axes"
+        raise ValueError(_checks.text(function, "out_sharding", rule, spec, "give one entry an axis of the mask"))
+    return NamedSharding(mesh, spec)
+
+
+def _parts(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """The mesh axes of each axis of an array."""
+    return [s if isinstance(s, tuple) else (s,) if isinstance(s, str) else () for s in spec]
+
+
+def _over(sharding: NamedSharding | None, kind: str, ndim: int) -> NamedSharding | None:
+    """A sharding's part over the mesh axes of a kind, ``"explicit_axes"`` or ``"auto_axes"``."""
+    axes = () if sharding is None else getattr(sharding.mesh, kind)
+    if sharding is None or not axes:
+        return None
+    parts: list[Any] = [tuple(name for name in part if name in axes) or None for part in _parts(sharding.spec)]
+    if kind == "auto_axes":
+        parts = [s if s is PartitionSpec.UNCONSTRAINED else part for s, part in zip(sharding.spec, parts)]
+    return sharding.update(spec=PartitionSpec(*parts, *[None] * (ndim - len(parts))))
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "size", "sharding"))
 def _dropout_mask(words: Array, rate: Array, start: Any, *, layout: Layout, size: Any, sharding: Any) -> Array:
-    typed = None
-    if sharding is not None:
-        parts = [s if isinstance(s, tuple) else (s,) for s in sharding.spec]
-        explicit = [s if set(s) <= set(sharding.mesh.explicit_axes) else None for s in parts]
-        typed = explicit_sharding(sharding.update(spec=PartitionSpec(*explicit, *[None] * (len(size) - len(parts)))))
-    mask = decisions.keep(layout, words, rate, size, start, sharding=typed)
-    mask = jnp.broadcast_to(mask, size, out_sharding=typed)
-    return mask if sharding is None else lax.with_sharding_constraint(mask, sharding)
+    explicit = _over(sharding, "explicit_axes", len(size))
+    return _laid(decisions.keep(layout, words, rate, size, start, sharding=explicit), size=size, sharding=sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("size", "sharding"))
+def _laid(mask: Array, *, size: Any, sharding: Any) -> Array:
+    """Broadcast decisions to a mask, laid over the explicit axes of the mesh by its type, and over the others."""
+    mask = jnp.broadcast_to(mask, size, out_sharding=_over(sharding, "explicit_axes", len(size)))
+    auto = _over(sharding, "auto_axes", len(size))
+    return mask if auto is None else lax.with_sharding_constraint(mask, auto)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jdrop
-from jdrop import dropout, dropout_mask
+from jdrop import bits, decisions, dropout, dropout_mask, keys
 
 KEY = jax.random.key(3)
 
@@ -217,3 +217,52 @@ def test_thresholds_of_generator_jax_are_rounded_up(dtype, bits):
 
     for p in jnp.array([0.0, 1e-4, 0.1, 0.3, 0.5, 0.7, 0.999, 1.0], dtype):
         assert int(_jax_threshold(p)) == int(np.ceil(np.float64(p) * 2**bits))
+
+
+def test_windows_of_generator_jax_beyond_2_to_the_32_elements():
+    """Bits by index have 64 bits of it: the mask is uniform(threefry(key, index)) < 1 - rate by hand."""
+    shape, start, n = (2**20, 2**20), (2**15 + 3, 77), 200
+    mask = dropout_mask(KEY, shape, 0.5, generator="jax", window=((start[0], 1), (start[1], n)))[0]
+    words = jax.random.key_data(KEY)
+    flat = [start[0] * shape[1] + start[1] + i for i in range(n)]
+    hi, lo = (jnp.asarray(np.array(part, np.uint32)) for part in zip(*(divmod(i, 2**32) for i in flat), strict=True))
+    high, low = bits.threefry2x32((words[0], words[1]), (hi, lo))
+    np.testing.assert_array_equal(mask, ((high ^ low) >> 9) < jnp.uint32(2**22))
+
+
+def test_decisions_at_an_index_and_by_row_keep_a_word_equal_to_the_threshold():
+    shape = (64, 512)
+    words = keys.seed(keys.consume(jax.random.clone(KEY)))
+    number = np.asarray(bits.word((words[0], words[1]), *bits.indices(shape, shape)))
+    layout = decisions.Layout(shape, "fast")
+    at = np.argwhere((number % 256 == 0) & (number > 0))[:5]
+    for i, j in at:
+        rate = jnp.float32(number[i, j] / 2**32)
+        index = [(np.uint32(0), jnp.full((1, 1), k, jnp.uint32)) for k in (i, j)]
+        assert bool(decisions.keep_at(layout, words, rate, index).item())
+        assert not bool(decisions.keep_at(layout, words, jnp.nextafter(rate, jnp.float32(1)), index).item())
+    rows = 2**17
+    low = jnp.arange(rows, dtype=jnp.uint32)
+    number = np.asarray(bits.word((words[0], words[1]), (np.uint32(0), jnp.zeros(rows, jnp.uint32)), low))
+    layout = decisions.Layout((rows, 1), "fast")
+    for i in np.flatnonzero((number % 256 == 0) & (number > 0))[:5]:
+        rate, index = jnp.float32(number[i] / 2**32), (jnp.uint32(0), jnp.uint32(i))
+        assert bool(decisions.keep_rows(layout, words, rate, index))
+        assert not bool(decisions.keep_rows(layout, words, jnp.nextafter(rate, jnp.float32(1)), index))
+
+
+def test_generator_jax_takes_one_minus_the_rate_before_it_is_rounded():
+    """Python's 1 - rate, rounded to float32 once, as in bernoulli(key, 1 - rate): one step of 2**-23 tells."""
+    told = 0
+    for rate in np.random.default_rng(0).uniform(0, 0.5, 200):
+        p = decisions.probability(np.asarray(rate), "jax")
+        assert p.dtype == jnp.float32 and float(p) == float(np.float32(1 - rate))
+        told += float(p) != float(np.float32(1) - np.float32(rate))
+    assert told > 20, "where the two differ"
+
+
+def test_rate_zero_keeps_all_of_the_window():
+    window = ((1, 2), (3, 3), (100, 50))
+    for rate in (0.0, np.zeros((2, 1, 50))):
+        mask = dropout_mask(None, (5, 6, 200), rate, window=window)
+        assert mask.shape == (2, 3, 50) and mask.dtype == bool and bool(mask.all())

@@ -1,11 +1,13 @@
 """The same mask on one device and on eight, with no collective and no mask of the whole on any."""
 
+import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from members import COLLECTIVES
@@ -220,8 +222,32 @@ def test_dropout_mask_with_out_sharding(kind, generator):
 def test_out_sharding_needs_a_mesh():
     with pytest.raises(ValueError, match="dropout_mask: out_sharding needs a mesh in context"):
         dropout_mask(KEY, SHAPE, 0.3, out_sharding=P("a"))
+    with pytest.raises(ValueError, match=r"out_sharding needs a mesh in context, got .*; enter it with jax.set_mesh"):
+        dropout_mask(KEY, SHAPE, 0.3, out_sharding=NamedSharding(mesh(AxisType.Explicit), P("a")))
     with pytest.raises(TypeError, match="dropout_mask: out_sharding must be a PartitionSpec or NamedSharding"):
         dropout_mask(KEY, SHAPE, 0.3, out_sharding="a")
+    for spec in (P("zz"), P("a", "a"), P(None, None, None, "a")):
+        with (
+            jax.set_mesh(mesh(AxisType.Auto)),
+            pytest.raises(ValueError, match="dropout_mask: out_sharding must name axes"),
+        ):
+            dropout_mask(KEY, SHAPE, 0.3, out_sharding=spec)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("kinds", [*itertools.product([AxisType.Auto, AxisType.Explicit], repeat=2)], ids=str)
+def test_out_sharding_over_axes_of_two_kinds(kinds, rate):
+    the_mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
+    expected = np.asarray(dropout_mask(KEY, SHAPE, rate))
+    with jax.set_mesh(the_mesh):
+        for spec in (P("a"), P("b", None, "a"), P(("a", "b")), P()):
+            for sharding in (spec, NamedSharding(the_mesh, spec)):
+                draw = lambda k, s=sharding: dropout_mask(k, SHAPE, rate, out_sharding=s)
+                for mask in (draw(KEY), jax.jit(draw)(KEY)):
+                    np.testing.assert_array_equal(mask, expected)
+                    # Of one axis over both kinds, the explicit ones are the major part, whatever the order.
+                    if spec != P(("a", "b")) or kinds != (AxisType.Auto, AxisType.Explicit):
+                        assert mask.sharding.is_equivalent_to(NamedSharding(the_mesh, spec), 3)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -275,3 +301,25 @@ def test_where_types_do_not_tell_the_error_says_so():
         jax.pmap(lambda k, x: dropout(k, x, 0.5, train=True))(keys, x)
     y = jax.pmap(lambda k, x: dropout(k, x, 0.5, train=True, shard=P()))(keys, x)
     np.testing.assert_array_equal(y, jax.vmap(lambda k, x: dropout(k, x, 0.5, train=True))(keys, x))
+
+
+def test_a_key_that_varies_over_some_mesh_axes_only():
+    the_mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+    def f(k, x):
+        return dropout(derive(k, lax.axis_index("a")), x, 0.3, train=True)
+
+    tiled = jax.shard_map(f, mesh=the_mesh, in_specs=(P(), P("a", "b")), out_specs=P("a", "b"))
+    with pytest.raises(ValueError, match=r"dropout: key must vary over the manual mesh axes \('b',\)"):
+        tiled(KEY, jnp.ones((64, 32)))
+
+
+def test_a_mesh_axis_named_twice():
+    tiled = jax.shard_map(
+        lambda k, x: dropout(k, x, 0.3, train=True, shard=P("a", "a")),
+        mesh=jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P("a")),
+        out_specs=P("a"),
+    )
+    with pytest.raises(ValueError, match="dropout: shard must name each mesh axis once"):
+        tiled(KEY, jnp.ones((8, 16)))
