@@ -128,8 +128,8 @@ def join(x: Array, plan: Plan) -> Array:
 
 def minor(plan: Plan) -> tuple[Array, Array]:
     """The minor parts of batch and heads in each turn of the loop."""
-    turn = jnp.arange(plan.batch[1] * plan.heads[1])
-    return turn // plan.heads[1], turn % plan.heads[1]
+    turn, heads = np.arange(plan.batch[1] * plan.heads[1], dtype=np.int32), np.int32(plan.heads[1])
+    return jnp.asarray(turn // heads), jnp.asarray(turn % heads)
 
 
 def fine(operands: T, plan: Plan) -> T:
@@ -145,10 +145,11 @@ def fine(operands: T, plan: Plan) -> T:
 
 def window(shape: tuple[int, ...], at: At, segment: Segment) -> tuple[list[Any], list[int]]:
     """Starts and sizes of a block's part of an array of :func:`fine`."""
-    starts = [0, at.batch, 0, at.head, 0, at.query, segment.low]
+    zero = jnp.int32(0)  # of one type, as dynamic_slice wants its starts, with 64 bits enabled too
+    starts = [zero, at.batch, zero, at.head, zero, at.query, jnp.int32(segment.low)]
     sizes = [shape[0], 1, shape[2], 1, shape[4], segment.rows, segment.high - segment.low]
     there = [n > 1 for n in shape]
-    return [s if t else 0 for s, t in zip(starts, there)], [s if t else 1 for s, t in zip(sizes, there)]
+    return [s if t else zero for s, t in zip(starts, there)], [s if t else 1 for s, t in zip(sizes, there)]
 
 
 def cut(operands: T, at: At, segment: Segment) -> T:

@@ -760,3 +760,25 @@ def test_forward_mode_of_chunked_is_an_error():
     jax.jvp(lambda q: f(q, "reference"), (Q,), (Q,))
     with pytest.raises(TypeError, match="forward-mode"):
         jax.jvp(lambda q: f(q, "chunked"), (Q,), (Q,))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+@pytest.mark.parametrize("rate", [1.0, jnp.float32(1)])
+def test_rate_one_gives_zeros_also_for_values_whose_sum_overflows(implementation, rate):
+    q = jnp.ones((1, 4, 2, 8))
+    options = {"train": True, "implementation": implementation}
+    y = jdrop.dot_product_attention(KEY, q, q, jnp.full_like(q, 3e38), rate, **options)
+    np.testing.assert_array_equal(y, jnp.zeros_like(q))
+
+
+def test_x64_with_what_is_over_scores(implementation, x64):
+    """Indices of 64 bits are the default then."""
+    q, k, v, _ = data(2, 20, 40, 2, 2, 32)
+    bias, mask = normal(1, 1, 2, 20, 40), normal(2, 2, 1, 20, 40) > -1
+    rates = np.full((1, 1, 20, 1), 0.3, np.float32)
+    factor = np.asarray(jdrop.dropout_mask(KEY, (2, 2, 20, 40), 0.3)) / 0.7
+    expected = formula(q, k, v, factor, seen=mask, bias=bias)
+    close([attend(KEY, q, k, v, rates, bias=bias, mask=mask, implementation=implementation)], [expected])
+    f = lambda bias: attend(KEY, q, k, v, rates, bias=bias, mask=mask, implementation=implementation).sum()
+    do = np.ones_like(expected)
+    close([jax.grad(f)(jnp.asarray(bias))], [formula(q, k, v, factor, seen=mask, bias=bias, do=do)[-1]])
