@@ -123,7 +123,7 @@ def keep_probability(source: Any, rate: Array, dtype: Any) -> Array:
     else:
         steps = 2.0 ** jnp.finfo(rate.dtype).nmant
         kept = _jax_threshold(rate).astype(dtype) / steps
-    return jnp.where(jnp.isnan(rate), jnp.full_like(kept, jnp.nan), kept)
+    return jnp.where(jnp.isnan(rate), rate.astype(dtype), kept)
 
 
 def expectation(rate: np.ndarray | Array, generator: Generator, dtype: Any) -> Array:
