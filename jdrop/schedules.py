@@ -29,7 +29,7 @@ def early(rate: float, until: int) -> Schedule:
 
     Raises:
       ValueError: an argument is out of range.
-      TypeError: an argument is no number.
+      TypeError: the rate is no number, or the number of steps no int.
 
     References:
       Liu, Xu, Jin, Shen, Darrell (2023), Dropout Reduces Underfitting, ICML.
@@ -40,8 +40,8 @@ def early(rate: float, until: int) -> Schedule:
       [0.5, 0.5, 0.0]
     """
     _checks.number("early", "rate", rate, 0, 1)
-    _checks.number("early", "until", until, 0, math.inf)
-    return lambda step: jnp.where(jnp.asarray(step) < until, jnp.float32(rate), jnp.float32(0))
+    until = _checks.count("early", "until", until, low=0)
+    return lambda step: jnp.where(_before(step, until), jnp.float32(rate), jnp.float32(0))
 
 
 def late(rate: float, start: int) -> Schedule:
@@ -56,7 +56,7 @@ def late(rate: float, start: int) -> Schedule:
 
     Raises:
       ValueError: an argument is out of range.
-      TypeError: an argument is no number.
+      TypeError: the rate is no number, or the number of steps no int.
 
     References:
       Liu, Xu, Jin, Shen, Darrell (2023), Dropout Reduces Underfitting, ICML.
@@ -67,8 +67,16 @@ def late(rate: float, start: int) -> Schedule:
       [0.0, 0.0, 0.5]
     """
     _checks.number("late", "rate", rate, 0, 1)
-    _checks.number("late", "start", start, 0, math.inf)
-    return lambda step: jnp.where(jnp.asarray(step) < start, jnp.float32(0), jnp.float32(rate))
+    start = _checks.count("late", "start", start, low=0)
+    return lambda step: jnp.where(_before(step, start), jnp.float32(0), jnp.float32(rate))
+
+
+def _before(step: Any, limit: int) -> Array:
+    """``step < limit``, also for a limit that no step of its dtype reaches."""
+    step = jnp.asarray(step)
+    if jnp.issubdtype(step.dtype, jnp.integer) and limit > jnp.iinfo(step.dtype).max:
+        return jnp.ones_like(step, bool)
+    return step < limit
 
 
 def curriculum(rate: float, gamma: float) -> Schedule:
@@ -76,7 +84,7 @@ def curriculum(rate: float, gamma: float) -> Schedule:
 
     Args:
       rate: probability of dropping in the limit, from 0 to 1.
-      gamma: how fast the limit is neared, per step, at least 0. The paper takes 10 / (number of steps).
+      gamma: how fast the limit is neared, per step, at least 0 and finite. The paper takes 10 / (number of steps).
 
     Returns:
       A schedule: a step (a number or an array) to a float32 rate.
@@ -127,9 +135,9 @@ def depth_rates(rate: float, num_layers: int, convention: Convention) -> tuple[f
       >>> schedules.depth_rates(0.25, 3, "i/(n-1)")
       (0.0, 0.125, 0.25)
     """
-    _checks.number("depth_rates", "rate", rate, 0, 1)
+    rate = _checks.number("depth_rates", "rate", rate, 0, 1)
     n = _checks.count("depth_rates", "num_layers", num_layers)
     lines = {"i/(n-1)": (0, max(n - 1, 1)), "i/n": (0, n), "(i+1)/n": (1, n)}
     _checks.choice("depth_rates", "convention", convention, tuple(lines))
     first, last = lines[convention]
-    return tuple(rate * (i + first) / last for i in range(n))
+    return tuple(rate * ((i + first) / last) for i in range(n))

@@ -65,8 +65,11 @@ def test_depth_rates(convention, rates):
         (lambda: schedules.early(float("nan"), 3), ValueError, r"early: rate must lie in \[0, 1\], got nan"),
         (lambda: schedules.early(0.5, -1), ValueError, "early: until must be at least 0, got -1"),
         (lambda: schedules.late("a", 1), TypeError, "late: rate must be a number, got 'a'"),
+        (lambda: schedules.early(0.5, 3.5), TypeError, "early: until must be an integer, got 3.5"),
         (lambda: schedules.late(0.5, -1), ValueError, "late: start must be at least 0"),
-        (lambda: schedules.curriculum(0.5, -0.1), ValueError, "curriculum: gamma must be at least 0"),
+        (lambda: schedules.curriculum(0.5, -0.1), ValueError, "curriculum: gamma must be finite and at least 0"),
+        (lambda: schedules.curriculum(0.5, float("inf")), ValueError, "curriculum: gamma must be finite"),
+        (lambda: schedules.curriculum(0.5, 10**400), ValueError, "curriculum: gamma must be finite"),
         (lambda: schedules.curriculum(0.5, True), TypeError, "curriculum: gamma must be a number, got True"),
         (lambda: schedules.depth_rates(0.5, 0, "i/n"), ValueError, "depth_rates: num_layers must be at least 1"),
         (lambda: schedules.depth_rates(0.5, 2.0, "i/n"), TypeError, "depth_rates: num_layers must be an integer"),
@@ -76,3 +79,36 @@ def test_depth_rates(convention, rates):
 def test_bad_arguments(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize(
+    ("name", "f"),
+    [
+        ("early", lambda r: schedules.early(r, 3)),
+        ("late", lambda r: schedules.late(r, 3)),
+        ("curriculum", lambda r: schedules.curriculum(r, 0.1)),
+        ("depth_rates", lambda r: schedules.depth_rates(r, 3, "i/n")),
+    ],
+)
+def test_rates_out_of_range(name, f, rate):
+    with pytest.raises(ValueError, match=rf"{name}: rate must lie in \[0, 1\], got {rate}"):
+        f(rate)
+
+
+@pytest.mark.parametrize("limit", [10**10, np.int32(10), np.uint8(10)])
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int8"])
+def test_limits_and_steps_of_other_types(limit, dtype):
+    steps = jnp.array([0, 9, 10, 127], dtype)
+    before = np.array([0, 9, 10, 127]) < int(limit)
+    np.testing.assert_array_equal(schedules.early(0.5, limit)(steps), 0.5 * before)
+    np.testing.assert_array_equal(schedules.late(0.5, limit)(steps), 0.5 * ~before)
+
+
+@pytest.mark.parametrize("convention", ["i/(n-1)", "(i+1)/n"])
+def test_the_last_layer_has_the_rate_itself(convention):
+    for rate in (0.1, 0.3, 0.7, np.float16(0.3)):
+        for layers in (2, 3, 4, 7, 49):
+            found = schedules.depth_rates(rate, layers, convention)
+            assert found[-1] == max(found) == rate
+            assert all(type(r) is float for r in found)
