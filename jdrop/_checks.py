@@ -20,9 +20,11 @@ def text(function: str, argument: str, rule: str, got: Any, fix: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """Name a value for an error: arrays by dtype and shape (those of JAX are never read), all else by repr."""
+    """Name a value for an error: arrays by dtype and shape (those of JAX are never read), what holds some by type."""
     if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.ndim):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    if any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value)):
+        return f"a {type(value).__name__} of arrays"
     return repr(value)
 
 
@@ -59,10 +61,15 @@ def array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEX
         raise TypeError(text(function, argument, rule, describe(value), fix))
 
 
+def is_integers(value: Any) -> bool:
+    """Whether a value is an array of integers, or a NumPy scalar; a span of time is none."""
+    known = isinstance(value, (jax.Array, np.ndarray, np.generic)) and not is_typed_key(value)
+    return known and jnp.issubdtype(value.dtype, jnp.integer) and value.dtype.kind != "m"
+
+
 def integers(function: str, argument: str, value: Any) -> None:
     """Require an array of integers."""
-    known = isinstance(value, (jax.Array, np.ndarray, np.generic)) and not is_typed_key(value)
-    if not known or not jnp.issubdtype(value.dtype, jnp.integer):
+    if not is_integers(value):
         fix = "convert it to int32"
         raise TypeError(text(function, argument, "must be an integer array", describe(value), fix))
 
@@ -94,21 +101,28 @@ def rate(
         raise TypeError(text(function, argument, "must be a number or an array", describe(value), fix))
     concrete = not isinstance(value, jax.Array)
     number = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
-    probability: Any = np.asarray(float(value) if number else value) if concrete else value
+    probability: Any = np.asarray(_float(value) if number else value) if concrete else value
     if probability.dtype.name not in FLOATS:
         fix = "convert it to float32"
         raise TypeError(text(function, argument, "must be a real floating point number", describe(value), fix))
     if concrete and not np.all((probability >= 0) & (probability <= high) & np.isfinite(probability)):
-        rule = f"must lie in [0, {high:g}]" if np.isfinite(high) else "must be finite and at least 0"
+        rule = f"must lie in [0, {high:g}]"
         raise ValueError(text(function, argument, rule, describe(value), f"pass {meaning}"))
     broadcasts(function, argument, probability, shape, "the mask's shape")
     return ranked(probability, len(shape))
 
 
+def index(value: Any) -> int:
+    """``operator.index``, which takes a bool for an integer."""
+    if isinstance(value, bool):
+        raise TypeError("a bool")
+    return operator.index(value)
+
+
 def axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, ...]:
     """Require distinct axes of an array, negative ones allowed, and return them counted from 0, in the order given."""
     try:
-        found = [operator.index(a) for a in (value if isinstance(value, Iterable) else (value,))]
+        found = [index(a) for a in (value if isinstance(value, Iterable) else (value,))]
     except TypeError:
         fix = "pass an int or a sequence of ints"
         raise TypeError(text(function, argument, "must be axes", describe(value), fix)) from None
@@ -151,7 +165,7 @@ def sizes(function: str, argument: str, value: Any) -> tuple[Any, ...]:
     """Require a shape: a sequence of sizes, symbolic ones allowed."""
     fix = "pass a tuple of sizes, such as x.shape"
     try:
-        found = tuple(n if jax.export.is_symbolic_dim(n) else operator.index(n) for n in value)
+        found = tuple(n if jax.export.is_symbolic_dim(n) else index(n) for n in value)
     except TypeError:
         raise TypeError(text(function, argument, "must be a sequence of sizes", describe(value), fix)) from None
     if any(isinstance(n, int) and n < 0 for n in found):
@@ -160,14 +174,23 @@ def sizes(function: str, argument: str, value: Any) -> tuple[Any, ...]:
 
 
 def number(function: str, argument: str, value: Any, low: float, high: float) -> float:
-    """Require a Python or NumPy number within limits; a finite one if there is no lower limit."""
+    """Require a finite Python or NumPy number within limits."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(text(function, argument, "must be a number", describe(value), "pass a Python float"))
-    if not low <= value <= high or (low == -np.inf and np.isinf(value)):
-        limits = f"must lie in [{low:g}, {high:g}]" if np.isfinite(high) else f"must be at least {low:g}"
+    found = _float(value)
+    if not low <= found <= high or np.isinf(found):
+        limits = f"must lie in [{low:g}, {high:g}]" if np.isfinite(high) else f"must be finite and at least {low:g}"
         limits = "must be finite" if low == -np.inf else limits
         raise ValueError(text(function, argument, limits, describe(value), "pass a number within the limits"))
-    return float(value)
+    return found
+
+
+def _float(value: Any) -> float:
+    """``float``, and infinity for what is too large for one."""
+    try:
+        return float(value)
+    except OverflowError:
+        return np.inf if value > 0 else -np.inf
 
 
 def count(function: str, argument: str, value: Any, low: int = 1) -> int:

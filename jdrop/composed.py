@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jdrop import _checks, _linear, _member, decisions, keys
@@ -110,7 +111,7 @@ def multi_sample_dropout(
         ``rate`` is the number 0.
       x: floating or complex array of any shape.
       rate: probability of dropping, or an array of it that broadcasts to x, as for :func:`jdrop.dropout`.
-      head: what is averaged, ``x -> pytree of arrays``; it is mapped over the samples by ``jax.vmap``.
+      head: what is averaged, ``x -> pytree of floating or complex arrays``; ``jax.vmap`` maps it over the samples.
       num_samples: how many masks.
       train: ``True`` draws masks; ``False`` returns ``head(x)``.
       generator: as for :func:`jdrop.dropout`.
@@ -121,7 +122,8 @@ def multi_sample_dropout(
 
     Raises:
       ValueError: a rate, an option or ``num_samples`` is out of range, or ``key`` is a batch of keys.
-      TypeError: an argument is of the wrong type, ``key`` is missing, or ``train`` is traced.
+      TypeError: an argument is of the wrong type, ``head`` returns anything else, ``key`` is missing, or ``train`` is
+        traced.
 
     References:
       Inoue (2019), Multi-Sample Dropout for Accelerated Training and Better Generalization, arXiv:1905.09788.
@@ -140,12 +142,22 @@ def multi_sample_dropout(
     number = _checks.count(name, "num_samples", num_samples)
     call = _member.check(name, key, x.shape, rate, train=train, generator=generator, shard=shard)
     if call.idle:
-        return head(x)
+        return _with_mean(name, head(x))
     own = keys.spend(decisions.needed(name, key))
 
     def sample(index: Array) -> Any:
         place = keys.derive(own, name, index)
-        return head(_member.scaled(name, place, x, rate, train=train, generator=generator, shard=shard))
+        thinned = _member.scaled(name, place, x, rate, train=train, generator=generator, shard=shard)
+        return _with_mean(name, head(thinned))
 
     outputs = jax.vmap(sample)(jnp.arange(number, dtype=jnp.uint32))
     return jax.tree.map(lambda y: jnp.mean(y, axis=0), outputs)
+
+
+def _with_mean(function: str, outputs: Any) -> Any:
+    """Require outputs that a mean leaves in their dtype."""
+    for y in jax.tree.leaves(outputs):
+        if not isinstance(y, (Array, np.ndarray, np.generic)) or y.dtype.name not in _checks.INEXACT:
+            rule, fix = "must return floating point arrays", "leave out what has no mean"
+            raise TypeError(_checks.text(function, "head", rule, _checks.describe(y), fix))
+    return outputs

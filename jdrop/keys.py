@@ -1,4 +1,7 @@
-"""Keys without bookkeeping: a seed from a key, and derived keys for a place, a time or an example."""
+"""Keys without bookkeeping: derived keys for a place, a time or an example.
+
+For users there are :func:`derive` and :func:`per_example`; the other functions are how members use a key up.
+"""
 
 import functools
 import hashlib
@@ -92,8 +95,9 @@ def derive(key: Array, *path: str | int | Array) -> Array:
 
     The key's words, then each element of the path with a tag of its type, are absorbed one after another
     by Threefry-2x32; the result shares no construction with ``jax.random.split`` and ``fold_in``, so the
-    three never collide. Deriving does not use ``key`` up: derive as many keys from it as there are places,
-    and draw from each derived key once.
+    three do not meet. Two keys of 64 bits are the same by chance alone, 1 in 2**64 (philox2x32: 1 in 2**32).
+    Deriving does not use ``key`` up: derive as many keys from it as there are places, and draw from each
+    derived key once.
 
     Args:
       key: one PRNG key of any implementation, typed or legacy uint32.
@@ -107,7 +111,7 @@ def derive(key: Array, *path: str | int | Array) -> Array:
 
     Raises:
       TypeError: ``key`` is no key, or an element is neither str nor integer (a bool is neither).
-      ValueError: ``key`` is a batch of keys, the path is empty, or a Python int is out of range.
+      ValueError: ``key`` is a batch of keys, the path is empty, a Python int is out of range, or a str is no text.
 
     Example:
       >>> import jax
@@ -148,7 +152,7 @@ def per_example(key: Array, ids: Array) -> Array:
       (2, 8)
     """
     _checks.key("per_example", key)
-    if not _is_integer_array(ids):
+    if not _checks.is_integers(ids):
         fix = "pass the examples' indices as an integer array"
         raise TypeError(_checks.text("per_example", "ids", "must be an integer array", _checks.describe(ids), fix))
 
@@ -184,7 +188,11 @@ def _derived_words(words: Array, pairs: list[Pair], *, tags: tuple[int, ...]) ->
 
 def _blocks(function: str, argument: str, element: Any) -> list[tuple[int, Any, Any]]:
     if isinstance(element, str):
-        digest = hashlib.blake2b(element.encode(), digest_size=16).digest()
+        try:
+            digest = hashlib.blake2b(element.encode(), digest_size=16).digest()
+        except UnicodeEncodeError:
+            rule, fix = "must hold str that are text", "replace lone surrogates"
+            raise ValueError(_checks.text(function, argument, rule, _checks.describe(element), fix)) from None
         a, b, c, d = np.frombuffer(digest, ">u4").astype(np.uint32)
         return [(_STR_HIGH, a, b), (_STR_LOW, c, d)]
     if isinstance(element, int) and not isinstance(element, bool):
@@ -193,12 +201,8 @@ def _blocks(function: str, argument: str, element: Any) -> list[tuple[int, Any, 
             rule = "must hold ints from 0 to 2**64 - 1"
             raise ValueError(_checks.text(function, argument, rule, element, fix))
         return [(_INT, *pair(element))]
-    if _is_integer_array(element) and element.ndim == 0:
+    if _checks.is_integers(element) and element.ndim == 0:
         return [(_INT, *pair(element))]
     fix = "convert it to one of these"
     rule = "must hold str, int or integer scalars"
     raise TypeError(_checks.text(function, argument, rule, _checks.describe(element), fix))
-
-
-def _is_integer_array(value: Any) -> bool:
-    return isinstance(value, (Array, np.ndarray, np.integer)) and jnp.issubdtype(value.dtype, jnp.integer)

@@ -94,7 +94,8 @@ def gaussian_noise(
       key: one PRNG key, used once. ``None`` is fine if ``train`` is false or ``stddev`` is the number 0.
       x: float16, bfloat16, float32 or float64 array of any shape. 16-bit floats are added in float32 and rounded once.
       stddev: standard deviation, in the units of x, or an array of them that broadcasts to the noise. A Python or NumPy
-        value must be finite and at least 0; an array of JAX acts as 0 where it is below. No gradient flows to it.
+        value must lie in the range of float32 and be at least 0; an array of JAX acts as 0 where it is below. It is
+        rounded to float32 first. No gradient flows to it.
       train: ``True`` draws noise; ``False`` returns x itself.
       shared_axes: axes along which one draw is shared.
       shard: as for :func:`jdrop.dropout`.
@@ -120,7 +121,7 @@ def gaussian_noise(
     """
     name = "gaussian_noise"
     _checks.array(name, "x", x, _checks.FLOATS)
-    options: Any = {"shared_axes": shared_axes, "shard": shard, "limit": ("stddev", np.inf)}
+    options: Any = {"shared_axes": shared_axes, "shard": shard, "limit": ("stddev", float(np.finfo(np.float32).max))}
     call = _member.check(name, key, x.shape, stddev, train=train, **options)
     return x if call.idle else call.apply(_ADDED, x)
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jdrop import _checks, _linear, _member, decisions
@@ -92,7 +93,7 @@ def stochastic_depth(
       An array of the shape and dtype of x.
 
     Raises:
-      ValueError: a rate or an option is out of range, or ``fn`` returns another shape or dtype.
+      ValueError: a rate or an option is out of range, or ``fn`` returns anything else.
       TypeError: an argument is of the wrong type, ``key`` is missing, or ``train`` is traced.
 
     References:
@@ -113,8 +114,8 @@ def stochastic_depth(
 
     def branch(x: Array) -> Array:
         y = fn(x)
-        _checks.array(name, "fn(x)", y)
-        if (y.shape, y.dtype) != (x.shape, x.dtype):
+        known = isinstance(y, (Array, np.ndarray, np.generic))
+        if not known or (y.shape, y.dtype) != (x.shape, x.dtype):
             rule = f"must return {_checks.describe(x)}, as x is"
             raise ValueError(_checks.text(name, "fn", rule, _checks.describe(y), "add a projection to the branch"))
         return jnp.asarray(y)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jdrop import dropout, dropout_mask
+from jdrop import _checks, dropout, dropout_mask
 
 KEY = jax.random.key(0)
 X = jnp.ones((2, 3))
@@ -83,6 +83,18 @@ BAD = {
     "window: too few": (lambda: m(window=((0, 1),)), ValueError, r"dropout_mask: window must hold 2 pairs for shape \(2, 3\), got 1"),
     "window: outside": (lambda: m(window=((0, 1), (2, 2))), ValueError, r"dropout_mask: window must lie inside shape \(2, 3\), got \(2, 2\)"),
     "window: negative": (lambda: m(window=((-1, 1), (0, 1))), ValueError, r"window must lie inside shape \(2, 3\), got \(-1, 1\)"),
+    "window: too long": (lambda: m(window=((jnp.int32(0), 3), (0, 1))), ValueError, r"must lie inside shape .*got \(int32\[\], 3\)"),
+    "window: size": (lambda: m(window=((1, -1), (0, 1))), ValueError, r"window must lie inside shape \(2, 3\), got \(1, -1\)"),
+    "window: starts": (lambda: m(window=((jnp.zeros(2, int), 1), (0, 1))), TypeError, r"window must start at integer scalars, got int"),
+    "window: three": (lambda: m(window=((0, 1, 1), (0, 1))), TypeError, "dropout_mask: window must hold pairs"),
+    "window: bool": (lambda: m(window=((True, 1), (0, 1))), TypeError, "dropout_mask: window must hold pairs"),
+    "mask: bool size": (lambda: m(shape=(True, 3)), TypeError, "dropout_mask: shape must be a sequence of sizes"),
+    "mask: rate on a shared axis": (
+        lambda: m(rate=np.full((1, 3), 0.5), shared_axes=1), ValueError, r"rate must broadcast to the mask's shape \(2, 1\)"
+    ),
+    "rate huge": (lambda: d(rate=10**400), ValueError, r"dropout: rate must lie in \[0, 1\], got 1000"),
+    "axes bool": (lambda: d(shared_axes=True), TypeError, "dropout: shared_axes must be axes, got True"),
+    "pytree as key": (lambda: d(key={"w": X}), TypeError, "dropout: key must be a PRNG key, got a dict of arrays; make one"),
     "window: no pair": (lambda: m(window=(0, 1)), TypeError, "dropout_mask: window must hold pairs"),
     "window: float": (lambda: m(window=((0.0, 1), (0, 1))), TypeError, "dropout_mask: window must hold pairs"),
     "window: float array": (lambda: m(window=((jnp.float32(0), 1), (0, 1))), TypeError, "window must start at integer scalars"),
@@ -134,3 +146,18 @@ def test_errors_come_before_any_computation(monkeypatch):
     for case in ("rate negative", "axis twice", "keys", "generator", "rate shape", "x int"):
         with pytest.raises((TypeError, ValueError), match="dropout: "):
             BAD[case][0]()
+
+
+def test_bools_are_no_counts_and_no_axes():
+    for value in (True, np.bool_(True)):
+        with pytest.raises(TypeError, match="f: n must be an integer, got "):
+            _checks.count("f", "n", value)
+        with pytest.raises(TypeError, match="f: a must be an axis, got "):
+            _checks.axis("f", "a", value, 2)
+        with pytest.raises(TypeError, match="f: x must be a number, got "):
+            _checks.number("f", "x", value, 0, 1)
+
+
+def test_integers_of_numpy_are_rates():
+    assert d(rate=np.int64(0)) is X
+    np.testing.assert_array_equal(d(rate=np.uint8(1)), 0 * X)

@@ -108,5 +108,23 @@ def test_sample_errors():
         jdrop.multi_sample_dropout(KEY, X, 0.5, jnp.sum, 0, train=True)
     with pytest.raises(TypeError, match="multi_sample_dropout: head must be a function"):
         jdrop.multi_sample_dropout(KEY, X, 0.5, 3, 3, train=True)
+    for bad, got in ((jnp.int32(1), r"int32\[\]"), ("a", "'a'"), (1.0, "1.0")):
+        for train in (True, False):
+            with pytest.raises(TypeError, match=f"multi_sample_dropout: head must return floating .* got {got}; leave"):
+                jdrop.multi_sample_dropout(
+                    KEY, X, 0.5, lambda h, bad=bad: {"loss": h.sum(), "bad": bad}, 3, train=train
+                )
     with pytest.raises(TypeError, match="multi_sample_dropout: key must be a PRNG key when something is dropped"):
         jdrop.multi_sample_dropout(None, X, 0.5, jnp.sum, 3, train=True)
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_the_residual_is_what_stays_of_a_dropped_slot(bad):
+    """NaN and Inf of x and of bias are contained, and their gradient is exactly 0 there."""
+    kept = jdrop.dropout_mask(KEY, X.shape, 0.3)
+    x = jnp.where(kept, X, bad)
+    y, pull = jax.vjp(lambda x: jdrop.bias_dropout_add(KEY, x, 0.3, BIAS, RESIDUAL, train=True), x)
+    same(jnp.where(kept, 0, y), jnp.where(kept, 0, RESIDUAL))
+    assert bool(jnp.isfinite(y).all())
+    (dx,) = pull(jnp.where(kept, 1.0, bad))
+    same(dx == 0, ~kept)

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jdrop
 
@@ -124,11 +126,20 @@ def test_errors():
         jdrop.stochastic_depth(KEY, x, 0.5, lambda x: x[0], train=True)
     with pytest.raises(ValueError, match=r"stochastic_depth: fn must return .* got bfloat16"):
         jdrop.stochastic_depth(KEY, x, 0.5, lambda x: x.astype("bfloat16"), train=False)
-    with pytest.raises(TypeError, match=r"stochastic_depth: fn\(x\) must be an array, got None"):
-        jdrop.stochastic_depth(KEY, x, 0.5, lambda x: None, train=False)
+    for bad, got in ((None, "None"), (1.0, "1.0"), ((x, x), "a tuple of arrays"), (jnp.int32(1), r"int32\[\]")):
+        with pytest.raises(ValueError, match=rf"stochastic_depth: fn must return float32\[2,3\], as x is, got {got}"):
+            jdrop.stochastic_depth(KEY, x, 0.5, lambda x, bad=bad: bad, train=False)
     with pytest.raises(TypeError, match="stochastic_depth: fn must be a function"):
         jdrop.stochastic_depth(KEY, x, 0.5, x, train=True)
     with pytest.raises(ValueError, match=r"stochastic_depth: rate must broadcast to the mask's shape \(\)"):
         jdrop.stochastic_depth(KEY, x, jnp.ones(2), lambda x: x, train=True)
     with pytest.raises(ValueError, match="drop_path: batch_axes must be axes"):
         jdrop.drop_path(KEY, x, 0.5, train=True, batch_axes=2)
+
+
+def test_one_decision_for_all_tiles_of_a_key_whose_bits_do_not_go_by_index():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    key, x = jax.random.key(3, impl="rbg"), jnp.arange(1.0, 33.0).reshape(8, 4)
+    f = lambda k, x, **o: jdrop.stochastic_depth(k, x, 0.5, jnp.sin, train=True, generator="jax", **o)
+    tiled = jax.shard_map(lambda k, x: f(k, x, shard=P("d")), mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
+    np.testing.assert_allclose(tiled(key, x), f(key, x), rtol=1e-6)

@@ -1,5 +1,7 @@
 """drop_connect and embedding_dropout: masks by path, and by word."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,11 @@ def test_drop_connect_errors():
             lambda: jdrop.drop_connect(KEY, PARAMS, 0.5, train=True, shard=[P()]),
             ValueError,
             "drop_connect: shard must be",
+        ),
+        (
+            lambda: jdrop.drop_connect(KEY, {"w": jnp.ones(3, jnp.float8_e4m3fn)}, 0.5, train=True),
+            TypeError,
+            r"drop_connect: params must be float16, .*got float8_e4m3fn\[3\]; leave it out with where=",
         ),
     ]:
         with pytest.raises(error, match=text):
@@ -231,3 +238,21 @@ def test_embedding_errors():
     ]:
         with pytest.raises(error, match=text):
             call()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    w: jax.Array
+    b: jax.Array
+
+
+def test_steps_of_a_path_by_attribute_and_by_other_keys():
+    layer = Layer(jnp.ones((8, 100)), jnp.ones(100))
+    y = jdrop.drop_connect(KEY, layer, 0.5, train=True)
+    for name in ("w", "b"):
+        place = jdrop.keys.derive(KEY, "drop_connect", name)
+        same(getattr(y, name), jdrop.dropout(place, getattr(layer, name), 0.5, train=True))
+    for step, entry in ((2, 2), (-1, "-1"), (True, "True"), ((1, "a"), "(1, 'a')")):
+        y = jdrop.drop_connect(KEY, {step: jnp.ones((8, 100))}, 0.5, train=True)[step]
+        same(y, jdrop.dropout(jdrop.keys.derive(KEY, "drop_connect", entry), jnp.ones((8, 100)), 0.5, train=True))
