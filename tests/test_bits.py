@@ -1,8 +1,10 @@
 """bits: geometry and 64-bit arithmetic. (The bits themselves: test_known_answers.py.)"""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from jdrop import bits
 
@@ -95,3 +97,26 @@ def test_a_word_is_the_same_alone_and_in_an_array():
     for r, c in ((0, 0), (4, 200), (8, 299)):
         assert int(bits.word(seed, (np.uint32(0), jnp.uint32(r)), jnp.uint32(c))) == words[r, c]
     assert words.dtype == np.uint32 and len(np.unique(words)) == words.size
+
+
+def test_unsigned_words_are_not_sign_extended():
+    for value in (2**31, 2**32 - 1):
+        hi, lo = bits.pair(jnp.uint32(value))
+        assert (int(hi), int(lo)) == (0, value)
+
+
+def test_indices_along_an_axis_beyond_2_to_the_32():
+    """A slice of the index alone: XLA makes no more of it than that."""
+
+    @jax.jit
+    def at():
+        hi, lo = bits._iota(0, (2**33,), None)
+        return tuple(lax.slice(part, (2**32 - 2,), (2**32 + 2,)) for part in (hi, lo))
+
+    hi, lo = at.lower().compile()()
+    assert hi.tolist() == [0, 0, 1, 1] and lo.tolist() == [2**32 - 2, 2**32 - 1, 0, 1]
+
+
+def test_rows_between_2_to_the_32_and_twice_as_many():
+    (hi, lo), col = bits.indices((2**33, 128), (1, 1), [bits.pair(2**32 + 5), bits.pair(7)])
+    assert (int(np.asarray(hi).item()), int(np.asarray(lo).item()), int(np.asarray(col).item())) == (1, 5, 7)

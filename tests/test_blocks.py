@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jdrop
 from jdrop import blocks
@@ -172,3 +174,29 @@ def test_errors_name_the_function_and_the_argument():
 def test_gamma_is_formed_in_float32_for_narrow_rates():
     wide, narrow = (blocks._gamma(jnp.asarray(0.25, d), 1 / 7) for d in ("float32", "bfloat16"))
     assert wide == narrow and narrow.dtype == jnp.float32
+
+
+def test_a_nan_rate_makes_nan_of_its_own_example():
+    x = jnp.ones((3, 6, 6, 2))
+    rate = jnp.array([0.3, jnp.nan, 0.3])[:, None, None, None]
+    f = lambda x, r: jdrop.drop_block(KEY, x, r, 2, train=True, spatial_axes=(1, 2))
+    y, pull = jax.vjp(lambda x: f(x, rate), x)
+    whole = f(x, 0.3)
+    for z in (y, pull(x)[0]):
+        np.testing.assert_array_equal(z[::2], whole[::2])
+        assert bool(jnp.isnan(z[1]).all())
+    some = jnp.full((1, 5, 5, 1), 0.9).at[0, 0, 0, 0].set(jnp.nan)
+    assert bool(jnp.isnan(f(x, some)).all()), "an example is rescaled as a whole"
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3])
+def test_shard_may_split_batch_axes_only(axis):
+    spec = P(*[None] * axis, "d")
+    f = jax.shard_map(
+        lambda k, x: jdrop.drop_block(k, x, 0.3, 1, train=True, spatial_axes=(1, 2), shard=spec),
+        mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), spec),
+        out_specs=spec,
+    )
+    with pytest.raises(NotImplementedError, match="drop_block: shard must split batch axes only"):
+        f(KEY, jnp.ones((8, 8, 8, 8)))

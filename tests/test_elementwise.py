@@ -380,3 +380,34 @@ def test_feature_alpha_dropout_shares_decisions():
     np.testing.assert_array_equal(y, jnp.broadcast_to(y[:, :1], y.shape))
     mask = dropout_mask(KEY, x.shape, 0.5, shared_axes=1)
     np.testing.assert_array_equal(np.asarray(y) > 0, mask)
+
+
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "philox2x32"])
+def test_nan_rate_gives_nan_for_every_implementation_of_jax(impl):
+    key = jax.random.key(7, impl=impl)
+    y = dropout(key, jnp.ones((4, 300)), jnp.float32(jnp.nan), train=True, generator="jax")
+    assert bool(jnp.isnan(y).all())
+    assert bool(dropout_mask(jax.random.clone(key), (4, 300), jnp.float32(jnp.nan), generator="jax").all())
+
+
+def test_complex_numbers_of_128_bits_are_scaled_in_float64(x64):
+    x = jnp.arange(1.0, 4097.0).reshape(16, 256).astype("complex128") * (1 - 2j)
+    y = dropout(KEY, x, 0.1, train=True)
+    assert y.dtype == jnp.complex128
+    mask = np.asarray(dropout_mask(jax.random.clone(KEY), x.shape, 0.1))
+    scale = 2**32 / (2**32 - np.round(np.float64(np.float32(0.1)) * 2**32))
+    z = np.asarray(x)
+    np.testing.assert_array_equal(y, np.where(mask, z.real * scale + 1j * (z.imag * scale), 0))
+
+
+def test_a_result_is_never_weakly_typed():
+    for x in (jnp.asarray(2.0), jnp.full((4, 300), 2.0)):
+        assert x.aval.weak_type
+        assert not dropout(KEY, x, 0.5, train=True).aval.weak_type
+        assert not jax.jit(lambda x: dropout(KEY, x, 0.5, train=True))(x).aval.weak_type
+
+
+def test_original_dropout_with_the_probability_of_generator_jax():
+    """A bfloat16 rate draws 7 bits: 1 - bfloat16(0.1) = 0.8984375 = 115 / 128."""
+    y = dropout(None, jnp.ones((2, 3)), jnp.bfloat16(0.1), train=False, scale_at="eval", generator="jax")
+    np.testing.assert_array_equal(y, np.full((2, 3), 115 / 128, np.float32))

@@ -128,3 +128,19 @@ def test_errors():
         jdrop.zoneout(KEY, x, 0.5, 1.0, train=True)
     with pytest.raises(ValueError, match="locked_dropout: time_axis must be axes"):
         jdrop.locked_dropout(KEY, x, 0.5, train=True, time_axis=2)
+
+
+def test_complex_states():
+    new = jnp.arange(1.0, 601.0).reshape(3, 200).astype("complex64") * (1 - 2j)
+    old = -3j * new
+    y = jdrop.zoneout(KEY, new, 0.4, old, train=True)
+    same(y, np.where(jdrop.dropout_mask(jax.random.clone(KEY), new.shape, 0.4), new, old))
+    y = jdrop.zoneout(None, new, 0.25, old, train=False)
+    np.testing.assert_allclose(y, 0.75 * np.asarray(new) + 0.25 * np.asarray(old), rtol=2**-21)
+
+
+def test_zoneout_expects_the_probability_of_generator_jax():
+    """A bfloat16 rate draws 7 bits: 1 - bfloat16(0.1) = 0.8984375 = 115 / 128."""
+    new, old = jnp.ones((2, 3)), jnp.zeros((2, 3))
+    y = jdrop.zoneout(None, new, jnp.bfloat16(0.1), old, train=False, generator="jax")
+    same(y, np.full((2, 3), 115 / 128, np.float32))

@@ -182,3 +182,14 @@ def test_patch_errors():
     ]:
         with pytest.raises(error, match=text):
             call()
+
+
+def test_shard_must_not_split_the_tokens():
+    f = jax.shard_map(
+        lambda k, x: jdrop.patch_dropout(k, x, 0.5, train=True, shard=P(None, "d"))[0],
+        mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
+        in_specs=(P(), P(None, "d")),
+        out_specs=P(None, "d"),
+    )
+    with pytest.raises(NotImplementedError, match="patch_dropout: shard must not split token_axis"):
+        f(KEY, jnp.ones((2, 16, 3)))
