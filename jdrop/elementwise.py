@@ -28,8 +28,9 @@ def dropout(
 
     ``y[i] = x[i] * m[i] / (1 - rate)`` with ``m[i] ~ Bernoulli(1 - rate)``, a pure function of the key and of the
     index ``i``. The gradient is multiplied by the same ``m[i] / (1 - rate)``; the mask is made again there, and what
-    is kept for it is a seed of 8 bytes and the rate. Kept values are divided by the keep probability really used,
-    ``1 - round(float32(rate) * 2**32) / 2**32``.
+    is kept for it is a seed of 8 bytes and the rate. Kept values are divided by the keep probability really used:
+    ``1 - round(float32(rate) * 2**32) / 2**32``, or with ``generator="jax"`` that of ``jax.random.bernoulli``,
+    ``ceil(p * 2**n) / 2**n`` with ``p = 1 - rate`` in the dtype of the rate, which has n bits of mantissa.
 
     Args:
       key: one PRNG key, typed or legacy, of any implementation; used once. ``None`` is fine if ``train`` is false or
@@ -38,7 +39,7 @@ def dropout(
         rounded once. A dropped slot is exactly 0, and so is its gradient, also where x is NaN or infinite.
       rate: probability of dropping. A Python or NumPy value must lie in [0, 1]. An array of JAX may be traced: below
         0 it acts as 0, above 1 as 1, NaN gives NaN, and no gradient flows to it. An array of rates broadcasts to the
-        decisions: the shape of x, with 1 on shared axes. The rate is rounded to float32 first.
+        decisions: the shape of x, with 1 on shared axes. ``generator="fast"`` rounds the rate to float32 first.
       train: ``True`` draws a mask; ``False`` returns x itself.
       shared_axes: axes along which one decision is shared, such as ``(1,)`` for one mask at all time steps of
         ``[batch, time, feature]``. Negative axes count from the end.
@@ -66,7 +67,8 @@ def dropout(
 
     Limits:
       The mask is a function of the shape: it is stable under a longer batch, but not under reshaping, nor when the
-      size of the trailing axes crosses 128. With ``jax.export`` those axes need static sizes.
+      size of the trailing axes crosses 128, nor when the whole of an array whose trailing axes hold fewer crosses
+      2**32. With ``jax.export`` those axes need static sizes.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdrop

@@ -146,7 +146,7 @@ def torch_peers_of(member: Member, peers: Sequence[str]) -> dict[str, Callable[[
     if member.torch and "torch" in peers:
         found["torch"] = member.torch
     if member.timm and "timm" in peers and (layers := timm_layers()):
-        found["timm"] = functools.partial(lambda drop, f, x: drop(layers, x), member.timm)
+        found["timm"] = lambda f, x: member.timm(layers, x)
     return found
 
 
