@@ -298,6 +298,14 @@ def test_export_with_symbolic_batch_sizes(generator):
         same(exported.call(key, jnp.ones(sizes))[1], f(key, jnp.ones(sizes))[1])
 
 
+def test_a_window_of_a_symbolic_batch():
+    (b,) = export.symbolic_shape("b")
+    args = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((b, 256), jnp.float32)
+    exported = export.export(jax.jit(lambda k, x: dropout_mask(k, x.shape, 0.3, window=((5, 2), (9, 40)))))(*args)
+    key = jax.random.PRNGKey(0)
+    same(exported.call(key, jnp.ones((7, 256))), dropout_mask(key, (7, 256), 0.3)[5:, 9:49])
+
+
 def test_export_wants_static_columns():
     (b,) = export.symbolic_shape("b")
     args = jax.ShapeDtypeStruct((2,), jnp.uint32), jax.ShapeDtypeStruct((b, 64), jnp.float32)
