@@ -114,7 +114,7 @@ def _out_sharding(function: str, size: tuple[int, ...], sharding: Any) -> NamedS
     if len(spec) > len(size) or len(set(names)) < len(names) or not set(names) <= set(mesh.axis_names):
         rule = f"must name axes of the mesh, {mesh.axis_names}, each once, for up to {len(size)} axes"
         raise ValueError(_checks.text(function, "out_sharding", rule, spec, "give one entry an axis of the mask"))
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, spec) if isinstance(sharding, PartitionSpec) else sharding
 
 
 def _parts(spec: PartitionSpec) -> list[tuple[str, ...]]:
