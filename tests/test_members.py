@@ -80,6 +80,18 @@ EXEMPT = {
 }
 
 
+FAILS_WITH = {  # how a check fails that a member is exempt from, where it is not by an assertion
+    ("complex", "dot_product_attention"): TypeError,
+    ("complex", "alpha_dropout"): TypeError,
+    ("complex", "gaussian_noise"): TypeError,
+    ("traced", "patch_dropout"): TypeError,
+    ("traced at one", "patch_dropout"): TypeError,
+    ("residuals", "token_dropout"): ValueError,
+    ("meshes", "token_dropout"): IndexError,
+    ("jax generator", "gaussian_dropout"): TypeError,
+    ("jax generator", "gaussian_noise"): TypeError,
+    ("jax generator", "patch_dropout"): TypeError,
+}
 ROUNDED = {
     "dot_product_attention": "matrix products round as shapes want it: sums of 40 and of 6 terms, each eps at most"
 }
@@ -324,7 +336,7 @@ def generator_names(name):
 @pytest.mark.parametrize("what", CHECKS)
 def test_members_keep_the_rules(what, name):
     if (what, name) in EXEMPT:
-        with pytest.raises((AssertionError, IndexError, TypeError, ValueError)):
+        with pytest.raises(FAILS_WITH.get((what, name), AssertionError)):
             CHECKS[what](name)
     else:
         CHECKS[what](name)
