@@ -22,7 +22,7 @@ def names_of(function: str, shape: Sequence[Any], shard: Shard) -> tuple[tuple[s
     if not isinstance(shard, PartitionSpec):
         fix = "pass the in_specs entry of x"
         raise TypeError(_checks.text(function, "shard", "must be a PartitionSpec", _checks.describe(shard), fix))
-    names = tuple(s if isinstance(s, tuple) else () if s is None else (s,) for s in shard)
+    names = mesh_axes(shard)
     manual = jax.sharding.get_abstract_mesh().manual_axes
     used = [name for entry in names for name in entry]
     if len(names) > len(shape) or len(set(used)) != len(used):
@@ -32,6 +32,11 @@ def names_of(function: str, shape: Sequence[Any], shard: Shard) -> tuple[tuple[s
         rule = f"must name manual mesh axes, here {tuple(manual)}"
         raise ValueError(_checks.text(function, "shard", rule, shard, "use it inside jax.shard_map, over these axes"))
     return names
+
+
+def mesh_axes(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
+    """Return the mesh axes of each axis of an array."""
+    return tuple(s if isinstance(s, tuple) else () if s is None else (s,) for s in spec)
 
 
 def check_key_varies(function: str, key: Array | None, shard: Shard, argument: str = "key", how: str = "pass") -> None:

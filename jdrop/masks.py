@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop import _checks, decisions
+from jdrop._shards import mesh_axes
 from jdrop.bits import Pair, pair
 from jdrop.decisions import Generator, Layout, RateLike
 
@@ -97,9 +98,10 @@ def _window(function: str, shape: tuple[Any, ...], window: Any) -> tuple[tuple[i
     return tuple(n for _, n in pairs), tuple(pair(start) for start, _ in pairs)
 
 
-def _out_sharding(function: str, size: tuple[int, ...], sharding: Any) -> NamedSharding | None:
+def _out_sharding(function: str, size: tuple[int, ...], sharding: Any) -> tuple[NamedSharding | None, ...]:
+    """Return how a mask is laid over the explicit axes of a mesh, by its type, and over the auto ones."""
     if sharding is None:
-        return None
+        return None, None
     if not isinstance(sharding, (PartitionSpec, NamedSharding)):
         rule, fix = "must be a PartitionSpec or NamedSharding", "pass the PartitionSpec of the mask"
         raise TypeError(_checks.text(function, "out_sharding", rule, _checks.describe(sharding), fix))
@@ -110,38 +112,29 @@ def _out_sharding(function: str, size: tuple[int, ...], sharding: Any) -> NamedS
             rule, fix = "needs a mesh in context", "enter it with jax.set_mesh"
             raise ValueError(_checks.text(function, "out_sharding", rule, spec, fix))
         mesh = in_context if mesh is None else mesh
-    names = [name for part in _parts(spec) for name in part]
-    if len(spec) > len(size) or len(set(names)) < len(names) or not set(names) <= set(mesh.axis_names):
-        rule = f"must name axes of the mesh, {mesh.axis_names}, each once, for up to {len(size)} axes"
+    parts, known = mesh_axes(spec), (*mesh.explicit_axes, *mesh.auto_axes)
+    names = [name for part in parts for name in part]
+    if len(spec) > len(size) or len(set(names)) < len(names) or not set(names) <= set(known):
+        rule = f"must name explicit or auto axes of the mesh, {known}, each once, for up to {len(size)} axes"
         raise ValueError(_checks.text(function, "out_sharding", rule, spec, "give one entry an axis of the mask"))
-    return NamedSharding(mesh, spec) if isinstance(sharding, PartitionSpec) else sharding
+    whole = NamedSharding(mesh, spec) if isinstance(sharding, PartitionSpec) else sharding
 
+    def over(axes: Sequence[str]) -> NamedSharding | None:
+        own = [tuple(name for name in part if name in axes) or None for part in parts]
+        return whole.update(spec=PartitionSpec(*own, *[None] * (len(size) - len(own)))) if axes else None
 
-def _parts(spec: PartitionSpec) -> list[tuple[str, ...]]:
-    """The mesh axes of each axis of an array."""
-    return [s if isinstance(s, tuple) else (s,) if isinstance(s, str) else () for s in spec]
-
-
-def _over(sharding: NamedSharding | None, kind: str, ndim: int) -> NamedSharding | None:
-    """A sharding's part over the mesh axes of a kind, ``"explicit_axes"`` or ``"auto_axes"``."""
-    axes = () if sharding is None else getattr(sharding.mesh, kind)
-    if sharding is None or not axes:
-        return None
-    parts: list[Any] = [tuple(name for name in part if name in axes) or None for part in _parts(sharding.spec)]
-    if kind == "auto_axes":
-        parts = [s if s is PartitionSpec.UNCONSTRAINED else part for s, part in zip(sharding.spec, parts)]
-    return sharding.update(spec=PartitionSpec(*parts, *[None] * (ndim - len(parts))))
+    return over(mesh.explicit_axes), over(mesh.auto_axes)
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "size", "sharding"))
 def _dropout_mask(words: Array, rate: Array, start: Any, *, layout: Layout, size: Any, sharding: Any) -> Array:
-    explicit = _over(sharding, "explicit_axes", len(size))
-    return _laid(decisions.keep(layout, words, rate, size, start, sharding=explicit), size=size, sharding=sharding)
+    mask = decisions.keep(layout, words, rate, size, start, sharding=sharding[0])
+    return _laid(mask, size=size, sharding=sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "sharding"))
 def _laid(mask: Array, *, size: Any, sharding: Any) -> Array:
-    """Broadcast decisions to a mask, laid over the explicit axes of the mesh by its type, and over the others."""
-    mask = jnp.broadcast_to(mask, size, out_sharding=_over(sharding, "explicit_axes", len(size)))
-    auto = _over(sharding, "auto_axes", len(size))
+    """Broadcast decisions to a mask."""
+    explicit, auto = sharding
+    mask = jnp.broadcast_to(mask, size, out_sharding=explicit)
     return mask if auto is None else lax.with_sharding_constraint(mask, auto)

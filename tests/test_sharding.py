@@ -229,9 +229,12 @@ def test_out_sharding_needs_a_mesh():
     for spec in (P("zz"), P("a", "a"), P(None, None, None, "a")):
         with (
             jax.set_mesh(mesh(AxisType.Auto)),
-            pytest.raises(ValueError, match="dropout_mask: out_sharding must name axes"),
+            pytest.raises(ValueError, match=r"out_sharding must name explicit or auto axes of the mesh, \('a', 'b'\)"),
         ):
             dropout_mask(KEY, SHAPE, 0.3, out_sharding=spec)
+    manual = lambda k: dropout_mask(k, (64, 32), 0.3, out_sharding=P("a"))
+    with pytest.raises(ValueError, match=r"out_sharding must name explicit or auto axes of the mesh, \(\)"):
+        jax.shard_map(manual, mesh=mesh(AxisType.Auto), in_specs=P(), out_specs=P("a"))(KEY)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
