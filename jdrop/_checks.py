@@ -50,9 +50,14 @@ def key(function: str, value: Any, argument: str = "key") -> None:
         raise ValueError(text(function, argument, "must be one key", f"a batch of shape {batch}", fix))
 
 
+def is_array(value: Any) -> bool:
+    """Whether a value is an array, of JAX or NumPy, or a NumPy scalar."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
 def array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT) -> None:
     """Require an array of real or complex floating point numbers."""
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if not is_array(value):
         fix = "convert it with jnp.asarray"
         raise TypeError(text(function, argument, "must be an array", describe(value), fix))
     if is_typed_key(value) or value.dtype.name not in dtypes:
@@ -63,7 +68,7 @@ def array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEX
 
 def is_integers(value: Any) -> bool:
     """Whether a value is an array of integers, or a NumPy scalar; a span of time is none."""
-    known = isinstance(value, (jax.Array, np.ndarray, np.generic)) and not is_typed_key(value)
+    known = is_array(value) and not is_typed_key(value)
     return known and jnp.issubdtype(value.dtype, jnp.integer) and value.dtype.kind != "m"
 
 
@@ -204,7 +209,7 @@ def count(function: str, argument: str, value: Any, low: int = 1) -> int:
 
 def broadcasts(function: str, argument: str, value: Any, shape: Sequence[Any], of: str = "shape") -> None:
     """Require an array that broadcasts to a shape."""
-    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
+    if not is_array(value):
         raise TypeError(text(function, argument, "must be an array", describe(value), "convert it with jnp.asarray"))
     sizes = tuple(value.shape)
     if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], tuple(shape)[::-1])):

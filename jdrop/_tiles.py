@@ -145,8 +145,8 @@ def fine(operands: T, plan: Plan) -> T:
 
 def window(shape: tuple[int, ...], at: At, segment: Segment) -> tuple[list[Any], list[int]]:
     """Starts and sizes of a block's part of an array of :func:`fine`."""
-    zero = jnp.int32(0)  # of one type, as dynamic_slice wants its starts, with 64 bits enabled too
-    starts = [zero, at.batch, zero, at.head, zero, at.query, jnp.int32(segment.low)]
+    zero = np.int32(0)  # of one type, as dynamic_slice wants its starts, with 64 bits enabled too
+    starts = [zero, at.batch, zero, at.head, zero, at.query, np.int32(segment.low)]
     sizes = [shape[0], 1, shape[2], 1, shape[4], segment.rows, segment.high - segment.low]
     there = [n > 1 for n in shape]
     return [s if t else zero for s, t in zip(starts, there)], [s if t else 1 for s, t in zip(sizes, there)]

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jdrop import _checks, _linear, _member, decisions, keys
@@ -157,7 +156,7 @@ def multi_sample_dropout(
 def _with_mean(function: str, outputs: Any) -> Any:
     """Require outputs that a mean leaves in their dtype."""
     for y in jax.tree.leaves(outputs):
-        if not isinstance(y, (Array, np.ndarray, np.generic)) or y.dtype.name not in _checks.INEXACT:
+        if not _checks.is_array(y) or y.dtype.name not in _checks.INEXACT:
             rule, fix = "must return floating point arrays", "leave out what has no mean"
             raise TypeError(_checks.text(function, "head", rule, _checks.describe(y), fix))
     return outputs

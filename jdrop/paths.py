@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from jdrop import _checks, _linear, _member, decisions
@@ -114,8 +113,7 @@ def stochastic_depth(
 
     def branch(x: Array) -> Array:
         y = fn(x)
-        known = isinstance(y, (Array, np.ndarray, np.generic))
-        if not known or (y.shape, y.dtype) != (x.shape, x.dtype):
+        if not _checks.is_array(y) or (y.shape, y.dtype) != (x.shape, x.dtype):
             rule = f"must return {_checks.describe(x)}, as x is"
             raise ValueError(_checks.text(name, "fn", rule, _checks.describe(y), "add a projection to the branch"))
         return jnp.asarray(y)

@@ -68,9 +68,10 @@ def drop_connect(
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     shards = _like(name, shard, tree, leaves)
     chosen = [_floating(name, leaf) and (where is None or bool(where(path, leaf))) for path, leaf in leaves]
-    for leaf in (leaf for (_, leaf), drop in zip(leaves, chosen) if drop and leaf.dtype.name not in _checks.INEXACT):
-        rule = "must be float16, bfloat16, float32, float64 or complex where weights are dropped"
-        raise TypeError(_checks.text(name, "params", rule, _checks.describe(leaf), "leave it out with where="))
+    for (_, leaf), drop in zip(leaves, chosen):
+        if drop and leaf.dtype.name not in _checks.INEXACT:
+            rule = "must be float16, bfloat16, float32, float64 or complex where weights are dropped"
+            raise TypeError(_checks.text(name, "params", rule, _checks.describe(leaf), "leave it out with where="))
     if call.idle:
         return params
     own = keys.spend(decisions.needed(name, key))
@@ -84,7 +85,7 @@ def drop_connect(
 
 
 def _floating(function: str, leaf: Any) -> bool:
-    if not isinstance(leaf, (Array, np.ndarray, np.generic)):
+    if not _checks.is_array(leaf):
         rule = "must hold arrays"
         raise TypeError(_checks.text(function, "params", rule, _checks.describe(leaf), "convert it with jnp.asarray"))
     return not _checks.is_typed_key(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
