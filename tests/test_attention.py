@@ -762,7 +762,6 @@ def test_forward_mode_of_chunked_is_an_error():
         jax.jvp(lambda q: f(q, "chunked"), (Q,), (Q,))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("rate", [1.0, jnp.float32(1)])
 def test_rate_one_gives_zeros_also_for_values_whose_sum_overflows(implementation, rate):
     q = jnp.ones((1, 4, 2, 8))
