@@ -7,6 +7,7 @@ elementwise linear map, which is its own transpose. The primitive batches to its
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,9 +21,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop import decisions
 from jdrop._shards import explicit_sharding, repeat_like, vary_together
-from jdrop.bits import Pair
+from jdrop.bits import MIN_COLUMNS, Pair
 
 _STATIC = ("rule", "layout", "batch")
+_SHARING = 16  # elements to a decision, from where on decisions are stored on CPU
+_LONG, _WIDEST = 2**14, 1024  # elements of an axis that is long, and of the rows that it is cut in
 
 
 class Draw(NamedTuple):
@@ -47,7 +50,8 @@ class Draw(NamedTuple):
     def kept(self, size: tuple[Any, ...] | None = None) -> Array:
         """Which decisions keep: a bool array with 1 on shared axes; ``size`` if decisions are not as many as data."""
         size = self.size if size is None else size
-        return decisions.keep(self.layout, self.words, self.rate, size, self.start, sharding=self._spread(size))
+        kept = decisions.keep(self.layout, self.words, self.rate, size, self.start, sharding=self._spread(size))
+        return self.once(kept)
 
     def word(self, size: tuple[Any, ...] | None = None) -> Array:
         """The uint32 words behind the decisions of ``generator="fast"``; as :meth:`kept`."""
@@ -57,6 +61,16 @@ class Draw(NamedTuple):
     def probability(self, dtype: Any) -> Array:
         """The probability that a decision really keeps with."""
         return decisions.keep_probability(self.layout.source, self.rate, dtype)
+
+    def once(self, drawn: Array) -> Array:
+        """Return what was drawn, so that XLA for CPU makes it once for all elements that share it.
+
+        XLA would draw again for each of them, except along the last axis, where LLVM takes it out of the loop.
+        """
+        static = all(isinstance(n, int) for n in self.size)
+        if not (self.on_cpu and static and self.size and drawn.shape[-1] == self.size[-1]):
+            return drawn
+        return _stored(drawn) if drawn.size * _SHARING <= math.prod(self.size) else drawn
 
     def _spread(self, size: tuple[Any, ...]) -> NamedSharding | None:
         if self.sharding is None:
@@ -164,25 +178,53 @@ def draw(
     return Draw(layout, words, rate, x.shape, places, explicit_sharding(jax.typeof(x).sharding), on_cpu)
 
 
-def _one(*operands: Array, rule: Rule, layout: decisions.Layout, on_cpu: bool) -> Array:
-    """The rule in plain jnp, for one example."""
+def _stored(x: Array) -> Array:
+    """Return a small array of bools or float32 in a way that XLA cannot fuse it into the loop that reads it.
+
+    XLA for CPU removes barriers before it fuses; what it does not fuse is two arrays in one, if both are read.
+    """
+    bits = x if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
+    both = lax.optimization_barrier(jnp.stack([bits, ~bits]))
+    bits = both[0] & ~both[1]
+    return bits if x.dtype == bool else lax.bitcast_convert_type(bits, x.dtype)
+
+
+def _one(*operands: Array, rule: Rule, layout: decisions.Layout, on_cpu: bool, alone: bool = False) -> Array:
+    """The rule in plain jnp, for one example; ``alone``: on the one CPU of the whole computation, and of no vmap."""
     data, (words, rate, *places) = operands[: _data(rule)], operands[_data(rule) :]
-    return rule.value(draw(data[0], words, rate, tuple(places), layout, on_cpu=on_cpu), *data)
+    shape = data[0].shape
+    if alone and not places and np.ndim(rate) == 0 and (width := _width(layout, jax.typeof(data[0]))):
+        layout = layout._replace(shape=(shape[0] // width, width), cut=True)
+        data = tuple(x.reshape(layout.shape) for x in data)
+    return rule.value(draw(data[0], words, rate, tuple(places), layout, on_cpu=on_cpu), *data).reshape(shape)
+
+
+def _width(layout: decisions.Layout, x: Any) -> int:
+    """Return the width of the rows to cut an array of one long axis in, or 0.
+
+    In a loop over all of a long axis LLVM for CPU counts in 64 bits, in wide vectors that slow down all others. A
+    device of a mesh could not cut its part of an axis without the others.
+    """
+    long = layout.source == "fast" and layout.shape == x.shape and x.ndim == 1 and isinstance(x.shape[0], int)
+    if not long or x.shape[0] < _LONG:
+        return 0
+    width = min(x.shape[0] & -x.shape[0], _WIDEST)  # the largest power of two that divides it
+    return width if width >= MIN_COLUMNS else 0
 
 
 def _data(rule: Rule) -> int:
     return max(1, len(rule.partials))
 
 
-def _batched(*operands: Array, batch: tuple[Any, ...], **static: Any) -> Array:
+def _batched(*operands: Array, batch: tuple[Any, ...], alone: bool, **static: Any) -> Array:
     """The rule under as many levels of vmap as ``batch`` has entries: the axes of the operands in each."""
-    f = functools.partial(_one, **static)
+    f = functools.partial(_one, **static, alone=alone and not batch)
     for axes in batch:
         f = jax.vmap(f, in_axes=axes, out_axes=axes[0])
     return f(*operands)
 
 
-_plain = jax.jit(_batched, static_argnames=(*_STATIC, "on_cpu"))  # traced once for all calls of one shape
+_plain = jax.jit(_batched, static_argnames=(*_STATIC, "on_cpu", "alone"))  # traced once for all calls of one shape
 
 _draw_p = Primitive("jdrop_draw")
 _compiled = jax.jit(_draw_p.bind, static_argnames=_STATIC)
@@ -195,9 +237,16 @@ def _(*operands: Array, **static: Any) -> Any:
 
 
 _draw_p.def_abstract_eval(lambda x, *operands, **static: x.update(weak_type=False))
-for _platform in (None, "cpu"):
-    _lowering = mlir.lower_fun(functools.partial(_plain, on_cpu=_platform == "cpu"), multiple_results=False)
-    mlir.register_lowering(_draw_p, _lowering, platform=_platform)
+
+
+def _lower(context: Any, *operands: Any, on_cpu: bool, **static: Any) -> Any:
+    alone = on_cpu and getattr(context.module_context.axis_context, "num_devices", None) == 1
+    plain = functools.partial(_plain, on_cpu=on_cpu, alone=alone)
+    return mlir.lower_fun(plain, multiple_results=False)(context, *operands, **static)
+
+
+mlir.register_lowering(_draw_p, functools.partial(_lower, on_cpu=False))
+mlir.register_lowering(_draw_p, functools.partial(_lower, on_cpu=True), platform="cpu")
 
 
 def _jvp(primals: Any, tangents: Any, *, rule: Rule, batch: tuple[Any, ...], **static: Any) -> Any:

@@ -27,6 +27,7 @@ Pair = tuple[Any, Any]  # two uint32 arrays or scalars: a key, a counter, or (hi
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
+_GOLDEN = np.uint32(0x9E3779B9)
 
 
 def threefry2x32(key: Pair, counter: Pair) -> Pair:
@@ -58,7 +59,7 @@ def mix(row_key: Pair, col: Array) -> Array:
 
     Multipliers: the golden ratio and three constants from C. Wellons' hash-prospector search.
     """
-    x = col * np.uint32(0x9E3779B9) + row_key[0]
+    x = col * _GOLDEN + row_key[0]
     y = col ^ row_key[1]
     x = x ^ (x >> np.uint32(16))
     y = y + x * np.uint32(0x7FEB352D)
@@ -78,6 +79,17 @@ def word(seed: Pair, row: Pair, col: Array) -> Array:
       col: the element's column, uint32; rows and columns broadcast against each other.
     """
     return mix(row_keys(seed, row), col)
+
+
+def one_row(seed: Pair, blocks: int, width: int) -> Array:
+    """Return the words of the row 0 in blocks: ``word(seed, (0, 0), i * width + j)``, uint32 [blocks, width].
+
+    ``width`` is a power of two, so the bits of ``i * width`` and of j do not meet, and the first joins the row's key.
+    """
+    first = lax.broadcasted_iota(jnp.uint32, (blocks, 1), 0) * np.uint32(width)
+    key = threefry2x32(seed, (np.uint32(0), np.uint32(0)))
+    keys = lax.optimization_barrier(jnp.stack([first * _GOLDEN + key[0], first ^ key[1]]))
+    return mix((keys[0], keys[1]), lax.broadcasted_iota(jnp.uint32, (1, width), 1))
 
 
 class Coordinates(NamedTuple):

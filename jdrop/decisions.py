@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop import _checks, keys
-from jdrop.bits import MIN_COLUMNS, WORD, Pair, coordinates, indices, place, threefry2x32, word
+from jdrop.bits import MIN_COLUMNS, WORD, Pair, coordinates, indices, one_row, place, threefry2x32, word
 
 Generator = Literal["fast", "jax"]
 GENERATORS = ("fast", "jax")
@@ -29,6 +29,8 @@ class Layout(NamedTuple):
     """Shape of the whole mask; 1 on shared axes."""
     source: Any
     """``"fast"``; ``"indexed"`` for ``jax.random`` bits by index; else a key implementation of ``jax.random``."""
+    cut: bool = False
+    """Whether the shape is [blocks, width] for a mask of one axis that is cut so (see :func:`jdrop.bits.one_row`)."""
 
 
 def mask_shape(function: str, shape: Sequence[Any], shared_axes: Any) -> tuple[Any, ...]:
@@ -185,6 +187,8 @@ def word_of(
     size, start, sharding = _own(layout, size, start, sharding)
     # The barrier keeps XLA from merging the masks of the forward and the backward pass, and so storing one.
     seed = lax.optimization_barrier(words)
+    if layout.cut:
+        return one_row((seed[0], seed[1]), *size)
     row, col = indices(layout.shape, size, start, sharding)
     return word((seed[0], seed[1]), row, col)
 

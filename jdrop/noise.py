@@ -147,13 +147,13 @@ def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
 def _multiply(draw: Draw, x: Array) -> Array:
     real = _linear.real_dtype(x)
     rate = jnp.clip(draw.rate, 0, _BELOW_ONE).astype(real)  # NaN stays NaN
-    factor = 1 + jnp.sqrt(rate / (1 - rate)) * normal(draw.word()).astype(real)
+    factor = 1 + jnp.sqrt(rate / (1 - rate)) * draw.once(normal(draw.word())).astype(real)
     return draw.multiply(x, factor, where=jnp.ones_like(factor, bool))
 
 
 def _add(draw: Draw, x: Array) -> Array:
-    real = _linear.real_dtype(x)
-    return (x.astype(real) + jnp.maximum(draw.rate, 0).astype(real) * normal(draw.word()).astype(real)).astype(x.dtype)
+    real, noise = _linear.real_dtype(x), draw.once(normal(draw.word()))
+    return (x.astype(real) + jnp.maximum(draw.rate, 0).astype(real) * noise.astype(real)).astype(x.dtype)
 
 
 def _pass(draw: Draw, x: Array) -> Array:

@@ -8,8 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jdrop import _linear, _member, decisions, dropout, dropout_mask
+from jdrop import (
+    _linear,
+    _member,
+    alpha_dropout,
+    decisions,
+    dropout,
+    dropout_mask,
+    gaussian_dropout,
+    gaussian_noise,
+    zoneout,
+)
 
 KEY = jax.random.key(11)
 X = jnp.sin(jnp.arange(6.0 * 200).reshape(6, 200)) + 2
@@ -278,6 +289,71 @@ def test_forward_is_one_loop_over_elements_with_the_row_hash_outside():
     assert len(wide) <= 5, body  # 4 of the mix, one of them by column alone, and the scale
     assert len(re.findall(r" xor\(", body)) <= 6, body  # 20 more would be the row hash
     assert not re.search(r"u32\[512,1024\]|pred\[512,1024\]", text.split("ENTRY")[1]), "a mask is written to memory"
+
+
+def hashes(text, shape):
+    """Fused computations that mix words, those that make an array of a shape, and those that do both."""
+    fused = [c for c in re.split(r"\n\n", text) if "fused" in c.split("(")[0]]
+    mixing = {c for c in fused if str(0x7FEB352D) in c}
+    making = {c for c in fused if re.search(rf"ROOT .* = f32\[{','.join(map(str, shape))}\]", c)}
+    return mixing, making, mixing & making
+
+
+@pytest.mark.parametrize(
+    ("shape", "shared"), [((16, 64, 256), 1), ((4, 8, 32, 64), (0, 1)), ((64, 8, 128), (0,)), ((16, 64, 256), (0, 1))]
+)
+@pytest.mark.parametrize("member", [dropout, alpha_dropout, gaussian_dropout, gaussian_noise])
+def test_shared_decisions_are_drawn_once_on_a_cpu(member, shape, shared):
+    def f(k, x):
+        y, pull = jax.vjp(lambda x: member(k, x, 0.3, train=True, shared_axes=shared), x)
+        return y, pull(y)[0]
+
+    mixing, making, both = hashes(jax.jit(f).lower(KEY, jnp.ones(shape)).compile().as_text(), shape)
+    assert mixing and making and not both
+
+
+def test_decisions_that_few_elements_share_are_drawn_again():
+    """They would take as much memory as the data; and the search of the test above finds what it looks for."""
+    shape = (4, 512, 256)
+    text = jax.jit(lambda k, x: drop(x, k, shared_axes=0)).lower(KEY, jnp.ones(shape)).compile().as_text()
+    assert hashes(text, shape)[2]
+
+
+def blocks(f, *args):
+    """How many blocks a long axis is cut in: each has a key of two words."""
+    return {int(n) for n in re.findall(r"u32\[2,(\d+),1\]", jax.jit(f).lower(*args).compile().as_text())}
+
+
+@pytest.mark.parametrize(
+    ("n", "width"), [(2**14, 1024), (3 * 2**14, 1024), (2**14 + 128, 128), (2**14 + 64, 0), (2**14 - 1024, 0)]
+)
+def test_a_long_axis_is_cut_on_one_cpu_and_keeps_its_bits(n, width):
+    x = jnp.cos(jnp.arange(float(n)))
+    mask = np.asarray(dropout_mask(KEY, (n,), 0.4))  # made without a cut
+    f = jax.jit(lambda k, x: drop(x, k))
+    assert blocks(f, KEY, x) == ({n // width} if width else set())
+    same(f(KEY, x), drop(x))
+    same(f(KEY, jnp.ones(n)) != 0, mask)
+    same(jax.grad(lambda x: f(KEY, x).sum())(x), f(KEY, jnp.ones(n)))
+    same(zoneout(KEY, x, 0.4, -x, train=True), jnp.where(mask, x, -x))
+    rates = jnp.full(n, 0.4)
+    same(drop(x, rate=rates), f(KEY, x))
+    same(drop(x.astype(jnp.bfloat16)) != 0, mask & (x.astype(jnp.bfloat16) != 0))
+    same(jax.vmap(drop)(jnp.stack([x, 2 * x])), jnp.stack([f(KEY, x), 2 * f(KEY, x)]))
+    assert not blocks(jax.vmap(drop), jnp.stack([x, 2 * x]))  # the loop over a row of many starts at 0
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_a_long_axis_on_a_mesh_is_not_cut(axis_type):
+    n = 2**14 + 128  # 129 blocks, which 8 devices could not share
+    for devices in (1, 8):
+        mesh = jax.make_mesh((devices,), ("i",), axis_types=(axis_type,), devices=jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            x = jax.device_put(jnp.ones(n), NamedSharding(mesh, PartitionSpec("i")))
+            y = jax.jit(drop)(x)
+            assert blocks(drop, x) == ({129} if devices == 1 else set())
+            assert y.sharding == x.sharding
+        same(y, drop(jnp.ones(n)))
 
 
 # ------------------------------------------------------------------------------------ export and other platforms
