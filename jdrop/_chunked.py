@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jdrop import _linear, _scores, _tiles, decisions
-from jdrop._linear import real_dtype
+from jdrop import _loops, _scores, _tiles, decisions
+from jdrop._loops import real_dtype
 from jdrop._scores import Given, Problem
 from jdrop._shards import explicit_sharding, names_of, tile, vary_like, vary_together
 from jdrop._tiles import At, Plan, Segment
@@ -111,7 +111,7 @@ def _after(plan: Plan, before: list[Array]) -> Array | None:
     if not before or not plan.in_turn:
         return None
     word = lax.bitcast_convert_type(before[-1][..., :1, :1].astype(jnp.float32), jnp.uint32)
-    return _linear.hidden(word, 0x80000000)
+    return _loops.hidden(word, 0x80000000)
 
 
 def _over_blocks(f: Callable[[Any, Array], tuple[Any, Any]], carry: Any, segment: Segment) -> tuple[Any, Any]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jdrop import _linear, _member, _scores
+from jdrop import _linear, _loops, _member, _scores
 from jdrop._scores import Given, Problem
 from jdrop._shards import explicit_sharding
 
@@ -18,7 +18,7 @@ def attend(problem: Problem, query: Array, key: Array, value: Array, bias: Array
     if groups > 1:
         spread = explicit_sharding(jax.typeof(key).sharding)
         key, value = (jnp.repeat(x, groups, axis=2, out_sharding=spread) for x in (key, value))
-    products = jnp.einsum("bqnh,bknh->bnqk", query, key, preferred_element_type=_linear.real_dtype(query))
+    products = jnp.einsum("bqnh,bknh->bnqk", query, key, preferred_element_type=_loops.real_dtype(query))
     queries = _scores.first_query(problem, given) + lax.broadcasted_iota(jnp.int32, (1, 1, query.shape[1], 1), 2)
     keys = lax.broadcasted_iota(jnp.int32, (1, 1, 1, key.shape[1]), 3)
     s, may_be_blind = _scores.logits(problem, products, bias, given, queries, keys)

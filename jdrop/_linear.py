@@ -14,18 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdrop import decisions
+from jdrop import _loops, decisions
 from jdrop._shards import explicit_sharding, repeat_like, vary_together
-from jdrop.bits import MIN_COLUMNS, Pair
+from jdrop.bits import Pair
 
 _STATIC = ("rule", "layout", "batch")
 _SHARING = 16  # elements to a decision, from where on decisions are stored on CPU
-_LONG, _WIDEST = 2**14, 1024  # elements of an axis that is long, and of the rows that it is cut in
 
 
 class Draw(NamedTuple):
@@ -70,7 +69,7 @@ class Draw(NamedTuple):
         static = all(isinstance(n, int) for n in self.size)
         if not (self.on_cpu and static and self.size and drawn.shape[-1] == self.size[-1]):
             return drawn
-        return _stored(drawn) if drawn.size * _SHARING <= math.prod(self.size) else drawn
+        return _loops.stored(drawn) if drawn.size * _SHARING <= math.prod(self.size) else drawn
 
     def _spread(self, size: tuple[Any, ...]) -> NamedSharding | None:
         if self.sharding is None:
@@ -79,8 +78,8 @@ class Draw(NamedTuple):
         return self.sharding.update(spec=PartitionSpec(*spec))
 
     def multiply(self, x: Array, factor: Array, *, where: Array) -> Array:
-        """:func:`multiply`, as it is fastest on this platform."""
-        return multiply(x, factor, where=where, words=self.words if self.on_cpu else None)
+        """:func:`jdrop._loops.multiply`, as it is fastest on this platform."""
+        return _loops.multiply(x, factor, where=where, words=self.words if self.on_cpu else None)
 
 
 class Rule(NamedTuple):
@@ -114,79 +113,11 @@ def apply(
     return _draw_p.bind(*operands, rule=rule, layout=layout, batch=())
 
 
-def real_dtype(x: Array) -> Any:
-    """The dtype that x is scaled in."""
-    return jnp.float64 if x.dtype in (jnp.float64, jnp.complex128) else jnp.float32
-
-
-def multiply(x: Array, factor: Array, *, where: Array, words: Array | None = None) -> Array:
-    """Multiply by a real factor in float32 (float64 for float64 x), rounded once; exactly 0 elsewhere.
-
-    With ``words`` the form is the one for a CPU: a multiplication and an addition of what the compiler does not know to
-    be 1 and 0. A single operation LLVM makes one masked instruction with load and selection: the load then waits for
-    the mask, and dropout takes twice as long as it takes to read x.
-    """
-    if jnp.iscomplexobj(x):
-        return jnp.where(where, lax.complex(x.real * factor, x.imag * factor), jnp.zeros((), x.dtype))
-    product = x.astype(factor.dtype)
-    if words is None:
-        product = product * factor
-    else:
-        word = lax.optimization_barrier(words)[0]  # or what the words were made from would join the loop
-        one, minus_zero = (hidden(word, bits).astype(factor.dtype) for bits in (0x3F800000, 0x80000000))
-        product = product * (factor * one) + minus_zero  # -0.0 changes no number, not even a zero's sign
-    product = jnp.where(where, product, jnp.zeros((), factor.dtype))
-    return _round_to_bfloat16(product) if words is not None and x.dtype == jnp.bfloat16 else product.astype(x.dtype)
-
-
-def choose(kept: Array, x: Array, y: Array, words: Array) -> Array:
-    """Return ``where(kept, x, y)``, bit by bit, so that loads do not wait for the mask (see :func:`multiply`)."""
-    if jnp.iscomplexobj(x):
-        return jnp.where(kept, x, y)
-    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    a, b = lax.bitcast_convert_type(x, bits), lax.bitcast_convert_type(y, bits)
-    zero = _hidden_zero(lax.optimization_barrier(words)[0])
-    mask = jnp.where(kept, ~zero.astype(bits), jnp.zeros((), bits))
-    return lax.bitcast_convert_type(((a ^ b) & mask) ^ b, x.dtype)
-
-
-def hidden(word: Array, bits: int) -> Array:
-    """Return the float32 of these bits, in the shape of a uint32 word, so that no compiler knows it."""
-    return lax.bitcast_convert_type(_hidden_zero(word) | np.uint32(bits), jnp.float32)
-
-
-def _hidden_zero(word: Array) -> Array:
-    """Return 0, uint32: ``w * (w + 1)`` is even, which no compiler knows."""
-    return word * (word + np.uint32(1)) & np.uint32(1)
-
-
-def _round_to_bfloat16(x: Array) -> Array:
-    """Round float32 to nearest even in five integer operations, where XLA's own form on CPU takes eight.
-
-    It leaves out the case of a NaN whose payload lies in the lower half alone, which no product with a bfloat16 has.
-    """
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    half = np.uint32(16)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> half) & np.uint32(1))) >> half
-    return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
-
-
 def draw(
     x: Array, words: Array, rate: Array, places: tuple[Array, ...], layout: decisions.Layout, *, on_cpu: bool = False
 ) -> Draw:
     """Return the draw for data of the shape and sharding of x."""
     return Draw(layout, words, rate, x.shape, places, explicit_sharding(jax.typeof(x).sharding), on_cpu)
-
-
-def _stored(x: Array) -> Array:
-    """Return a small array of bools or float32 in a way that XLA cannot fuse it into the loop that reads it.
-
-    XLA for CPU removes barriers before it fuses; what it does not fuse is two arrays in one, if both are read.
-    """
-    bits = x if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
-    both = lax.optimization_barrier(jnp.stack([bits, ~bits]))
-    bits = both[0] & ~both[1]
-    return bits if x.dtype == bool else lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _one(*operands: Array, rule: Rule, layout: decisions.Layout, on_cpu: bool, alone: bool = False) -> Array:
@@ -202,14 +133,10 @@ def _one(*operands: Array, rule: Rule, layout: decisions.Layout, on_cpu: bool, a
 def _width(layout: decisions.Layout, x: Any) -> int:
     """Return the width of the rows to cut an array of one long axis in, or 0.
 
-    In a loop over all of a long axis LLVM for CPU counts in 64 bits, in wide vectors that slow down all others. A
-    device of a mesh could not cut its part of an axis without the others.
+    A device of a mesh could not cut its part of an axis without the others.
     """
-    long = layout.source == "fast" and layout.shape == x.shape and x.ndim == 1 and isinstance(x.shape[0], int)
-    if not long or x.shape[0] < _LONG:
-        return 0
-    width = min(x.shape[0] & -x.shape[0], _WIDEST)  # the largest power of two that divides it
-    return width if width >= MIN_COLUMNS else 0
+    one_axis = layout.source == "fast" and layout.shape == x.shape and x.ndim == 1 and isinstance(x.shape[0], int)
+    return _loops.row_width(x.shape[0]) if one_axis else 0
 
 
 def _data(rule: Rule) -> int:

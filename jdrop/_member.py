@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop import _checks, _linear, _shards, decisions
+from jdrop import _checks, _linear, _loops, _shards, decisions
 from jdrop._linear import Draw, Rule
 from jdrop._shards import Shard
 from jdrop.decisions import Generator, Layout, RateLike
@@ -85,7 +85,7 @@ def check(
 
 def scale(draw: Draw, x: Array, kept: Array) -> Array:
     """Divide by the keep probability where x is kept, 0 elsewhere."""
-    return draw.multiply(x, 1 / draw.probability(_linear.real_dtype(x)), where=kept)  # 1 / 0 where nothing is kept
+    return draw.multiply(x, 1 / draw.probability(_loops.real_dtype(x)), where=kept)  # 1 / 0 where nothing is kept
 
 
 def _scale(draw: Draw, x: Array) -> Array:
@@ -103,7 +103,7 @@ def _select_dropped(draw: Draw, x: Array) -> Array:
 
 def _one_or_nan(draw: Draw, x: Array) -> Array:
     """The factor of values that are not scaled: 1, or NaN where the rate is."""
-    keep = draw.probability(_linear.real_dtype(x))
+    keep = draw.probability(_loops.real_dtype(x))
     return jnp.where(jnp.isnan(keep), keep, jnp.ones_like(keep))
 
 

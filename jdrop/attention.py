@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop import _checks, _chunked, _dense, _linear, _member, _shards, decisions
+from jdrop import _checks, _chunked, _dense, _loops, _member, _shards, decisions
 from jdrop._scores import Drawn, Given, Problem
 from jdrop._shards import Shard
 from jdrop.decisions import Generator, RateLike
@@ -222,5 +222,5 @@ def _scaled(query: Array, scale: Any) -> tuple[Array, float]:
     if isinstance(scale, Array):
         _checks.array(_NAME, "scale", scale, _checks.FLOATS)
         _checks.broadcasts(_NAME, "scale", scale, ())
-        return (query * scale.astype(_linear.real_dtype(query))).astype(query.dtype), 1.0
+        return (query * scale.astype(_loops.real_dtype(query))).astype(query.dtype), 1.0
     return query, _checks.number(_NAME, "scale", scale, -np.inf, np.inf)

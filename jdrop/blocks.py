@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jdrop import _checks, _linear, _member
+from jdrop import _checks, _loops, _member
 from jdrop._linear import Draw, Rule
 from jdrop._shards import Shard
 from jdrop.decisions import Generator, RateLike, with_ones
@@ -133,7 +133,7 @@ def _gamma(rate: np.ndarray | Array, share: float) -> np.ndarray | Array:
     """The probability that a block starts, ``rate * share``; certain at rate 1."""
     if isinstance(rate, np.ndarray):
         return np.where(rate == 1, 1.0, rate.astype(np.float64) * share)
-    wide = rate.astype(_linear.real_dtype(rate))
+    wide = rate.astype(_loops.real_dtype(rate))
     return jnp.where(wide >= 1, jnp.ones_like(wide), wide * jnp.asarray(share, wide.dtype))
 
 
@@ -159,7 +159,7 @@ class _Blocks:
         dropped = _spread(~draw.kept(self.starts(draw.size)), self.space, self.block)
         kept = ~dropped
         size = math.prod(kept.shape[axis] for axis in self.example)
-        real = _linear.real_dtype(x)
+        real = _loops.real_dtype(x)
         count = jnp.sum(kept, axis=self.example, keepdims=True, dtype=jnp.int32).astype(real)
         scale = size / count  # infinite where all is dropped, and then not used
         nan = jnp.any(jnp.isnan(draw.rate), axis=[a for a in self.example if a < draw.rate.ndim], keepdims=True)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jdrop import _checks, _linear, _member, decisions, keys
+from jdrop import _checks, _linear, _loops, _member, decisions, keys
 from jdrop._shards import Shard
 from jdrop.decisions import Generator, RateLike
 
@@ -79,7 +79,7 @@ def bias_dropout_add(
 @functools.partial(jax.jit, static_argnames="layout")
 def _bias_dropout_add(x: Array, bias: Array | None, residual: Array, draw: Any, *, layout: Any) -> Array:
     """One compiled call, so that all of it is computed in float32 and rounded once, in a jit or not."""
-    wide = x.dtype if jnp.iscomplexobj(x) else _linear.real_dtype(x)
+    wide = x.dtype if jnp.iscomplexobj(x) else _loops.real_dtype(x)
     y = x.astype(wide)
     if bias is not None:
         y = y + _checks.ranked(bias, x.ndim).astype(wide)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop import _checks, _linear, _member, decisions
+from jdrop import _checks, _loops, _member, decisions
 from jdrop._linear import Draw, Rule
 from jdrop._shards import Shard
 from jdrop.decisions import Generator, RateLike
@@ -91,8 +91,8 @@ def dropout(
 def _expectation(x: Array, rate: np.ndarray | Array, generator: Generator) -> Array:
     """``x * keep_probability``: what evaluation does in the original form."""
     x = jnp.asarray(x)
-    keep = decisions.expectation(rate, generator, _linear.real_dtype(x))
-    return _linear.multiply(x, keep, where=keep != 0)
+    keep = decisions.expectation(rate, generator, _loops.real_dtype(x))
+    return _loops.multiply(x, keep, where=keep != 0)
 
 
 _LIMIT = -1.7580993408473766  # SELU(-inf) = -alpha * lambda of Klambauer et al.
@@ -159,7 +159,7 @@ def _alpha(draw: Draw, x: Array) -> Array:
 
 
 def _alpha_factor(draw: Draw, x: Array) -> tuple[Array, Array]:
-    q = draw.probability(_linear.real_dtype(x))
+    q = draw.probability(_loops.real_dtype(x))
     some = jnp.where(q == 0, jnp.ones_like(q), q)
     # q + s**2 * q * (1 - q), without a sum of a product, which a compiler may or may not contract; exactly 1 for q = 1
     a = jnp.sqrt(1 / (some * (_LIMIT**2 * ((1 + _LIMIT**-2) - some))))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jdrop import _checks, _linear, _member
+from jdrop import _checks, _loops, _member
 from jdrop._linear import Draw, Rule
 from jdrop._shards import Shard
 from jdrop.decisions import RateLike
@@ -145,14 +145,14 @@ def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
 
 
 def _multiply(draw: Draw, x: Array) -> Array:
-    real = _linear.real_dtype(x)
+    real = _loops.real_dtype(x)
     rate = jnp.clip(draw.rate, 0, _BELOW_ONE).astype(real)  # NaN stays NaN
     factor = 1 + jnp.sqrt(rate / (1 - rate)) * draw.once(normal(draw.word())).astype(real)
     return draw.multiply(x, factor, where=jnp.ones_like(factor, bool))
 
 
 def _add(draw: Draw, x: Array) -> Array:
-    real, noise = _linear.real_dtype(x), draw.once(normal(draw.word()))
+    real, noise = _loops.real_dtype(x), draw.once(normal(draw.word()))
     return (x.astype(real) + jnp.maximum(draw.rate, 0).astype(real) * noise.astype(real)).astype(x.dtype)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jdrop import _checks, _linear, _member, decisions
+from jdrop import _checks, _loops, _member, decisions
 from jdrop._shards import Shard, vary_like, vary_together
 from jdrop.decisions import Generator, RateLike
 
@@ -123,11 +123,11 @@ def stochastic_depth(
         return x + branch(x)
     words, traced, _, layout = call._replace(names=()).operands()  # one decision: no tile is a part of it
     kept = decisions.keep(layout, words, lax.stop_gradient(traced), ())
-    keep = decisions.keep_probability(layout.source, lax.stop_gradient(traced), _linear.real_dtype(x))
+    keep = decisions.keep_probability(layout.source, lax.stop_gradient(traced), _loops.real_dtype(x))
     x, kept, keep = vary_together(x, kept, keep)
 
     def added(x: Array) -> Array:
-        return x + _linear.multiply(branch(x), 1 / keep, where=jnp.ones_like(kept))
+        return x + _loops.multiply(branch(x), 1 / keep, where=jnp.ones_like(kept))
 
     out = jax.typeof(x)
     if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, fn may vary over more axes than x

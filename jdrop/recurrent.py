@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop import _checks, _linear, _member, decisions
+from jdrop import _checks, _loops, _member, decisions
 from jdrop._linear import Draw, Rule
 from jdrop._shards import Shard
 from jdrop.decisions import Generator, RateLike
@@ -116,7 +116,7 @@ def zoneout(
         return new
     if call.train:
         return call.apply(_ZONEOUT, after, before)
-    return _mix(after, before, decisions.expectation(call.rate, generator, _linear.real_dtype(after)))
+    return _mix(after, before, decisions.expectation(call.rate, generator, _loops.real_dtype(after)))
 
 
 @jax.jit
@@ -125,13 +125,13 @@ def _mix(new: Array, old: Array, keep: Array) -> Array:
     terms = []
     for x, share in ((new, keep), (old, 1 - keep)):
         wide = x if jnp.iscomplexobj(x) else x.astype(share.dtype)
-        terms.append(_linear.multiply(wide, share, where=share != 0))
+        terms.append(_loops.multiply(wide, share, where=share != 0))
     return (terms[0] + terms[1]).astype(new.dtype)
 
 
 def _choose(draw: Draw, new: Array, old: Array) -> Array:
     nan = jnp.isnan(draw.probability(np.float32))
-    return jnp.where(nan, jnp.full((), jnp.nan, new.dtype), _linear.choose(draw.kept(), new, old, draw.words))
+    return jnp.where(nan, jnp.full((), jnp.nan, new.dtype), _loops.choose(draw.kept(), new, old, draw.words))
 
 
 _ZONEOUT = Rule(_choose, (_member.KEPT, _member.DROPPED))

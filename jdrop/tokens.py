@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jdrop import _checks, _linear, _member, decisions
+from jdrop import _checks, _linear, _loops, _member, decisions
 from jdrop._shards import Shard, explicit_sharding
 from jdrop.decisions import Generator, RateLike
 
@@ -98,7 +98,7 @@ def _replace(ids: Array, new: Array, protect: Array | None, draw: Any, *, layout
     kept = _linear.draw(ids, words, rate, places, layout).kept()
     if protect is not None:
         kept = kept | _checks.ranked(jnp.asarray(protect), ids.ndim)
-    return _linear.choose(kept, ids, new, words)
+    return _loops.choose(kept, ids, new, words)
 
 
 def patch_dropout(

@@ -21,7 +21,7 @@ import jdrop
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
-    ["_checks", "bits"],
+    ["_checks", "bits", "_loops"],
     ["schedules", "_shards"],
     ["keys"],
     ["decisions"],
