@@ -67,7 +67,7 @@ def test_kept_values_are_the_product_rounded_once(dtype, rate, on_cpu_kernel, x6
 
 
 def test_bfloat16_is_rounded_as_xla_does_for_every_value():
-    from jdrop._linear import _round_to_bfloat16
+    from jdrop._loops import _round_to_bfloat16
 
     top = np.arange(2**16, dtype=np.uint32) << 16
     for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
@@ -89,7 +89,7 @@ def test_zeros_keep_their_signs():
 
 
 def test_the_hidden_zero_is_zero():
-    from jdrop._linear import _hidden_zero
+    from jdrop._loops import _hidden_zero
 
     words = np.random.default_rng(0).integers(0, 2**32, (2, 10**6), dtype=np.uint64).astype(np.uint32)
     words[0, :4] = 0, 1, 2**32 - 1, 2**31

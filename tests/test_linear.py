@@ -341,6 +341,13 @@ def test_a_long_axis_is_cut_on_one_cpu_and_keeps_its_bits(n, width):
     same(drop(x.astype(jnp.bfloat16)) != 0, mask & (x.astype(jnp.bfloat16) != 0))
     same(jax.vmap(drop)(jnp.stack([x, 2 * x])), jnp.stack([f(KEY, x), 2 * f(KEY, x)]))
     assert not blocks(jax.vmap(drop), jnp.stack([x, 2 * x]))  # the loop over a row of many starts at 0
+    for member in (gaussian_noise, alpha_dropout):
+        np.testing.assert_allclose(
+            member(KEY, x, 0.4, train=True),
+            jax.vmap(lambda x, member=member: member(KEY, x, 0.4, train=True))(x[None])[0],
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
