@@ -24,7 +24,7 @@ from jdrop._shards import explicit_sharding, repeat_like, vary_together
 from jdrop.bits import Pair
 
 _STATIC = ("rule", "layout", "batch")
-_SHARING = 16  # elements to a decision, from where on decisions are stored on CPU
+_SHARING = 16  # how many elements have to share each byte of what is stored, on CPU
 
 
 class Draw(NamedTuple):
@@ -69,7 +69,8 @@ class Draw(NamedTuple):
         static = all(isinstance(n, int) for n in self.size)
         if not (self.on_cpu and static and self.size and drawn.shape[-1] == self.size[-1]):
             return drawn
-        return _loops.stored(drawn) if drawn.size * _SHARING <= math.prod(self.size) else drawn
+        few = drawn.size * drawn.dtype.itemsize * _SHARING <= math.prod(self.size)
+        return _loops.stored(drawn) if few else drawn
 
     def _spread(self, size: tuple[Any, ...]) -> NamedSharding | None:
         if self.sharding is None:
@@ -86,7 +87,7 @@ class Rule(NamedTuple):
     """What a member does to its data."""
 
     value: Callable[..., Array]
-    """``(draw, *data) -> y``, of the shape and dtype of the data."""
+    """``(draw, *data) -> y``, of the shape and dtype of the data; on one axis it works element by element."""
     partials: tuple["Rule", ...] = ()
     """The derivative by each of the data, linear and elementwise. None: ``value`` is so, in its one datum."""
 
@@ -121,22 +122,22 @@ def draw(
 
 
 def _one(*operands: Array, rule: Rule, layout: decisions.Layout, on_cpu: bool, alone: bool = False) -> Array:
-    """The rule in plain jnp, for one example; ``alone``: on the one CPU of the whole computation, and of no vmap."""
+    """The rule in plain jnp, for one example.
+
+    ``alone``: one CPU runs the whole computation, and under no vmap. Then a long axis may be looped over in rows.
+    """
     data, (words, rate, *places) = operands[: _data(rule)], operands[_data(rule) :]
     shape = data[0].shape
-    if alone and not places and np.ndim(rate) == 0 and (width := _width(layout, jax.typeof(data[0]))):
+    if alone and not places and np.ndim(rate) == 0 and (width := _width(layout, data[0])):
         layout = layout._replace(shape=(shape[0] // width, width), cut=True)
         data = tuple(x.reshape(layout.shape) for x in data)
     return rule.value(draw(data[0], words, rate, tuple(places), layout, on_cpu=on_cpu), *data).reshape(shape)
 
 
-def _width(layout: decisions.Layout, x: Any) -> int:
-    """Return the width of the rows to cut an array of one long axis in, or 0.
-
-    A device of a mesh could not cut its part of an axis without the others.
-    """
-    one_axis = layout.source == "fast" and layout.shape == x.shape and x.ndim == 1 and isinstance(x.shape[0], int)
-    return _loops.row_width(x.shape[0]) if one_axis else 0
+def _width(layout: decisions.Layout, x: Array) -> int:
+    """Return the width of the rows to loop over an array of one axis in, or 0."""
+    one_axis = layout.source == "fast" and x.ndim == 1 and layout.shape == x.shape and isinstance(x.shape[0], int)
+    return _loops.row_width(x.shape[0]) if one_axis and explicit_sharding(jax.typeof(x).sharding) is None else 0
 
 
 def _data(rule: Rule) -> int:
@@ -167,7 +168,9 @@ _draw_p.def_abstract_eval(lambda x, *operands, **static: x.update(weak_type=Fals
 
 
 def _lower(context: Any, *operands: Any, on_cpu: bool, **static: Any) -> Any:
-    alone = on_cpu and getattr(context.module_context.axis_context, "num_devices", None) == 1
+    # Of a mesh no device could cut its part of an axis without the others. Inside shard_map there is no number.
+    devices = getattr(getattr(context.module_context, "axis_context", None), "num_devices", None)
+    alone = on_cpu and devices == 1
     plain = functools.partial(_plain, on_cpu=on_cpu, alone=alone)
     return mlir.lower_fun(plain, multiple_results=False)(context, *operands, **static)
 

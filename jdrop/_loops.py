@@ -1,7 +1,4 @@
-"""Operations on elements, in the forms that XLA for CPU and LLVM make the fastest loops of.
-
-Each says what the compilers do to the plain form. On other platforms the plain form is the one.
-"""
+"""Operations on elements in the forms that XLA for CPU makes the fastest loops of, and what it does to plain ones."""
 
 from typing import Any
 
@@ -9,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-_LONG = 2**14  # elements of an axis, from where on it is cut in rows
+_LONG = (2**14, 2**32)  # how many elements an axis has that is cut in rows
 _WIDTHS = (128, 1024)
 
 
@@ -50,10 +47,10 @@ def choose(kept: Array, x: Array, y: Array, words: Array) -> Array:
 
 
 def stored(x: Array) -> Array:
-    """Return a small array of bools or float32 in a way that XLA cannot fuse it into the loop that reads it.
+    """Return x, bools or float32, kept out of the loop that reads it, which would make it again for each element.
 
-    A barrier alone does not do it: XLA for CPU removes barriers before it fuses. What it does not fuse is two arrays in
-    one, if both are read; without the barrier it takes these apart before.
+    XLA for CPU removes barriers before it fuses, but it does not fuse two arrays in one, if both are read. The barrier
+    keeps it from taking these apart earlier.
     """
     bits = x if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
     both = lax.optimization_barrier(jnp.stack([bits, ~bits]))
@@ -67,9 +64,9 @@ def row_width(n: int) -> int:
     In a loop over all of a long axis LLVM counts in 64 bits, in vectors twice as wide as the others, which slows down
     all of them; over rows it counts in 32 bits.
     """
-    narrowest, widest = _WIDTHS
+    (shortest, longest), (narrowest, widest) = _LONG, _WIDTHS
     width = min(n & -n, widest)  # n & -n is the largest power of two that divides n
-    return width if n >= _LONG and width >= narrowest else 0
+    return width if shortest <= n <= longest and width >= narrowest else 0
 
 
 def hidden(word: Array, bits: int) -> Array:

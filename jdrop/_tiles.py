@@ -25,9 +25,8 @@ BLOCK = 2**20
 # but of 256 to 512 queries each, and from 8192 queries on sixteen.
 SEGMENT = 256
 SEGMENTS = 8
-# Scores up to which a block takes in further heads, twice as many where there are segments, most of whose blocks are
-# smaller than the largest; and a quarter of those that segments may have side by side, which is faster. It is what was
-# best on a CPU, and on other platforms, where nothing was measured, what keeps an accelerator busy.
+# Scores up to which a block takes in further heads, and a quarter of those that segments may have side by side, which
+# is faster: what was best on a CPU, and on other platforms, where nothing was measured, to keep an accelerator busy.
 CPU_SCORES, OTHER_SCORES = 2**19, 2**25
 
 
@@ -67,11 +66,11 @@ class At(NamedTuple):
 def plan(problem: Problem, query: Array, key: Array) -> Plan:
     """Choose the loops for a query [B, T, N, H] and a key [B, S, K, H]."""
     groups = query.shape[2] // key.shape[2]
+    scores = CPU_SCORES if jax.default_backend() == "cpu" else OTHER_SCORES
     rows = max(ROWS // groups, BLOCK // key.shape[1] // groups, 16)
     segments = _segments(problem, query.shape[1], key.shape[1], rows)
-    scores = CPU_SCORES if jax.default_backend() == "cpu" else OTHER_SCORES
     sizes = [groups * s.rows * (s.high - s.low) for s in segments]
-    room = (2 if len(segments) > 1 else 1) * scores // max(sizes)
+    room = scores // max(sizes)
     mesh = jax.sharding.get_abstract_mesh()
     apart = [n for name, n in mesh.shape.items() if name not in mesh.manual_axes]
     devices = math.prod(apart) if mesh.manual_axes else jax.device_count()

@@ -47,11 +47,15 @@ def threefry2x32(key: Pair, counter: Pair) -> Pair:
 def row_keys(seed: Pair, row: Pair) -> Pair:
     """Return the keys of rows, ``threefry2x32(seed, row)``, kept out of the loop over columns.
 
-    XLA would fuse a plain hash into the loop over elements and repeat it for each. One stacked array behind a
-    barrier is made once.
+    XLA would fuse a plain hash into the loop over elements and repeat it for each.
     """
-    keys = lax.optimization_barrier(jnp.stack(threefry2x32(seed, row)))
-    return keys[0], keys[1]
+    return _made_once(threefry2x32(seed, row))
+
+
+def _made_once(key: Pair) -> Pair:
+    """Return a pair in one stacked array behind a barrier, which XLA fuses into no loop that reads both."""
+    both = lax.optimization_barrier(jnp.stack(key))
+    return both[0], both[1]
 
 
 def mix(row_key: Pair, col: Array) -> Array:
@@ -85,11 +89,12 @@ def one_row(seed: Pair, blocks: int, width: int) -> Array:
     """Return the words of the row 0 in blocks: ``word(seed, (0, 0), i * width + j)``, uint32 [blocks, width].
 
     ``width`` is a power of two, so the bits of ``i * width`` and of j do not meet, and the first joins the row's key.
+    There are at most 2**32 columns.
     """
     first = lax.broadcasted_iota(jnp.uint32, (blocks, 1), 0) * np.uint32(width)
     key = threefry2x32(seed, (np.uint32(0), np.uint32(0)))
-    keys = lax.optimization_barrier(jnp.stack([first * _GOLDEN + key[0], first ^ key[1]]))
-    return mix((keys[0], keys[1]), lax.broadcasted_iota(jnp.uint32, (1, width), 1))
+    block_key = _made_once((first * _GOLDEN + key[0], first ^ key[1]))
+    return mix(block_key, lax.broadcasted_iota(jnp.uint32, (1, width), 1))
 
 
 class Coordinates(NamedTuple):

@@ -144,16 +144,20 @@ def _polynomial(coefficients: Sequence[float], x: Array) -> Array:
     return y
 
 
+def _noise(draw: Draw, dtype: Any) -> Array:
+    return draw.once(normal(draw.word())).astype(dtype)
+
+
 def _multiply(draw: Draw, x: Array) -> Array:
     real = _loops.real_dtype(x)
     rate = jnp.clip(draw.rate, 0, _BELOW_ONE).astype(real)  # NaN stays NaN
-    factor = 1 + jnp.sqrt(rate / (1 - rate)) * draw.once(normal(draw.word())).astype(real)
+    factor = 1 + jnp.sqrt(rate / (1 - rate)) * _noise(draw, real)
     return draw.multiply(x, factor, where=jnp.ones_like(factor, bool))
 
 
 def _add(draw: Draw, x: Array) -> Array:
-    real, noise = _loops.real_dtype(x), draw.once(normal(draw.word()))
-    return (x.astype(real) + jnp.maximum(draw.rate, 0).astype(real) * noise.astype(real)).astype(x.dtype)
+    real = _loops.real_dtype(x)
+    return (x.astype(real) + jnp.maximum(draw.rate, 0).astype(real) * _noise(draw, real)).astype(x.dtype)
 
 
 def _pass(draw: Draw, x: Array) -> Array:
