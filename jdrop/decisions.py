@@ -30,7 +30,7 @@ class Layout(NamedTuple):
     source: Any
     """``"fast"``; ``"indexed"`` for ``jax.random`` bits by index; else a key implementation of ``jax.random``."""
     cut: bool = False
-    """Whether the shape is [blocks, width] for a mask of one axis that is cut so (see :func:`jdrop.bits.one_row`)."""
+    """Whether the shape is [blocks, width] for the whole of a mask of one axis, see :func:`jdrop.bits.one_row`."""
 
 
 def mask_shape(function: str, shape: Sequence[Any], shared_axes: Any) -> tuple[Any, ...]:
