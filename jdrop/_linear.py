@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -128,7 +127,7 @@ def _one(*operands: Array, rule: Rule, layout: decisions.Layout, on_cpu: bool, a
     """
     data, (words, rate, *places) = operands[: _data(rule)], operands[_data(rule) :]
     shape = data[0].shape
-    if alone and not places and np.ndim(rate) == 0 and (width := _width(layout, data[0])):
+    if alone and not places and rate.ndim == 0 and (width := _width(layout, data[0])):
         layout = layout._replace(shape=(shape[0] // width, width), cut=True)
         data = tuple(x.reshape(layout.shape) for x in data)
     return rule.value(draw(data[0], words, rate, tuple(places), layout, on_cpu=on_cpu), *data).reshape(shape)

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-_LONG = (2**14, 2**32)  # how many elements an axis has that is cut in rows
-_WIDTHS = (128, 1024)
+from jdrop.bits import MIN_COLUMNS, WORD, made_once
+
+_LONG, _WIDEST = 2**14, 1024  # elements of an axis that is looped over in rows, and of the rows
 
 
 def real_dtype(x: Array) -> Any:
@@ -47,14 +48,10 @@ def choose(kept: Array, x: Array, y: Array, words: Array) -> Array:
 
 
 def stored(x: Array) -> Array:
-    """Return x, bools or float32, kept out of the loop that reads it, which would make it again for each element.
-
-    XLA for CPU removes barriers before it fuses, but it does not fuse two arrays in one, if both are read. The barrier
-    keeps it from taking these apart earlier.
-    """
+    """Return x, bools or float32, kept out of the loop that reads it, which would make it again for each element."""
     bits = x if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
-    both = lax.optimization_barrier(jnp.stack([bits, ~bits]))
-    bits = both[0] & ~both[1]
+    bits, inverse = made_once((bits, ~bits))
+    bits = bits & ~inverse  # both are read
     return bits if x.dtype == bool else lax.bitcast_convert_type(bits, x.dtype)
 
 
@@ -64,9 +61,8 @@ def row_width(n: int) -> int:
     In a loop over all of a long axis LLVM counts in 64 bits, in vectors twice as wide as the others, which slows down
     all of them; over rows it counts in 32 bits.
     """
-    (shortest, longest), (narrowest, widest) = _LONG, _WIDTHS
-    width = min(n & -n, widest)  # n & -n is the largest power of two that divides n
-    return width if shortest <= n <= longest and width >= narrowest else 0
+    width = min(n & -n, _WIDEST)  # n & -n is the largest power of two that divides n
+    return width if _LONG <= n <= WORD and width >= MIN_COLUMNS else 0
 
 
 def hidden(word: Array, bits: int) -> Array:

@@ -49,12 +49,16 @@ def row_keys(seed: Pair, row: Pair) -> Pair:
 
     XLA would fuse a plain hash into the loop over elements and repeat it for each.
     """
-    return _made_once(threefry2x32(seed, row))
+    return made_once(threefry2x32(seed, row))
 
 
-def _made_once(key: Pair) -> Pair:
-    """Return a pair in one stacked array behind a barrier, which XLA fuses into no loop that reads both."""
-    both = lax.optimization_barrier(jnp.stack(key))
+def made_once(pair: Pair) -> Pair:
+    """Return two arrays of one shape so that XLA does not fuse what makes them into a loop that reads both.
+
+    XLA for CPU removes barriers before it fuses, but it does not fuse two arrays in one. The barrier keeps it from
+    taking these apart earlier.
+    """
+    both = lax.optimization_barrier(jnp.stack(pair))
     return both[0], both[1]
 
 
@@ -93,7 +97,7 @@ def one_row(seed: Pair, blocks: int, width: int) -> Array:
     """
     first = lax.broadcasted_iota(jnp.uint32, (blocks, 1), 0) * np.uint32(width)
     key = threefry2x32(seed, (np.uint32(0), np.uint32(0)))
-    block_key = _made_once((first * _GOLDEN + key[0], first ^ key[1]))
+    block_key = made_once((first * _GOLDEN + key[0], first ^ key[1]))
     return mix(block_key, lax.broadcasted_iota(jnp.uint32, (1, width), 1))
 
 

@@ -13,7 +13,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jdrop import (
     _linear,
-    _loops,
     _member,
     alpha_dropout,
     decisions,
@@ -312,7 +311,9 @@ def test_shared_decisions_are_drawn_once_on_a_cpu(member, shape, shared):
     compiled = jax.jit(f).lower(KEY, x).compile()
     drawn, again = hashes(compiled.as_text(), shape)
     assert drawn and not again
-    assert compiled.memory_analysis().temp_size_in_bytes <= x.nbytes / 8
+    decisions = x.size // np.prod([shape[axis] for axis in np.atleast_1d(shared)])
+    stored = 2 * decisions * (1 if member in (dropout, alpha_dropout) else 4)  # twice a bool, or twice a float32
+    assert compiled.memory_analysis().temp_size_in_bytes <= stored + 128  # seed and row keys, at multiples of 64
 
 
 def test_decisions_that_few_elements_share_are_drawn_again():
@@ -347,10 +348,6 @@ def test_a_long_axis_is_cut_on_one_cpu_and_keeps_its_bits(n, width):
     for member in (gaussian_noise, alpha_dropout):
         f = functools.partial(lambda x, member: member(KEY, x, 0.4, train=True), member=member)
         same(f(x), jax.vmap(f)(x[None])[0])
-
-
-def test_an_axis_is_cut_within_the_columns_of_a_row():
-    assert [_loops.row_width(n) for n in (2**32, 2**32 + 1024, 2**33, 2**14 + 1)] == [1024, 0, 0, 0]
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

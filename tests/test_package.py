@@ -21,8 +21,8 @@ import jdrop
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
-    ["_checks", "bits", "_loops"],
-    ["schedules", "_shards"],
+    ["_checks", "bits"],
+    ["schedules", "_shards", "_loops"],
     ["keys"],
     ["decisions"],
     ["masks", "_linear"],

@@ -1,0 +1,47 @@
+"""Operations on elements in the forms for a CPU: the same bits as the plain ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdrop import _loops
+
+
+def test_bfloat16_is_rounded_as_xla_does_for_every_value():
+    top = np.arange(2**16, dtype=np.uint32) << 16
+    for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
+        x = (top | low).view(np.float32)
+        x = x[~np.isnan(x) | (low == 0)]
+        ours, xla = jax.jit(_loops._round_to_bfloat16)(x), jax.jit(lambda x: x.astype(jnp.bfloat16))(x)
+        np.testing.assert_array_equal(np.isnan(np.asarray(ours, np.float32)), np.isnan(x))
+        number = ~np.isnan(x)
+        np.testing.assert_array_equal(np.asarray(ours).view(np.uint16)[number], np.asarray(xla).view(np.uint16)[number])
+
+
+def test_the_hidden_zero_is_zero():
+    words = np.random.default_rng(0).integers(0, 2**32, (2, 10**6), dtype=np.uint64).astype(np.uint32)
+    words[0, :4] = 0, 1, 2**32 - 1, 2**31
+    assert not np.asarray(_loops._hidden_zero(jnp.asarray(words))).any()
+
+
+def test_what_is_stored_comes_back_bit_by_bit():
+    words = np.random.default_rng(1).integers(0, 2**32, 4096, dtype=np.uint64).astype(np.uint32)  # some of them NaN
+    words[:4] = 0, 1 << 31, 0x7F800001, 0xFFFFFFFF
+    back = np.asarray(jax.jit(_loops.stored)(words.view(np.float32)))
+    np.testing.assert_array_equal(back.view(np.uint32), words)
+    kept = words % 3 == 0
+    np.testing.assert_array_equal(jax.jit(_loops.stored)(kept), kept)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64", "int32", "uint8"])
+def test_choose_is_where(dtype):
+    x, y = (jnp.arange(k, k + 512).astype(dtype) for k in (1, 700))
+    x = x if x.dtype.kind in "iu" else x.at[:2].set(jnp.array([jnp.nan, jnp.inf], dtype))
+    kept = jnp.arange(512) % 3 != 0
+    words = jnp.array([7, 8], jnp.uint32)
+    np.testing.assert_array_equal(jax.jit(_loops.choose)(kept, x, y, words), jnp.where(kept, x, y))
+
+
+def test_an_axis_is_looped_over_in_rows_within_the_columns_of_one():
+    assert [_loops.row_width(n) for n in (2**32, 2**32 + 1024, 2**33, 2**14 + 1)] == [1024, 0, 0, 0]
