@@ -1,8 +1,6 @@
-"""Attention in blocks: no array of [query, key] is ever whole, forward or backward.
+"""Attention in blocks: of the scores, forward and backward, a block is held at a time.
 
-The method of FlashAttention-2 (Dao 2024, ICLR) in plain JAX. A block of queries meets all keys that it may see, so
-that its softmax takes one pass. The backward pass makes probabilities again from the logsumexp of their logits, and
-the mask again from its seed.
+The method of FlashAttention-2 (Dao 2024, ICLR) in plain JAX: the loops over the blocks, and their gradients.
 """
 
 import functools
@@ -15,81 +13,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jdrop import _loops, _scores, _tiles, decisions
+from jdrop import _chunk, _loops, _tiles
 from jdrop._loops import real_dtype
 from jdrop._scores import Given, Problem
 from jdrop._shards import explicit_sharding, names_of, tile, vary_like, vary_together
 from jdrop._tiles import At, Plan, Segment
-
-# ---------------------------------------------------------------------------------- one block
-
-
-def _logits(plan: Plan, q: Array, k: Array, bias: Array | None, given: Given, at: At, segment: Segment) -> Array:
-    products = jnp.einsum("bkgqh,bksh->bkgqs", q, k, preferred_element_type=real_dtype(q))
-    first = _scores.first_query(plan.problem, given) + at.query.astype(jnp.int32)
-    queries = first + lax.broadcasted_iota(jnp.int32, (1, 1, 1, segment.rows, 1), 3)
-    keys = segment.low + lax.broadcasted_iota(jnp.int32, (1, 1, 1, 1, segment.high - segment.low), 4)
-    return _scores.logits(plan.problem, products, bias, given, queries, keys)[0]
-
-
-def _keep(plan: Plan, p: Array, given: Given, at: At, segment: Segment) -> Array:
-    """Return p where it is kept, else 0; not scaled."""
-    if plan.problem.layout is None or given.drawn is None:
-        return p
-    index = _tiles.index(plan, at, segment, given.offset)
-    return jnp.where(decisions.keep_at(plan.problem.layout, *given.drawn, index), p, 0.0)
-
-
-def _scale_kept(plan: Plan, x: Array, given: Given) -> Array:
-    """Divide rows, which are linear in what is kept, by the keep probability; 0 where nothing is kept."""
-    if plan.problem.layout is None or given.drawn is None:
-        return x
-    keep = decisions.keep_probability(plan.problem.layout.source, given.drawn.rate, real_dtype(x))
-    return x * jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
-
-
-def _forward_block(
-    plan: Plan, x: tuple[Array, ...], bias: Array | None, given: Given, at: At, segment: Segment
-) -> tuple[Array, Array]:
-    """Return the output of a block's queries, and the logsumexp of their logits: +inf where they see nothing."""
-    q, (k, v) = _tiles.rows(x[0], at, segment), (a[:, :, 0, segment.low : segment.high] for a in x[1:])
-    bias, given = _tiles.cut((bias, given), at, segment)
-    s = _logits(plan, q, k, bias, given, at, segment)
-    m = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))  # it cancels in all that is returned
-    m = jnp.where(m == -jnp.inf, 0.0, m)
-    e = jnp.exp(s - m)
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    kept = _keep(plan, e, given, at, segment).astype(v.dtype)
-    out = jnp.einsum("bkgqs,bksh->bkgqh", kept, v, preferred_element_type=s.dtype)
-    out = _scale_kept(plan, out / jnp.where(total == 0, 1.0, total), given)
-    return out.astype(q.dtype), jnp.where(total == 0, jnp.inf, m + jnp.log(total))
-
-
-def _backward_block(
-    plan: Plan, x: tuple[Array, ...], bias: Array | None, given: Given, at: At, segment: Segment
-) -> tuple[Array, Array, Array, Array]:
-    """Return a block's part of the gradients: of q times scale, of k and v as [.., H, S], and of its logits.
-
-    That of k is short of the scale that logits are multiplied by here. ``delta``, if there is one, is the sum over keys
-    of p times its gradient.
-    """
-    q, do, lse, *delta = (_tiles.rows(a, at, segment) for a in (x[0], *x[3:]))
-    k, v = (a[:, :, 0, segment.low : segment.high] for a in x[1:3])
-    bias, given = _tiles.cut((bias, given), at, segment)
-    p = jnp.exp(_logits(plan, q, k, bias, given, at, segment) - lse)
-    if q.dtype == jnp.float16:  # which has not the range for gradients over a keep probability
-        q, k, v = (a.astype(p.dtype) for a in (q, k, v))
-    # Behind a barrier it is drawn once; XLA for CPU draws again for ds, which takes no longer than storing it.
-    kept = p if given.drawn is None else lax.optimization_barrier(_keep(plan, p, given, at, segment))
-    do = _scale_kept(plan, do.astype(p.dtype), given).astype(q.dtype)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=p.dtype)
-    dp = kept * einsum("bkgqh,bksh->bkgqs", do, v)
-    ds = dp - p * (delta[0] if delta else jnp.sum(dp, axis=-1, keepdims=True))
-    # The sums over queries as [H, S]: as [S, H] they would transpose a block of scores first.
-    dv = einsum("bkgqh,bkgqs->bkhs", do, kept.astype(q.dtype))
-    dk = einsum("bkgqh,bkgqs->bkhs", q, ds.astype(q.dtype))
-    return einsum("bkgqs,bksh->bkgqh", ds.astype(q.dtype), k), dk, dv, ds
-
 
 # ---------------------------------------------------------------------------------- the loops
 
@@ -110,8 +38,7 @@ def _after(plan: Plan, before: list[Array]) -> Array | None:
     """
     if not before or not plan.in_turn:
         return None
-    word = lax.bitcast_convert_type(before[-1][..., :1, :1].astype(jnp.float32), jnp.uint32)
-    return _loops.hidden(word, 0x80000000)
+    return _loops.later(before[-1][..., :1, :1])
 
 
 def _over_blocks(f: Callable[[Any, Array], tuple[Any, Any]], carry: Any, segment: Segment) -> tuple[Any, Any]:
@@ -145,7 +72,7 @@ def _forward(
             after = _after(plan, lses)  # not outs: under vmap they may be many where queries and keys are not
 
             def block(carry: None, first: Array, segment: Segment = segment, after: Any = after) -> tuple[None, Any]:
-                return carry, _forward_block(inner, tuple(arrays), *fine, At(batch, head, first, after), segment)
+                return carry, _chunk.forward(inner, tuple(arrays), *fine, At(batch, head, first, after), segment)
 
             out, lse = _over_blocks(block, None, segment)[1]
             outs.append(out)
@@ -159,9 +86,13 @@ def _forward(
 
 def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
     query, key, value, bias, given, lse, out = residuals
+    if plan.batch[1] * plan.heads[1] == 1:
+        # With no loop that takes do, XLA would make the probabilities in the forward pass and hold them until here.
+        query = query + _loops.later(do[..., :1]).astype(query.dtype)
     fine, (inner, q) = _tiles.fine((bias, given), plan), _scale_queries(plan, query)
-    # The sum over keys of p times its gradient is that over H of out times its own, but not with 16 bits of out.
-    delta = [] if out is None else [_tiles.split(jnp.sum(do * out, axis=-1, keepdims=True), plan)]
+    # The sum over keys of p times its gradient is that over H of out times its own, but not with 16 bits of out. For
+    # jnp.sum of a product, in this order of axes, XLA for CPU takes 30 times as long (jax 0.10.2).
+    delta = [] if out is None else [jnp.einsum("bqnh,bqnh->bqn", do, out, precision="highest")[..., None]]
 
     def zeros(*shape: int) -> Array:
         return vary_like(jnp.zeros(shape, lse.dtype), jax.typeof(do))
@@ -175,7 +106,7 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, .
 
             def block(carry: Any, first: Array, segment: Segment = segment, after: Any = after) -> tuple[Any, Array]:
                 (dk, dv, dbias), at = carry, At(batch, head, first, after)
-                dq, more_dk, more_dv, ds = _backward_block(inner, tuple(arrays), *fine, at, segment)
+                dq, more_dk, more_dv, ds = _chunk.backward(inner, tuple(arrays), *fine, at, segment)
                 return (dk + more_dk, dv + more_dv, _add(dbias, ds, at, segment)), dq
 
             seen = (..., slice(segment.low, segment.high))
@@ -186,8 +117,9 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, .
         return dbias, (dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype))
 
     dbias: Any = None if fine[0] is None else zeros(*fine[0].shape)
-    arrays = [_tiles.split(x, plan) for x in (q, key, value, do)]
-    dbias, gradients = lax.scan(turn, dbias, (*_tiles.minor(plan), *arrays, lse, *delta))
+    operands = [_tiles.split(x, plan) for x in (q, key, value, do)]
+    delta = [_tiles.split(x, plan) for x in delta]
+    dbias, gradients = lax.scan(turn, dbias, (*_tiles.minor(plan), *operands, lse, *delta))
     dq, dk, dv = gradients
     dk, dv = (jnp.expand_dims(x.swapaxes(-1, -2), 3) for x in (dk, dv))  # all at once
     dq, dk, dv = (_tiles.join(x, plan) for x in (dq, dk, dv))

@@ -70,6 +70,11 @@ def hidden(word: Array, bits: int) -> Array:
     return lax.bitcast_convert_type(_hidden_zero(word) | np.uint32(bits), jnp.float32)
 
 
+def later(x: Array) -> Array:
+    """Return -0.0 made from x, in its shape: added to something, which changes no number, it makes that wait for x."""
+    return hidden(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32), 0x80000000)
+
+
 def _hidden_zero(word: Array) -> Array:
     """Return 0, uint32: ``w * (w + 1)`` is even, which no compiler knows."""
     return word * (word + np.uint32(1)) & np.uint32(1)

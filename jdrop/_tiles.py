@@ -1,11 +1,12 @@
 """How chunked attention is cut: the loops' plan, and a block's part of each array.
 
-The axes of a block of scores are [batch, head, group, query, key]; grouped queries share a key head. Batch and key
-heads are split into (major, minor) parts. The loops run over the minor ones; a block holds all of the major ones, at
-least as many as there are devices where the axis has them, so that on a mesh each device works at its part of every
-block, and no loop runs over an axis that is spread.
+The axes of a block of scores are [batch, head, group, query, key], without the first three where they have one element;
+grouped queries share a key head. Batch and key heads are split into (major, minor) parts. The loops run over the minor
+ones; a block holds all of the major ones, at least as many as there are devices where the axis has them, so that on a
+mesh each device works at its part of every block, and no loop runs over an axis that is spread.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,14 +21,15 @@ from jdrop.bits import Pair, add64
 T = TypeVar("T")  # operands: a pytree
 
 ROWS = 512  # queries in a block, over all groups, or more where the scores of a head are then no more than BLOCK
-BLOCK = 2**20
-# Where the position says what is seen, queries are cut into segments with a range of keys of their own: eight of them,
-# but of 256 to 512 queries each, and from 8192 queries on sixteen.
+BLOCK = 2**22
+# Where the position says what is seen, queries are cut into segments with a range of keys of their own: four of them,
+# or eight with a window, but of 256 to 512 queries each, and from 8192 queries on sixteen.
 SEGMENT = 256
-SEGMENTS = 8
-# Scores up to which a block takes in further heads, and a quarter of those that segments may have side by side, which
-# is faster: what was best on a CPU, and on other platforms, where nothing was measured, to keep an accelerator busy.
-CPU_SCORES, OTHER_SCORES = 2**19, 2**25
+SEGMENTS = 4
+# Scores up to which a block takes in further heads (half of them where there are segments), and half of those that
+# segments may have side by side, which is faster: what was best on a CPU, and on other platforms, where nothing was
+# measured, to keep an accelerator busy.
+CPU_SCORES, OTHER_SCORES = 2**21, 2**25
 
 
 class Segment(NamedTuple):
@@ -52,6 +54,11 @@ class Plan(NamedTuple):
     in_turn: bool
     """Whether segments wait for one another. XLA orders only what depends on another, and would hold blocks of all."""
 
+    @property
+    def ones(self) -> tuple[int, ...]:
+        """The axes that a block leaves out: with them XLA for CPU would let no result take the place of an operand."""
+        return tuple(axis for axis, n in enumerate((self.batch[0], self.heads[0], self.groups)) if n == 1)
+
 
 class At(NamedTuple):
     """Where a block is: its minor parts of batch and heads, and its first query."""
@@ -70,13 +77,13 @@ def plan(problem: Problem, query: Array, key: Array) -> Plan:
     rows = max(ROWS // groups, BLOCK // key.shape[1] // groups, 16)
     segments = _segments(problem, query.shape[1], key.shape[1], rows)
     sizes = [groups * s.rows * (s.high - s.low) for s in segments]
-    room = scores // max(sizes)
+    room = scores // max(sizes) // min(len(segments), 2)
     mesh = jax.sharding.get_abstract_mesh()
     apart = [n for name, n in mesh.shape.items() if name not in mesh.manual_axes]
     devices = math.prod(apart) if mesh.manual_axes else jax.device_count()
     heads, joined_heads = _parts(key.shape[2], devices, room)
     batch, joined_batch = _parts(query.shape[0], devices, room // joined_heads)
-    in_turn = joined_heads * joined_batch * sum(sizes) > 4 * scores
+    in_turn = joined_heads * joined_batch * sum(sizes) > 2 * scores
     return Plan(problem, batch, heads, groups, segments, in_turn)
 
 
@@ -91,7 +98,8 @@ def _segments(problem: Problem, num_queries: int, num_keys: int, rows: int) -> t
     left, right = problem.window or (num_queries, num_keys)
     right = 0 if problem.causal else right
     bounded = (problem.causal or problem.window is not None) and not problem.spread
-    span = max(min(-(-num_queries // SEGMENTS), 2 * SEGMENT), SEGMENT, -(-num_queries // (2 * SEGMENTS)))
+    parts = SEGMENTS if problem.window is None else 2 * SEGMENTS
+    span = max(min(-(-num_queries // parts), 2 * SEGMENT), SEGMENT, -(-num_queries // (4 * SEGMENTS)))
     if not bounded:
         left, right, span = num_queries, num_keys, num_queries
     found = []
@@ -152,34 +160,42 @@ def window(shape: tuple[int, ...], at: At, segment: Segment) -> tuple[list[Any],
     return [s if t else zero for s, t in zip(starts, there)], [s if t else 1 for s, t in zip(sizes, there)]
 
 
-def cut(operands: T, at: At, segment: Segment) -> T:
-    """A block's part of what :func:`fine` returned: [batch, head, group, query, key]."""
+def cut(operands: T, plan: Plan, at: At, segment: Segment) -> T:
+    """A block's part of what :func:`fine` returned."""
 
     def one(x: Array) -> Array:
-        return jnp.squeeze(lax.dynamic_slice(x, *window(x.shape, at, segment)), (1, 3))
+        return jnp.squeeze(jnp.squeeze(lax.dynamic_slice(x, *window(x.shape, at, segment)), (1, 3)), plan.ones)
 
     return jax.tree.map(lambda x: one(x) if x.ndim == 7 else x, operands)
 
 
-def rows(x: Array, at: At, segment: Segment) -> Array:
+def queries(x: Array, plan: Plan, at: At, segment: Segment) -> Array:
     """A block's queries of [batch, head, group, T, H]."""
     x = lax.dynamic_slice_in_dim(x, at.query, segment.rows, axis=3)
-    return x if at.after is None else x + at.after.astype(x.dtype)  # the same numbers, but later
+    x = x if at.after is None else x + at.after.astype(x.dtype)  # the same numbers, but later
+    return jnp.squeeze(x, plan.ones)
+
+
+def keys(x: Array, plan: Plan, segment: Segment) -> Array:
+    """A block's keys of [batch, head, 1, S, H], without groups."""
+    return jnp.squeeze(x[:, :, :, segment.low : segment.high], sorted({*plan.ones, 2}))
+
+
+def iota(plan: Plan, axis: int, size: int, dtype: Any) -> Array:
+    """0, 1, .. along one axis of a block, and 1 element along the others."""
+    return jnp.squeeze(lax.broadcasted_iota(dtype, [size if axis == k else 1 for k in range(5)], axis), plan.ones)
 
 
 def index(plan: Plan, at: At, segment: Segment, offset: Array | None) -> list[Pair]:
     """The index of a block's scores along the axes [B, N, T, S] of the whole array."""
-
-    def iota(axis: int, size: int) -> Array:
-        return lax.broadcasted_iota(jnp.uint32, [size if axis == k else 1 for k in range(5)], axis)
-
+    along = functools.partial(iota, plan, dtype=jnp.uint32)
     batch, head, query = (i.astype(jnp.uint32) for i in (at.batch, at.head, at.query))
-    key_head = iota(1, plan.heads[0]) * np.uint32(plan.heads[1]) + head
+    key_head = along(1, plan.heads[0]) * np.uint32(plan.heads[1]) + head
     axes = [
-        iota(0, plan.batch[0]) * np.uint32(plan.batch[1]) + batch,
-        key_head * np.uint32(plan.groups) + iota(2, plan.groups),
-        iota(3, segment.rows) + query,
-        iota(4, segment.high - segment.low) + np.uint32(segment.low),
+        along(0, plan.batch[0]) * np.uint32(plan.batch[1]) + batch,
+        key_head * np.uint32(plan.groups) + along(2, plan.groups),
+        along(3, segment.rows) + query,
+        along(4, segment.high - segment.low) + np.uint32(segment.low),
     ]
     index: list[Pair] = [(np.uint32(0), i) for i in axes]
     return index if offset is None else [add64(i, (start[0], start[1])) for i, start in zip(index, offset)]

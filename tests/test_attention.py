@@ -419,7 +419,9 @@ def test_no_key_is_needed_or_read_without_dropout(implementation):
         f = lambda *x, key=key, rate=rate, o=options: with_gradients(key, *x, rate, **o)
         texts.add(jax.jit(f).lower(*arrays).as_text())
     (text,) = texts
-    assert "ui32" not in text
+    with_mask = jax.jit(lambda *x: with_gradients(KEY, *x, 0.5, **options)).lower(*arrays).as_text()
+    for constant in ("466688986", "2146121005"):  # of Threefry, and of the mix of columns
+        assert constant in with_mask and constant not in text
 
 
 # ---------------------------------------------------------------------------------- the rate

@@ -25,6 +25,14 @@ def test_the_hidden_zero_is_zero():
     assert not np.asarray(_loops._hidden_zero(jnp.asarray(words))).any()
 
 
+def test_what_comes_later_is_minus_zero():
+    x = jnp.array([0.0, -0.0, 1.5, jnp.nan, -jnp.inf, 1e-37])
+    for dtype in ("float16", "bfloat16", "float32"):
+        zeros = np.asarray(jax.jit(_loops.later)(x.astype(dtype)))
+        assert zeros.dtype == np.float32 and (zeros.view(np.uint32) == 1 << 31).all()
+    np.testing.assert_array_equal((x + _loops.later(x)).view(jnp.uint32), x.view(jnp.uint32))
+
+
 def test_what_is_stored_comes_back_bit_by_bit():
     words = np.random.default_rng(1).integers(0, 2**32, 4096, dtype=np.uint64).astype(np.uint32)  # some of them NaN
     words[:4] = 0, 1 << 31, 0x7F800001, 0xFFFFFFFF

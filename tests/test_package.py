@@ -28,6 +28,7 @@ LAYERS = [
     ["masks", "_linear"],
     ["_member", "_scores"],
     ["_tiles", "_dense"],
+    ["_chunk"],
     ["_chunked"],
     ["attention", "elementwise", "noise", "channels", "blocks", "paths", "weights", "tokens", "recurrent", "composed"],
     ["__init__", "adapters.__init__"],

@@ -49,20 +49,27 @@ def test_all_keys_are_there_where_positions_do_not_tell():
 
 
 def test_blocks_and_turns_by_default(monkeypatch):
-    """A block has 512 queries, or as many as have 2^20 scores; segments take turns where they are more than 2^21."""
-    blocks = {n: plan_of((1, n, n, 1, 1)).segments for n in (512, 1024, 2048, 4096)}
+    """A block has 512 queries, or as many as have 2^22 scores, which is also the most that segments have side by side."""
+    blocks = {n: plan_of((1, n, n, 1, 1)).segments for n in (512, 1024, 2048, 4096, 8192, 16384)}
     assert {n: (s[0].rows, s[0].blocks) for n, s in blocks.items()} == {
         512: (512, 1),
         1024: (1024, 1),
-        2048: (512, 4),
-        4096: (512, 8),
+        2048: (2048, 1),
+        4096: (1024, 4),
+        8192: (512, 16),
+        16384: (512, 32),
     }
-    for length, in_turn in ((512, False), (1024, False), (2048, True), (4096, True)):
+    for length, in_turn in ((512, False), (1024, False), (2048, False), (4096, True)):
         assert plan_of((1, length, length, 1, 1), causal=True).in_turn == in_turn
-    assert plan_of((1, 1024, 1024, 4, 1), causal=True).in_turn  # four query heads of a key head
+    assert plan_of((1, 2048, 2048, 4, 1), causal=True).in_turn  # four query heads of a key head
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    eighths = {heads: plan_of((1, 4096, 4096, heads, heads), window=(0, 0)).in_turn for heads in (1, 2)}
-    assert eighths == {1: False, 2: True}  # both heads are in one block
+    windows = {heads: plan_of((1, 4096, 4096, heads, heads), window=(0, 0)) for heads in (1, 2, 4, 8)}
+    assert {n: (w.heads[0], w.in_turn) for n, w in windows.items()} == {
+        1: (1, False),
+        2: (2, False),
+        4: (4, True),
+        8: (4, True),  # a segment has 2^18 scores of a head, and 2^20 are side by side
+    }
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 4096, 8192, 16384])
@@ -72,9 +79,10 @@ def test_work_is_left_out_where_positions_hide_keys(length):
         return sum(s.blocks * s.rows * (s.high - s.low) for s in segments)
 
     assert area() == length**2
-    segment = {1024: 256, 2048: 256, 16384: 1024}.get(length, 512)
-    assert area(causal=True) == (length + segment) / 2 * length
-    assert area(window=(128, 0)) <= (128 + segment) * length
+    causal = {1024: 256, 16384: 1024}.get(length, 512)
+    assert area(causal=True) == (length + causal) / 2 * length
+    window = 256 if length == 2048 else causal
+    assert area(window=(128, 0)) <= (128 + window) * length
 
 
 def test_blocks_of_a_mesh_hold_a_part_of_every_device(monkeypatch):
@@ -125,8 +133,8 @@ def test_all_parts_of_a_block_are_of_the_same_scores(sizes, monkeypatch):
     found = []
     for turn, first in itertools.product(range(len(slices)), (0, 2)):
         at = _tiles.At(minor[0][turn], minor[1][turn], jnp.int32(first))
-        block = _tiles.cut(_tiles.fine(scores, plan), at, segment)
-        np.testing.assert_array_equal(block[..., :1], _tiles.rows(slices[turn], at, segment) + 1)
+        block = _tiles.cut(_tiles.fine(scores, plan), plan, at, segment)
+        np.testing.assert_array_equal(block[..., :1], _tiles.queries(slices[turn], plan, at, segment) + 1)
         index = [i for _, i in _tiles.index(plan, at, segment, None)]
         flat = np.ravel_multi_index(np.broadcast_arrays(*map(np.asarray, index)), shape)
         np.testing.assert_array_equal(block, flat)
@@ -143,10 +151,10 @@ def test_operands_that_broadcast_are_cut_alike(shape):
     x = jnp.arange(np.prod(shape)).reshape(shape)
     at, segment = _tiles.At(jnp.int32(0), jnp.int32(0), jnp.int32(1)), _tiles.Segment(0, 1, 2, 1, 4)
     whole = jnp.broadcast_to(x, (6, 4, 4, 5))
-    a, b = (_tiles.cut(_tiles.fine(y, plan), at, segment) for y in (x, whole))
-    assert a.ndim == 5 and all(n == m or n == 1 for n, m in zip(a.shape, b.shape))
+    a, b = (_tiles.cut(_tiles.fine(y, plan), plan, at, segment) for y in (x, whole))
+    assert a.ndim == b.ndim == 5 and all(n == m or n == 1 for n, m in zip(a.shape, b.shape))
     np.testing.assert_array_equal(jnp.broadcast_to(a, b.shape), b)
-    assert _tiles.fine((jnp.float32(3), None), plan) == (3, None) and _tiles.cut(jnp.float32(3), at, segment) == 3
+    assert _tiles.fine((jnp.float32(3), None), plan) == (3, None) and _tiles.cut(jnp.float32(3), plan, at, segment) == 3
 
 
 @pytest.mark.parametrize("offset", [None, (3, 4, 7, 0)])
@@ -167,7 +175,7 @@ def test_a_block_has_the_bits_of_a_window_of_the_mask(tile, whole, offset, monke
         at = _tiles.At(*(m[turn] for m in _tiles.minor(plan)), jnp.int32(2))
         index = _tiles.index(plan, at, segment, place_of)
         kept = decisions.keep_at(layout, keys.seed(jax.random.key_data(key)), jnp.float32(0.5), index)
-        np.testing.assert_array_equal(kept, _tiles.cut(fine, at, segment))
+        np.testing.assert_array_equal(kept, _tiles.cut(fine, plan, at, segment))
 
 
 @pytest.mark.parametrize("columns", [True, False])

@@ -1,0 +1,94 @@
+"""One block of chunked attention: queries against all the keys that they may see, forward and backward.
+
+A softmax takes one pass, since a block holds all of its keys. The backward pass makes probabilities again from the
+logsumexp of their logits, and the mask again from its seed.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jdrop import _loops, _scores, _tiles, decisions
+from jdrop._loops import real_dtype
+from jdrop._scores import Given
+from jdrop._tiles import At, Plan, Segment
+
+
+def _einsum(plan: Plan, subscripts: str, x: Array, y: Array, dtype: Any) -> Array:
+    """Contract two parts of a block, whose axes b, k and g are left out where they have one element."""
+    left_out = {ord("bkg"[axis]): None for axis in plan.ones}
+    return jnp.einsum(subscripts.translate(left_out), x, y, preferred_element_type=dtype)
+
+
+def _logits(plan: Plan, q: Array, k: Array, bias: Array | None, given: Given, at: At, segment: Segment) -> Array:
+    products = _einsum(plan, "bkgqh,bksh->bkgqs", q, k, real_dtype(q))
+    first = _scores.first_query(plan.problem, given) + at.query.astype(jnp.int32)
+    queries = first + _tiles.iota(plan, 3, segment.rows, jnp.int32)
+    keys = segment.low + _tiles.iota(plan, 4, segment.high - segment.low, jnp.int32)
+    return _scores.logits(plan.problem, products, bias, given, queries, keys)[0]
+
+
+def _keep(plan: Plan, p: Array, given: Given, at: At, segment: Segment) -> Array:
+    """Return p where it is kept, else 0; not scaled."""
+    if plan.problem.layout is None or given.drawn is None:
+        return p
+    index = _tiles.index(plan, at, segment, given.offset)
+    return jnp.where(decisions.keep_at(plan.problem.layout, *given.drawn, index), p, 0.0)
+
+
+def _scale_kept(plan: Plan, x: Array, given: Given) -> Array:
+    """Divide rows, which are linear in what is kept, by the keep probability; 0 where nothing is kept."""
+    if plan.problem.layout is None or given.drawn is None:
+        return x
+    keep = decisions.keep_probability(plan.problem.layout.source, given.drawn.rate, real_dtype(x))
+    return x * jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
+
+
+def forward(
+    plan: Plan, x: tuple[Array, ...], bias: Array | None, given: Given, at: At, segment: Segment
+) -> tuple[Array, Array]:
+    """Return the output of a block's queries, and the logsumexp of their logits: +inf where they see nothing."""
+    q, (k, v) = _tiles.queries(x[0], plan, at, segment), (_tiles.keys(a, plan, segment) for a in x[1:])
+    bias, given = _tiles.cut((bias, given), plan, at, segment)
+    s = _logits(plan, q, k, bias, given, at, segment)
+    m = lax.stop_gradient(jnp.max(s, axis=-1, keepdims=True))  # it cancels in all that is returned
+    m = jnp.where(m == -jnp.inf, 0.0, m)
+    e = jnp.exp(s - m)
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    # Drawn after the sum, what is kept may take the place of e.
+    kept = e if given.drawn is None else _keep(plan, e + _loops.later(total).astype(e.dtype), given, at, segment)
+    out = _einsum(plan, "bkgqs,bksh->bkgqh", kept.astype(v.dtype), v, s.dtype)
+    out = _scale_kept(plan, out / jnp.where(total == 0, 1.0, total), given).astype(q.dtype)
+    lse = jnp.where(total == 0, jnp.inf, m + jnp.log(total))
+    return jnp.expand_dims(out, plan.ones), jnp.expand_dims(lse, plan.ones)
+
+
+def backward(
+    plan: Plan, x: tuple[Array, ...], bias: Array | None, given: Given, at: At, segment: Segment
+) -> tuple[Array, Array, Array, Array]:
+    """Return a block's part of the gradients: of q times scale, of k and v as [.., H, S], and of its logits.
+
+    That of k is short of the scale that logits are multiplied by here. ``delta``, if there is one, is the sum over keys
+    of p times its gradient.
+    """
+    q, do, lse, *delta = (_tiles.queries(a, plan, at, segment) for a in (x[0], *x[3:]))
+    k, v = (_tiles.keys(a, plan, segment) for a in x[1:3])
+    bias, given = _tiles.cut((bias, given), plan, at, segment)
+    p = jnp.exp(_logits(plan, q, k, bias, given, at, segment) - lse)
+    if q.dtype == jnp.float16:  # which has not the range for gradients over a keep probability
+        q, k, v = (a.astype(p.dtype) for a in (q, k, v))
+    do = _scale_kept(plan, do.astype(p.dtype), given).astype(q.dtype)
+    # The mask is drawn twice, which takes no longer than to hold it, and each result may take the place of an operand.
+    dp = _keep(plan, _einsum(plan, "bkgqh,bksh->bkgqs", do, v, p.dtype), given, at, segment)
+    ds = p * (dp - (delta[0] if delta else jnp.sum(p * dp, axis=-1, keepdims=True)))
+    kept = _keep(plan, p, given, at, segment)
+    # The sums over queries as [H, S]: as [S, H] they would transpose a block of scores first. The barrier keeps the
+    # transpose of queries out of the product, which XLA for CPU then has no fast kernel for.
+    do, q = lax.optimization_barrier((do.swapaxes(-1, -2), q.swapaxes(-1, -2)))
+    dv = _einsum(plan, "bkghq,bkgqs->bkhs", do, kept.astype(q.dtype), p.dtype)
+    dk = _einsum(plan, "bkghq,bkgqs->bkhs", q, ds.astype(q.dtype), p.dtype)
+    dq = _einsum(plan, "bkgqs,bksh->bkgqh", ds.astype(q.dtype), k, p.dtype)
+    of_keys = [axis for axis in plan.ones if axis < 2]
+    dk, dv = (jnp.expand_dims(a, of_keys) for a in (dk, dv))
+    return jnp.expand_dims(dq, plan.ones), dk, dv, jnp.expand_dims(ds, plan.ones)
