@@ -32,13 +32,11 @@ def _scale_queries(plan: Plan, query: Array) -> tuple[Plan, Array]:
 
 
 def _after(plan: Plan, before: list[Array]) -> Array | None:
-    """Return -0.0 made from the last of what segments before returned, for the next one to wait for.
+    """Return -0.0 made from what a segment before returned, for the next one to wait for.
 
     On a mesh each device waits for its own part of that.
     """
-    if not before or not plan.in_turn:
-        return None
-    return _loops.later(before[-1][..., :1, :1])
+    return _loops.later(before[-plan.abreast][..., :1, :1]) if len(before) >= plan.abreast else None
 
 
 def _over_blocks(f: Callable[[Any, Array], tuple[Any, Any]], carry: Any, segment: Segment) -> tuple[Any, Any]:

@@ -26,9 +26,9 @@ BLOCK = 2**22
 # or eight with a window, but of 256 to 512 queries each, and from 8192 queries on sixteen.
 SEGMENT = 256
 SEGMENTS = 4
-# Scores up to which a block takes in further heads (half of them where there are segments), and half of those that
-# segments may have side by side, which is faster: what was best on a CPU, and on other platforms, where nothing was
-# measured, to keep an accelerator busy.
+# Scores up to which a block takes in further heads, half of them where there are segments, and half of those that
+# segments may have abreast: what was best on a CPU, and on other platforms, where nothing was measured, to keep an
+# accelerator busy.
 CPU_SCORES, OTHER_SCORES = 2**21, 2**25
 
 
@@ -51,8 +51,9 @@ class Plan(NamedTuple):
     """Parts of the axis of key heads."""
     groups: int
     segments: tuple[Segment, ...]
-    in_turn: bool
-    """Whether segments wait for one another. XLA orders only what depends on another, and would hold blocks of all."""
+    abreast: int
+    """How many segments are under way at a time; others wait. XLA orders only what depends on another, and would hold
+    blocks of all."""
 
     @property
     def ones(self) -> tuple[int, ...]:
@@ -83,8 +84,8 @@ def plan(problem: Problem, query: Array, key: Array) -> Plan:
     devices = math.prod(apart) if mesh.manual_axes else jax.device_count()
     heads, joined_heads = _parts(key.shape[2], devices, room)
     batch, joined_batch = _parts(query.shape[0], devices, room // joined_heads)
-    in_turn = joined_heads * joined_batch * sum(sizes) > 2 * scores
-    return Plan(problem, batch, heads, groups, segments, in_turn)
+    abreast = max(2 * scores // (joined_heads * joined_batch * max(sizes)), 1)
+    return Plan(problem, batch, heads, groups, segments, abreast)
 
 
 def _parts(size: int, devices: int, room: int) -> tuple[tuple[int, int], int]:

@@ -24,7 +24,7 @@ def one_block(batch, key_heads, groups, rate):
     q, do = (normal(i, batch, T, heads, H) for i in (0, 1))
     k, v = (normal(i, batch, S, key_heads, H) for i in (2, 3))
     layout = decisions.Layout(shape, "fast") if rate else None
-    plan = _tiles.Plan(Problem(SCALE, True, None, False, layout), (batch, 1), (key_heads, 1), groups, (), False)
+    plan = _tiles.Plan(Problem(SCALE, True, None, False, layout), (batch, 1), (key_heads, 1), groups, (), 1)
     drawn = Drawn(keys.seed(jax.random.key_data(KEY)), jnp.float32(rate)) if rate else None
     return shape, plan, (q, k, v, do), Given(drawn=drawn)
 

@@ -49,7 +49,7 @@ def test_all_keys_are_there_where_positions_do_not_tell():
 
 
 def test_blocks_and_turns_by_default(monkeypatch):
-    """A block has 512 queries, or as many as have 2^22 scores, which is also the most that segments have side by side."""
+    """A block has 512 queries, or as many as have 2^22 scores, which is also the most that segments have abreast."""
     blocks = {n: plan_of((1, n, n, 1, 1)).segments for n in (512, 1024, 2048, 4096, 8192, 16384)}
     assert {n: (s[0].rows, s[0].blocks) for n, s in blocks.items()} == {
         512: (512, 1),
@@ -59,17 +59,20 @@ def test_blocks_and_turns_by_default(monkeypatch):
         8192: (512, 16),
         16384: (512, 32),
     }
-    for length, in_turn in ((512, False), (1024, False), (2048, False), (4096, True)):
-        assert plan_of((1, length, length, 1, 1), causal=True).in_turn == in_turn
-    assert plan_of((1, 2048, 2048, 4, 1), causal=True).in_turn  # four query heads of a key head
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    windows = {heads: plan_of((1, 4096, 4096, heads, heads), window=(0, 0)) for heads in (1, 2, 4, 8)}
-    assert {n: (w.heads[0], w.in_turn) for n, w in windows.items()} == {
-        1: (1, False),
-        2: (2, False),
-        4: (4, True),
-        8: (4, True),  # a segment has 2^18 scores of a head, and 2^20 are side by side
+    causal = {n: plan_of((1, n, n, 1, 1), causal=True) for n in (512, 1024, 2048, 4096, 8192, 16384)}
+    assert {n: (len(p.segments), p.abreast) for n, p in causal.items()} == {
+        512: (2, 32),
+        1024: (4, 16),
+        2048: (4, 4),
+        4096: (8, 2),
+        8192: (16, 1),
+        16384: (16, 1),
     }
+    assert plan_of((1, 2048, 2048, 4, 1), causal=True).abreast == 1  # four query heads of a key head
+    windows = {heads: plan_of((1, 4096, 4096, heads, heads), window=(0, 0)) for heads in (1, 2, 8)}
+    # A segment has 2^18 scores of a head, and a block takes in heads up to 2^20.
+    assert {n: (w.heads[0], w.abreast) for n, w in windows.items()} == {1: (1, 16), 2: (2, 8), 8: (4, 4)}
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 4096, 8192, 16384])
