@@ -29,10 +29,15 @@ def _logits(plan: Plan, q: Array, k: Array, bias: Array | None, given: Given, at
     return _scores.logits(plan.problem, products, bias, given, queries, keys)[0]
 
 
-def _keep(plan: Plan, p: Array, given: Given, at: At, segment: Segment) -> Array:
-    """Return p where it is kept, else 0; not scaled."""
+def _keep(plan: Plan, p: Array, given: Given, at: At, segment: Segment, after: Array | None = None) -> Array:
+    """Return p where it is kept, else 0; not scaled.
+
+    In float32 it may take the place of p, if it is drawn after the rest that reads p.
+    """
     if plan.problem.layout is None or given.drawn is None:
         return p
+    if after is not None:
+        p = p + _loops.later(after).astype(p.dtype)
     index = _tiles.index(plan, at, segment, given.offset)
     return jnp.where(decisions.keep_at(plan.problem.layout, *given.drawn, index), p, 0.0)
 
@@ -56,8 +61,7 @@ def forward(
     m = jnp.where(m == -jnp.inf, 0.0, m)
     e = jnp.exp(s - m)
     total = jnp.sum(e, axis=-1, keepdims=True)
-    # Drawn after the sum, what is kept may take the place of e.
-    kept = e if given.drawn is None else _keep(plan, e + _loops.later(total).astype(e.dtype), given, at, segment)
+    kept = _keep(plan, e, given, at, segment, after=total)
     out = _einsum(plan, "bkgqs,bksh->bkgqh", kept.astype(v.dtype), v, s.dtype)
     out = _scale_kept(plan, out / jnp.where(total == 0, 1.0, total), given).astype(q.dtype)
     lse = jnp.where(total == 0, jnp.inf, m + jnp.log(total))
@@ -79,15 +83,15 @@ def backward(
     if q.dtype == jnp.float16:  # which has not the range for gradients over a keep probability
         q, k, v = (a.astype(p.dtype) for a in (q, k, v))
     do = _scale_kept(plan, do.astype(p.dtype), given).astype(q.dtype)
-    # The mask is drawn twice, which takes no longer than to hold it, and each result may take the place of an operand.
+    # The mask is drawn twice, which takes no longer than to hold it.
     dp = _keep(plan, _einsum(plan, "bkgqh,bksh->bkgqs", do, v, p.dtype), given, at, segment)
     ds = p * (dp - (delta[0] if delta else jnp.sum(p * dp, axis=-1, keepdims=True)))
-    kept = _keep(plan, p, given, at, segment)
+    kept = _keep(plan, p, given, at, segment, after=ds[..., :1])
     # The sums over queries as [H, S]: as [S, H] they would transpose a block of scores first. The barrier keeps the
     # transpose of queries out of the product, which XLA for CPU then has no fast kernel for.
-    do, q = lax.optimization_barrier((do.swapaxes(-1, -2), q.swapaxes(-1, -2)))
-    dv = _einsum(plan, "bkghq,bkgqs->bkhs", do, kept.astype(q.dtype), p.dtype)
-    dk = _einsum(plan, "bkghq,bkgqs->bkhs", q, ds.astype(q.dtype), p.dtype)
+    do_t, q_t = lax.optimization_barrier((do.swapaxes(-1, -2), q.swapaxes(-1, -2)))
+    dv = _einsum(plan, "bkghq,bkgqs->bkhs", do_t, kept.astype(q.dtype), p.dtype)
+    dk = _einsum(plan, "bkghq,bkgqs->bkhs", q_t, ds.astype(q.dtype), p.dtype)
     dq = _einsum(plan, "bkgqs,bksh->bkgqh", ds.astype(q.dtype), k, p.dtype)
     of_keys = [axis for axis in plan.ones if axis < 2]
     dk, dv = (jnp.expand_dims(a, of_keys) for a in (dk, dv))

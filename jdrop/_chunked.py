@@ -1,4 +1,4 @@
-"""Attention in blocks: of the scores, forward and backward, a block is held at a time.
+"""Attention in blocks: of the scores, forward and backward, a few blocks are held at a time.
 
 The method of FlashAttention-2 (Dao 2024, ICLR) in plain JAX: the loops over the blocks, and their gradients.
 """
@@ -86,14 +86,17 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, .
     query, key, value, bias, given, lse, out = residuals
     if plan.batch[1] * plan.heads[1] == 1:
         # With no loop that takes do, XLA would make the probabilities in the forward pass and hold them until here.
+        # Under a vmap over PRNG keys they are then made for each.
         query = query + _loops.later(do[..., :1]).astype(query.dtype)
     fine, (inner, q) = _tiles.fine((bias, given), plan), _scale_queries(plan, query)
     # The sum over keys of p times its gradient is that over H of out times its own, but not with 16 bits of out. For
-    # jnp.sum of a product, in this order of axes, XLA for CPU takes 30 times as long (jax 0.10.2).
+    # jnp.sum of a product, with a batch of one, XLA for CPU takes up to 30 times as long (jax 0.10.2).
     delta = [] if out is None else [jnp.einsum("bqnh,bqnh->bqn", do, out, precision="highest")[..., None]]
+    # Queries that see nothing have no gradient, whatever comes in.
+    do, *delta = (jnp.where(lse == jnp.inf, 0, _tiles.split(x, plan)) for x in (do, *delta))
 
     def zeros(*shape: int) -> Array:
-        return vary_like(jnp.zeros(shape, lse.dtype), jax.typeof(do))
+        return vary_like(jnp.zeros(shape, lse.dtype), jax.typeof(query))
 
     def turn(dbias: Any, x: tuple[Any, ...]) -> tuple[Any, tuple[Array, Array, Array]]:
         batch, head, *arrays = x
@@ -115,9 +118,8 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, .
         return dbias, (dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype))
 
     dbias: Any = None if fine[0] is None else zeros(*fine[0].shape)
-    operands = [_tiles.split(x, plan) for x in (q, key, value, do)]
-    delta = [_tiles.split(x, plan) for x in delta]
-    dbias, gradients = lax.scan(turn, dbias, (*_tiles.minor(plan), *operands, lse, *delta))
+    operands = [_tiles.split(x, plan) for x in (q, key, value)]
+    dbias, gradients = lax.scan(turn, dbias, (*_tiles.minor(plan), *operands, do, lse, *delta))
     dq, dk, dv = gradients
     dk, dv = (jnp.expand_dims(x.swapaxes(-1, -2), 3) for x in (dk, dv))  # all at once
     dq, dk, dv = (_tiles.join(x, plan) for x in (dq, dk, dv))

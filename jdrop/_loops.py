@@ -71,7 +71,10 @@ def hidden(word: Array, bits: int) -> Array:
 
 
 def later(x: Array) -> Array:
-    """Return -0.0 made from x, in its shape: added to something, which changes no number, it makes that wait for x."""
+    """Return -0.0 made from x, in its shape: added to something, it makes that wait for x and changes no number.
+
+    Where subnormal numbers count as 0, as for XLA on CPU, they do here.
+    """
     return hidden(lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32), 0x80000000)
 
 

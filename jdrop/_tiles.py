@@ -20,7 +20,9 @@ from jdrop.bits import Pair, add64
 
 T = TypeVar("T")  # operands: a pytree
 
-ROWS = 512  # queries in a block, over all groups, or more where the scores of a head are then no more than BLOCK
+ROWS = (
+    512  # queries of a key head in a block, over all groups, or more where a block then has no more scores than BLOCK
+)
 BLOCK = 2**22
 # Where the position says what is seen, queries are cut into segments with a range of keys of their own: four of them,
 # or eight with a window, but of 256 to 512 queries each, and from 8192 queries on sixteen.
@@ -75,13 +77,14 @@ def plan(problem: Problem, query: Array, key: Array) -> Plan:
     """Choose the loops for a query [B, T, N, H] and a key [B, S, K, H]."""
     groups = query.shape[2] // key.shape[2]
     scores = CPU_SCORES if jax.default_backend() == "cpu" else OTHER_SCORES
-    rows = max(ROWS // groups, BLOCK // key.shape[1] // groups, 16)
-    segments = _segments(problem, query.shape[1], key.shape[1], rows)
-    sizes = [groups * s.rows * (s.high - s.low) for s in segments]
-    room = scores // max(sizes) // min(len(segments), 2)
     mesh = jax.sharding.get_abstract_mesh()
     apart = [n for name, n in mesh.shape.items() if name not in mesh.manual_axes]
     devices = math.prod(apart) if mesh.manual_axes else jax.device_count()
+    spread = math.gcd(key.shape[2], devices) * math.gcd(query.shape[0], devices)  # heads that every block holds
+    rows = max(ROWS // groups, BLOCK // (spread * key.shape[1] * groups), 16)
+    segments = _segments(problem, query.shape[1], key.shape[1], rows)
+    sizes = [groups * s.rows * (s.high - s.low) for s in segments]
+    room = scores // max(sizes) // min(len(segments), 2)
     heads, joined_heads = _parts(key.shape[2], devices, room)
     batch, joined_batch = _parts(query.shape[0], devices, room // joined_heads)
     abreast = max(2 * scores // (joined_heads * joined_batch * max(sizes)), 1)

@@ -75,10 +75,10 @@ def dot_product_attention(
       local_window_size: how many keys to the left and to the right a query sees beside its own place, one int for
         both or a pair; ``None`` means all.
       implementation: ``"reference"`` holds all probabilities and works under every transform of JAX, forward mode
-        too. ``"chunked"`` holds a block of them, 2**22 of a head or those of 512 queries; its memory is linear in T and
-        S, and on a CPU dropout adds none; it has reverse mode only. ``None`` takes ``"chunked"`` where it can serve the
-        call and T times S is at least 2**16, from where on it was no slower on a CPU; for forward mode at such sizes,
-        pass ``"reference"``.
+        too. ``"chunked"`` holds a few blocks of them, of 2**22 or of 512 queries of a key head; beyond these its memory
+        is linear in T and S, and in float32 on a CPU dropout adds none; it has reverse mode only. ``None`` takes
+        ``"chunked"`` where it can serve the call and T times S is at least 2**16, from where on it was no slower on a
+        CPU; for forward mode at such sizes, pass ``"reference"``.
 
     Returns:
       An array of the shape and dtype of query.

@@ -10,7 +10,7 @@ import pytest
 from attention_formula import IMPLEMENTATIONS, close, formula, normal, quick, shows, use_plan, visible
 
 import jdrop
-from jdrop import _chunked, _dense
+from jdrop import _chunked, _dense, _tiles
 
 KEY = jax.random.key(31)
 
@@ -197,7 +197,8 @@ def test_values_and_gradients_of_small_blocks(small_blocks, case):
     agrees(data(*sizes), "chunked", **options)
 
 
-def test_a_long_sequence():
+def test_a_long_sequence(monkeypatch):
+    monkeypatch.setattr(_tiles, "BLOCK", 2**20)  # else it is one block
     agrees(data(1, 1025, 1025, 1, 1, 32), "chunked")
 
 
@@ -310,6 +311,16 @@ def test_queries_that_see_nothing(implementation, mode):
     for x in found[:2]:
         assert not np.asarray(x)[blind].any()
     assert not np.asarray(found[4])[~(seen & (bias > -np.inf)).any(1, keepdims=True)].any()
+
+
+def test_what_comes_back_to_queries_that_see_nothing_is_not_read(implementation):
+    """A norm after attention has a gradient of NaN at a row of zeros; queries and keys get none of it."""
+    q, k, v, do = data(2, 24, 16, 2, 1, 32)
+    do = np.where(np.arange(24)[:, None, None] < 9, do, np.nan).astype(np.float32)
+    options = {"train": True, "query_seq_lengths": np.array([9, 9]), "implementation": implementation}
+    found = quick(lambda *x: with_gradients(KEY, *x, 0.5, **options))(q, k, v, do)
+    assert not np.asarray(found[1])[:, 9:].any() and all(np.isfinite(x).all() for x in found[:3])
+    assert implementation == "reference" or np.isfinite(found[3]).all()  # value times a probability of 0 there
 
 
 def test_a_bias_alone_hides_all_keys(implementation):

@@ -41,7 +41,7 @@ def test_a_block_agrees_with_the_formula(sizes, rate):
     factor = np.asarray(jdrop.dropout_mask(KEY, shape, rate)) / (1 - rate) if rate else 1.0
     do = np.zeros_like(arrays[3])
     do[:, first : first + rows] = arrays[3][:, first : first + rows]
-    out, dq, dk, dv = formula(*arrays[:3], factor, seen=seen, scale=SCALE, do=do)
+    out, dq, dk, dv, ds = formula(*arrays[:3], factor, seen=seen, scale=SCALE, do=do, bias=np.zeros(shape))
 
     q, k, v, d = (_tiles.split(jnp.asarray(x), plan)[0] for x in (*arrays[:3], do))
     fine = _tiles.fine((None, given), plan)
@@ -58,7 +58,8 @@ def test_a_block_agrees_with_the_formula(sizes, rate):
         of_keys = [np.asarray(_tiles.split(jnp.asarray(x), plan)[0])[:, :, 0, low:high] for x in (dk, dv)]
         expected = [of_block(dq) / SCALE, of_keys[0].swapaxes(-1, -2) / SCALE, of_keys[1].swapaxes(-1, -2)]
         close(gradients[:3], [np.asarray(x) for x in expected])
-        assert gradients[3].shape == (*q.shape[:3], rows, high - low)
+        of_scores = ds.reshape(*q.shape[:3], T, S)[:, :, :, first : first + rows, low:high]
+        close(gradients[3:], [of_scores])
 
 
 def test_axes_of_one_element_are_left_out():

@@ -37,7 +37,8 @@ def test_the_mask_does_not_depend_on_the_plan(plan, causal, monkeypatch):
     _chunked.attend.clear_cache()
 
 
-def test_the_mask_of_more_than_a_thousand_queries():
+def test_the_mask_of_more_than_a_thousand_queries(monkeypatch):
+    monkeypatch.setattr(_tiles, "BLOCK", 2**20)  # else they are one block
     shows(KEY, (1, 1, 1025, 1025), 0.5, implementation="chunked")
 
 
@@ -64,18 +65,22 @@ def test_memory_is_linear_in_length(one_device):
         assert largest(compiled.as_text()) <= 512 * length + 2**21 < length**2
 
 
-@pytest.mark.parametrize("length", [700, 2048, 4096])
+@pytest.mark.parametrize(
+    ("length", "dtype", "most"),
+    [(700, "float32", 1.02), (2048, "float32", 1.02), (4096, "float32", 1.02), (2048, "bfloat16", 1.25)],
+)
 @pytest.mark.parametrize("backward", [False, True])
-def test_dropout_takes_no_memory(one_device, length, backward):
-    """What is kept takes the place of probabilities: of scores, no more arrays are held than at rate 0."""
-    x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+def test_dropout_takes_no_memory(one_device, length, dtype, most, backward):
+    """What is kept takes the place of probabilities: in float32 no more scores are held than at rate 0, and in bfloat16
+    half an array more, of what is kept, beside two and a half."""
+    x = jax.ShapeDtypeStruct((1, length, 2, 16), dtype)
 
     def bytes_of(rate):
         f = lambda *x: attend(*x, rate).sum()
         compiled = jax.jit(jax.grad(f, (0, 1, 2)) if backward else f).lower(x, x, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert bytes_of(0.5) <= 1.02 * bytes_of(0.0)
+    assert bytes_of(0.5) <= most * bytes_of(0.0)
 
 
 @pytest.mark.parametrize(("length", "scores", "most"), [(4096, 9.4e6, 1.3), (8192, 36e6, 2)])
@@ -175,6 +180,14 @@ def test_the_scale_goes_into_queries_where_that_rounds_as_little(dtype, scale, m
     plan, scaled = _chunked._scale_queries(_tiles.plan(_scores.Problem(scale, False, None, False, None), q, q), q)
     assert plan.problem.scale == (1.0 if moves else scale) and scaled.dtype == q.dtype
     np.testing.assert_allclose(np.asarray(scaled, np.float64), exact if moves else q, rtol=2**-24)
+
+
+def test_the_sums_for_gradients_are_exact_on_every_platform():
+    """On a GPU, products of float32 are rounded to 10 bits by default; this sum is no product that a user sees."""
+    x = normal(0, 1, 300, 1, 16)
+    text = jax.jit(jax.grad(lambda x: attend(x, x, x).sum())).lower(x).as_text()
+    sums = [line for line in text.splitlines() if "dot_general" in line and "batching_dims = [0, 1, 2]" in line]
+    assert len(sums) == 1 and "precision = [HIGHEST, HIGHEST]" in sums[0]
 
 
 def test_the_gradient_of_bias_is_made_on_demand():

@@ -96,6 +96,14 @@ def test_blocks_of_a_mesh_hold_a_part_of_every_device(monkeypatch):
         assert (plan.batch, plan.heads) == tuple((g := int(np.gcd(n, 8)), n // g) for n in (batch, key_heads))
 
 
+def test_blocks_of_many_heads_have_few_queries():
+    """What devices share out is in every block, so a block has fewer queries of each head."""
+    sizes = {(b, k): plan_of((b, 2048, 2048, k, k)).segments[0].rows for b in (1, 2, 8) for k in (1, 2, 8)}
+    assert sizes == {(1, 1): 2048, (1, 2): 1024, (2, 1): 1024, (2, 2): 512} | {
+        (b, k): 512 for b, k in ((1, 8), (8, 1), (2, 8), (8, 2), (8, 8))
+    }
+
+
 @pytest.mark.parametrize("room", [1, 2, 7, 24, 100])
 def test_blocks_hold_as_many_heads_as_have_room(room, monkeypatch):
     monkeypatch.setattr(_tiles, "CPU_SCORES", room * 20 * 30)
