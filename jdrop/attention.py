@@ -76,7 +76,7 @@ def dot_product_attention(
         both or a pair; ``None`` means all.
       implementation: ``"reference"`` holds all probabilities and works under every transform of JAX, forward mode
         too. ``"chunked"`` holds a few blocks of them, of 2**22 or of 512 queries of a key head; beyond these its memory
-        is linear in T and S, and in float32 on a CPU dropout adds none; it has reverse mode only. ``None`` takes
+        is linear in T and S, and in float32 on a CPU dropout adds no block; it has reverse mode only. ``None`` takes
         ``"chunked"`` where it can serve the call and T times S is at least 2**16, from where on it was no slower on a
         CPU; for forward mode at such sizes, pass ``"reference"``.
 
