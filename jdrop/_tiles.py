@@ -20,10 +20,8 @@ from jdrop.bits import Pair, add64
 
 T = TypeVar("T")  # operands: a pytree
 
-ROWS = (
-    512  # queries of a key head in a block, over all groups, or more where a block then has no more scores than BLOCK
-)
-BLOCK = 2**22
+# Queries of a key head in a block, over all groups, and more where the block then has no more scores than BLOCK.
+ROWS, BLOCK = 512, 2**22
 # Where the position says what is seen, queries are cut into segments with a range of keys of their own: four of them,
 # or eight with a window, but of 256 to 512 queries each, and from 8192 queries on sixteen.
 SEGMENT = 256
