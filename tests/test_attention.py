@@ -199,6 +199,7 @@ def test_values_and_gradients_of_small_blocks(small_blocks, case):
 
 def test_a_long_sequence(monkeypatch):
     monkeypatch.setattr(_tiles, "BLOCK", 2**20)  # else it is one block
+    _chunked.attend.clear_cache()
     agrees(data(1, 1025, 1025, 1, 1, 32), "chunked")
 
 

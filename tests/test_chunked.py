@@ -39,6 +39,7 @@ def test_the_mask_does_not_depend_on_the_plan(plan, causal, monkeypatch):
 
 def test_the_mask_of_more_than_a_thousand_queries(monkeypatch):
     monkeypatch.setattr(_tiles, "BLOCK", 2**20)  # else they are one block
+    _chunked.attend.clear_cache()
     shows(KEY, (1, 1, 1025, 1025), 0.5, implementation="chunked")
 
 
