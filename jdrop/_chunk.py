@@ -1,7 +1,8 @@
 """One block of chunked attention: queries against all the keys that they may see, forward and backward.
 
-A softmax takes one pass, since a block holds all of its keys. The backward pass makes probabilities again from the
-logsumexp of their logits, and the mask again from its seed.
+A softmax takes one pass, since a block holds all of its keys. The backward pass recomputes the probabilities from the
+maximum of their logits and the sum of their exponentials, and the mask from its seed. Maximum and sum stay apart: in
+their logsumexp a maximum of large size would swallow the logarithm of the sum.
 """
 
 from typing import Any
@@ -52,8 +53,11 @@ def _scale_kept(plan: Plan, x: Array, given: Given) -> Array:
 
 def forward(
     plan: Plan, x: tuple[Array, ...], bias: Array | None, given: Given, at: At, segment: Segment
-) -> tuple[Array, Array]:
-    """Return the output of a block's queries, and the logsumexp of their logits: +inf where they see nothing."""
+) -> tuple[Array, Array, Array]:
+    """Return the output of a block's queries, the maximum of their logits, and 1 over the sum of exponentials.
+
+    The last counts from the maximum. For queries that see no key, both are 0.
+    """
     q, (k, v) = _tiles.queries(x[0], plan, at, segment), (_tiles.keys(a, plan, segment) for a in x[1:])
     bias, given = _tiles.cut((bias, given), plan, at, segment)
     s = _logits(plan, q, k, bias, given, at, segment)
@@ -63,9 +67,10 @@ def forward(
     total = jnp.sum(e, axis=-1, keepdims=True)
     kept = _keep(plan, e, given, at, segment, after=total)
     out = _einsum(plan, "bkgqs,bksh->bkgqh", kept.astype(v.dtype), v, s.dtype)
-    out = _scale_kept(plan, out / jnp.where(total == 0, 1.0, total), given).astype(q.dtype)
-    lse = jnp.where(total == 0, jnp.inf, m + jnp.log(total))
-    return jnp.expand_dims(out, plan.ones), jnp.expand_dims(lse, plan.ones)
+    nonzero = jnp.where(total == 0, 1.0, total)
+    out = _scale_kept(plan, out / nonzero, given).astype(q.dtype)
+    inverse = jnp.where(total == 0, 0.0, 1 / nonzero)
+    return jnp.expand_dims(out, plan.ones), jnp.expand_dims(m, plan.ones), jnp.expand_dims(inverse, plan.ones)
 
 
 def backward(
@@ -75,24 +80,26 @@ def backward(
 
     That of k is short of the scale that logits are multiplied by here. ``delta``, if there is one, is the sum over keys
     of p times its gradient.
+
+    A probability is ``e * inverse``. The factor of a query goes into its row of do and delta, where it costs nothing.
     """
-    q, do, lse, *delta = (_tiles.queries(a, plan, at, segment) for a in (x[0], *x[3:]))
+    q, do, m, inverse, *delta = (_tiles.queries(a, plan, at, segment) for a in (x[0], *x[3:]))
     k, v = (_tiles.keys(a, plan, segment) for a in x[1:3])
     bias, given = _tiles.cut((bias, given), plan, at, segment)
-    p = jnp.exp(_logits(plan, q, k, bias, given, at, segment) - lse)
+    e = jnp.exp(_logits(plan, q, k, bias, given, at, segment) - m)
     if q.dtype == jnp.float16:  # which has not the range for gradients over a keep probability
-        q, k, v = (a.astype(p.dtype) for a in (q, k, v))
-    do = _scale_kept(plan, do.astype(p.dtype), given).astype(q.dtype)
+        q, k, v = (a.astype(e.dtype) for a in (q, k, v))
+    do = _scale_kept(plan, do.astype(e.dtype) * inverse, given).astype(q.dtype)
     # The mask is drawn twice, which takes no longer than to hold it.
-    dp = _keep(plan, _einsum(plan, "bkgqh,bksh->bkgqs", do, v, p.dtype), given, at, segment)
-    ds = p * (dp - (delta[0] if delta else jnp.sum(p * dp, axis=-1, keepdims=True)))
-    kept = _keep(plan, p, given, at, segment, after=ds[..., :1])
+    dp = _keep(plan, _einsum(plan, "bkgqh,bksh->bkgqs", do, v, e.dtype), given, at, segment)
+    ds = e * (dp - inverse * (delta[0] if delta else jnp.sum(e * dp, axis=-1, keepdims=True)))
+    kept = _keep(plan, e, given, at, segment, after=ds[..., :1])
     # The sums over queries as [H, S]: as [S, H] they would transpose a block of scores first. The barrier keeps the
     # transpose of queries out of the product, which XLA for CPU then has no fast kernel for.
     do_t, q_t = lax.optimization_barrier((do.swapaxes(-1, -2), q.swapaxes(-1, -2)))
-    dv = _einsum(plan, "bkghq,bkgqs->bkhs", do_t, kept.astype(q.dtype), p.dtype)
-    dk = _einsum(plan, "bkghq,bkgqs->bkhs", q_t, ds.astype(q.dtype), p.dtype)
-    dq = _einsum(plan, "bkgqs,bksh->bkgqh", ds.astype(q.dtype), k, p.dtype)
+    dv = _einsum(plan, "bkghq,bkgqs->bkhs", do_t, kept.astype(q.dtype), e.dtype)
+    dk = _einsum(plan, "bkghq,bkgqs->bkhs", q_t, ds.astype(q.dtype), e.dtype)
+    dq = _einsum(plan, "bkgqs,bksh->bkgqh", ds.astype(q.dtype), k, e.dtype)
     of_keys = [axis for axis in plan.ones if axis < 2]
     dk, dv = (jnp.expand_dims(a, of_keys) for a in (dk, dv))
     return jnp.expand_dims(dq, plan.ones), dk, dv, jnp.expand_dims(ds, plan.ones)

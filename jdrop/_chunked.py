@@ -62,28 +62,27 @@ def _forward(
 ) -> tuple[Array, tuple[Any, ...]]:
     fine, (inner, q) = _tiles.fine((bias, given), plan), _scale_queries(plan, query)
 
-    def turn(x: tuple[Any, ...]) -> tuple[Array, Array]:
+    def turn(x: tuple[Any, ...]) -> tuple[Array, ...]:
         batch, head, *arrays = x
-        outs: list[Array] = []
-        lses: list[Array] = []
+        found: list[tuple[Array, ...]] = []  # out, maximum, inverse of the sum
         for segment in plan.segments:
-            after = _after(plan, lses)  # not outs: under vmap they may be many where queries and keys are not
+            # Not the outs: under vmap they may be many where queries and keys are not.
+            after = _after(plan, [inverse for *_, inverse in found])
 
             def block(carry: None, first: Array, segment: Segment = segment, after: Any = after) -> tuple[None, Any]:
                 return carry, _chunk.forward(inner, tuple(arrays), *fine, At(batch, head, first, after), segment)
 
-            out, lse = _over_blocks(block, None, segment)[1]
-            outs.append(out)
-            lses.append(lse)
-        return jnp.concatenate(outs, axis=3), jnp.concatenate(lses, axis=3)
+            found.append(_over_blocks(block, None, segment)[1])
+        return tuple(jnp.concatenate(parts, axis=3) for parts in zip(*found))
 
-    out, lse = lax.map(turn, (*_tiles.minor(plan), *(_tiles.split(x, plan) for x in (q, key, value))))
+    out, *sums = lax.map(turn, (*_tiles.minor(plan), *(_tiles.split(x, plan) for x in (q, key, value))))
     out = _tiles.join(out, plan)
-    return out, (query, key, value, bias, given, lse, out if out.dtype == lse.dtype else None)
+    return out, (query, key, value, bias, given, sums, out if out.dtype == sums[0].dtype else None)
 
 
 def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
-    query, key, value, bias, given, lse, out = residuals
+    query, key, value, bias, given, sums, out = residuals
+    real = sums[0].dtype
     if plan.batch[1] * plan.heads[1] == 1:
         # With no loop that takes do, XLA would make the probabilities in the forward pass and hold them until here.
         # Under a vmap over PRNG keys they are then made for each.
@@ -93,10 +92,10 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, .
     # jnp.sum of a product, with a batch of one, XLA for CPU takes up to 30 times as long (jax 0.10.2).
     delta = [] if out is None else [jnp.einsum("bqnh,bqnh->bqn", do, out, precision="highest")[..., None]]
     # Queries that see nothing have no gradient, whatever comes in.
-    do, *delta = (jnp.where(lse == jnp.inf, 0, _tiles.split(x, plan)) for x in (do, *delta))
+    do, *delta = (jnp.where(sums[1] == 0, 0, _tiles.split(x, plan)) for x in (do, *delta))
 
     def zeros(*shape: int) -> Array:
-        return vary_like(jnp.zeros(shape, lse.dtype), jax.typeof(query))
+        return vary_like(jnp.zeros(shape, real), jax.typeof(query))
 
     def turn(dbias: Any, x: tuple[Any, ...]) -> tuple[Any, tuple[Array, Array, Array]]:
         batch, head, *arrays = x
@@ -119,7 +118,7 @@ def _backward(plan: Plan, residuals: tuple[Any, ...], do: Array) -> tuple[Any, .
 
     dbias: Any = None if fine[0] is None else zeros(*fine[0].shape)
     operands = [_tiles.split(x, plan) for x in (q, key, value)]
-    dbias, gradients = lax.scan(turn, dbias, (*_tiles.minor(plan), *operands, do, lse, *delta))
+    dbias, gradients = lax.scan(turn, dbias, (*_tiles.minor(plan), *operands, do, *sums, *delta))
     dq, dk, dv = gradients
     dk, dv = (jnp.expand_dims(x.swapaxes(-1, -2), 3) for x in (dk, dv))  # all at once
     dq, dk, dv = (_tiles.join(x, plan) for x in (dq, dk, dv))

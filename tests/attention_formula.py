@@ -47,12 +47,16 @@ def visible(shape, mask=None, causal=False, window=None, query_lengths=None, key
     return seen
 
 
-def formula(query, key, value, factor=1.0, *, seen=True, bias=None, scale=None, do=None):
-    """Return out and, with ``do``, the gradients of query, key, value and bias; ``factor`` is mask over keep rate."""
+def formula(query, key, value, factor=1.0, *, seen=True, bias=None, scale=None, do=None, logits=np.float64):
+    """Return out and, with ``do``, the gradients of query, key, value and bias; ``factor`` is mask over keep rate.
+
+    ``logits`` is the dtype in which the bias is added. The rest is in float64.
+    """
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     groups, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5 if scale is None else scale
     every = lambda x: np.repeat(x, groups, axis=2)
-    s = np.einsum("bqnh,bknh->bnqk", q, every(k)) * scale + (0.0 if bias is None else np.asarray(bias, np.float64))
+    s = (np.einsum("bqnh,bknh->bnqk", q, every(k)) * scale).astype(logits)
+    s = (s if bias is None else s + np.asarray(bias, logits)).astype(np.float64)
     s = np.where(seen, s, -np.inf)
     e = np.exp(s - np.maximum(s.max(-1, keepdims=True), -1e300))
     p = e / np.maximum(e.sum(-1, keepdims=True), 1e-300)

@@ -231,6 +231,34 @@ def test_logits_may_be_large(implementation, shift):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_logits_of_any_size(implementation, dtype):
+    """Rows, columns or all of the logits far from 0: the softmax and all gradients stay exact.
+
+    A logsumexp of such logits would swallow the logarithm of the sum, and with it the factor of a whole row: 30 for a
+    padding row with finfo.min as its bias. All products are exact in float32, and next to 1e4 too.
+    """
+    q, k, v, do = (np.rint(4 * x.clip(-2, 2)) / 4 for x in data(2, 12, 30, 2, 1, 16))
+    kept = np.asarray(jdrop.dropout_mask(KEY, scores(q, k), 0.5)) * 2
+    f = quick(lambda *x: with_gradients(KEY, *x, implementation=implementation))
+    bound = 2e-5 if dtype == "float32" else 2 * float(jnp.finfo(dtype).eps)
+    lowest = {float(jnp.finfo(d).min) for d in (dtype, "float32")}
+    for far in (0.0, -1e4, 1e4, -1e9, *lowest, -np.inf):
+        for place in (np.s_[5:8], np.s_[:, 3:9], np.s_[:]):
+            bias = np.zeros((12, 30), np.float32)
+            bias[place] = far
+            found = f(*(jnp.asarray(x, dtype) for x in (q, k, v, do)), jnp.float32(0.5), bias)
+            close(found, formula(q, k, v, kept, bias=bias, do=do, logits=np.float32), bound)
+
+
+def test_a_padding_row_does_not_change_the_gradients_of_others():
+    """The default takes blocks from 65,536 scores on."""
+    q, k, v, do = (jax.random.normal(jax.random.key(i), (1, 256, 1, 16)) for i in range(4))
+    bias = jnp.zeros((256, 256)).at[5].set(jnp.finfo(jnp.float32).min)
+    found = quick(lambda *x: with_gradients(KEY, *x[:4], 0.0, x[4]))(q, k, v, do, bias)
+    close(found, formula(q, k, v, bias=bias, do=do, logits=np.float32))
+
+
 def test_bias_beside_segments(small_blocks):
     agrees(data(1, 70, 60, 2, 2, 32), "chunked", bias=normal(5, 1, 1, 70, 60), causal=True)
 

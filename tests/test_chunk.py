@@ -45,15 +45,16 @@ def test_a_block_agrees_with_the_formula(sizes, rate):
 
     q, k, v, d = (_tiles.split(jnp.asarray(x), plan)[0] for x in (*arrays[:3], do))
     fine = _tiles.fine((None, given), plan)
-    found, lse = jax.jit(lambda *x: _chunk.forward(plan, x, *fine, at, segment))(q, k, v)
-    assert lse.shape == (*found.shape[:-1], 1)
+    found, *sums = jax.jit(lambda *x: _chunk.forward(plan, x, *fine, at, segment))(q, k, v)
+    assert sums[0].shape == sums[1].shape == (*found.shape[:-1], 1)
     of_block = lambda x: _tiles.split(jnp.asarray(x), plan)[0][:, :, :, first : first + rows]
     close([found], [np.asarray(of_block(out))])
 
-    whole = jnp.full((*q.shape[:4], 1), jnp.nan).at[:, :, :, first : first + rows].set(lse)  # others are not read
+    nothing = jnp.full((*q.shape[:4], 1), jnp.nan)  # others are not read
+    sums = [nothing.at[:, :, :, first : first + rows].set(x) for x in sums]
     delta = _tiles.split(jnp.asarray((do * out).sum(-1, keepdims=True)), plan)[0]
     for extra in ((), (delta,)):
-        operands = (q, k, v, d, whole, *extra)
+        operands = (q, k, v, d, *sums, *extra)
         gradients = jax.jit(lambda *x: _chunk.backward(plan, x, *fine, at, segment))(*operands)
         of_keys = [np.asarray(_tiles.split(jnp.asarray(x), plan)[0])[:, :, 0, low:high] for x in (dk, dv)]
         expected = [of_block(dq) / SCALE, of_keys[0].swapaxes(-1, -2) / SCALE, of_keys[1].swapaxes(-1, -2)]

@@ -157,7 +157,7 @@ def test_second_derivatives_through_segments_in_turn(monkeypatch):
 
 
 def test_what_is_kept_for_the_backward_pass():
-    """Queries, keys, values, out, a number for each query, and of the mask its seed and rate alone."""
+    """Queries, keys, values, out, two numbers for each query, and of the mask its seed and rate alone."""
     q, k, v = (jnp.asarray(normal(i, 2, 200, n, 32)) for i, n in ((0, 4), (1, 2), (2, 2)))
 
     def bytes_kept(rate, **options):
@@ -165,7 +165,7 @@ def test_what_is_kept_for_the_backward_pass():
         pull = f(q, k, v, rate) if isinstance(rate, float) else jax.eval_shape(f, q, k, v, rate)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
 
-    without = q.nbytes + k.nbytes + v.nbytes + q.nbytes + 4 * 2 * 4 * 200
+    without = q.nbytes + k.nbytes + v.nbytes + q.nbytes + 2 * 4 * 2 * 4 * 200
     assert bytes_kept(0.0) == bytes_kept(0.0, is_causal=True) == without
     assert bytes_kept(jnp.float32(0.5)) == bytes_kept(0.5) == without + 2 * 4 + 4
     assert bytes_kept(jnp.full([2, 1, 200, 1], 0.5)) == without + 2 * 4 + 2 * 200 * 4
