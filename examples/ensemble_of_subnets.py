@@ -1,17 +1,18 @@
 """What does dropout average over? Enumerates every thinned network of a small net, with its probability.
 
-A net with n units that are dropped with probability p each holds 2^n thinned networks. For the linear
+A net with n units, each dropped with probability p, contains 2^n thinned networks. For the linear net
 z = w1 x + w2 y with dropout on x and y, the average over its four networks is E[z] = (1 - p)(w1 x + w2 y) if kept
-values stay as they are (``scale_at="eval"``), and w1 x + w2 y if they are divided by 1 - p (``scale_at="train"``). The
-net without dropout gives exactly that: weight scaling. For a nonlinear net it is an approximation. Here nets with 12
-hidden units learn to tell scikit-learn's 3s from 8s under dropout; then all 4,096 networks of each are evaluated on
-the test images, and their average probability is compared with weight scaling, with the normalised geometric mean, and
-with Monte Carlo averages by jdrop, whose error should be (standard deviation over the networks) / sqrt(draws).
+values are not scaled (``scale_at="eval"``), and w1 x + w2 y if they are divided by 1 - p (``scale_at="train"``). The
+net without dropout computes exactly this average: weight scaling. For a nonlinear net, weight scaling is only an
+approximation. Here, nets with 12 hidden units learn to distinguish scikit-learn's 3s from 8s under dropout. All 4,096
+networks of each net are then evaluated on the test images. Their average probability is compared with weight scaling,
+with the normalized geometric mean, and with Monte Carlo averages by jdrop, whose error should be (standard deviation
+over the networks) / sqrt(draws).
 
     python examples/ensemble_of_subnets.py
 
-Expect, after 20 seconds (2-core CPU, jax 0.10.2), for either ``scale_at`` the difference to the average of all networks
-(root mean square), its standard error over 10 nets, the theory, and the test accuracy in percent:
+Expect, after 20 seconds (2-core CPU, jax 0.10.2), for each ``scale_at`` the root-mean-square difference from the
+average of all networks, its standard error over 10 nets, the theory, and the test accuracy in percent:
 
     all 4,096 networks       |     0.0000 | 0.0000 |        | 99.43 |     0.0000 | 0.0000 |        | 99.43
     weight scaling           |     0.0096 | 0.0009 |        | 99.43 |     0.0105 | 0.0006 |        | 99.43
@@ -21,7 +22,8 @@ Expect, after 20 seconds (2-core CPU, jax 0.10.2), for either ``scale_at`` the d
     Monte Carlo, draws: 100  |     0.0038 | 0.0002 | 0.0038 | 99.40 |     0.0039 | 0.0001 | 0.0039 | 99.43
     Monte Carlo, draws: 1000 |     0.0012 | 0.0001 | 0.0012 | 99.43 |     0.0012 | 0.0000 | 0.0012 | 99.43
 
-Weight scaling is as close as about 15 draws. For the linear net, E[z], the formula and weight scaling come first:
+Weight scaling is as accurate as about 15 draws. Before this table come E[z], the formula, and weight scaling for the
+linear net:
 
     scale_at=train          | -2.6051 | -2.6051 | -2.6051
     scale_at=eval           | -1.8235 | -1.8235 | -1.8235
@@ -55,26 +57,26 @@ CLASSES = (3, 8)
 SIZES = (64, 7, 5, 1)  # 12 hidden units: 4,096 networks
 RATE = 0.3
 NUM_SEEDS = 10
-NUM_TRAIN = 200  # images, all in one batch; the rest is the test set
+NUM_TRAIN = 200  # images, all in one batch; the others are the test set
 LEARNING_RATE = 1e-2  # Adam
 STEPS = 500
 DRAWS = (1, 10, 100, 1000)  # of Monte Carlo dropout
-REPEATS = 16  # of the draws, for their rms error
+REPEATS = 16  # of each Monte Carlo average, to estimate its rms error
 
 Params = list[tuple[Array, Array]]
 Drop = Callable[[int, Array], Array]
 ScaleAt = Literal["train", "eval"]
-KEPT_VALUE: dict[ScaleAt, float] = {"train": 1 / (1 - RATE), "eval": 1.0}  # what multiplies a kept value in training
+KEPT_VALUE: dict[ScaleAt, float] = {"train": 1 / (1 - RATE), "eval": 1.0}  # factor of kept values in training
 
 
 def enumerate_masks(n: int) -> tuple[np.ndarray, np.ndarray]:
-    """All masks of n units, [2^n, n] of 0s and 1s, and the probability of each."""
+    """Return all masks of n units, [2^n, n] of 0s and 1s, and the probability of each mask."""
     masks = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
     return masks.astype(np.float32), np.prod(np.where(masks == 1, 1 - RATE, RATE), axis=1)
 
 
 def check_linear(key: Array, scale_at: ScaleAt) -> tuple[float, float, float]:
-    """Return E[z] over the four networks, by the formula, and from the net without dropout."""
+    """Return E[z] over the four networks, from the formula, and from the net without dropout."""
     x, w = (np.asarray(jax.random.normal(derive(key, name), (2,))) for name in ("inputs", "weights"))
     masks, probabilities = enumerate_masks(2)
     average = probabilities @ (masks * x * KEPT_VALUE[scale_at] @ w)
@@ -96,7 +98,7 @@ def forward(params: Params, x: Array, drop: Drop) -> Array:
 
 
 def by_jdrop(key: Array | None, scale_at: ScaleAt, train: bool = True) -> Drop:
-    """Dropout with a key of its own for each layer."""
+    """Return dropout by jdrop, with a separate key for each layer."""
 
     def drop(i: int, h: Array) -> Array:
         return jdrop.dropout(derive(key, i) if key is not None else None, h, RATE, train=train, scale_at=scale_at)
@@ -105,7 +107,7 @@ def by_jdrop(key: Array | None, scale_at: ScaleAt, train: bool = True) -> Drop:
 
 
 def train(params: Params, keys: Array, x: Array, y: Array, scale_at: ScaleAt, steps: int) -> Params:
-    """Train all nets at once; their parameters, keys, images and labels have a leading axis."""
+    """Train all nets at once; parameters, keys, images, and labels have a leading axis of nets."""
     optimizer = optax.adam(LEARNING_RATE)
 
     def loss_fn(params: Params, x: Array, y: Array, key: Array) -> Array:
@@ -124,7 +126,7 @@ def train(params: Params, keys: Array, x: Array, y: Array, scale_at: ScaleAt, st
 
 
 def evaluate(scale_at: ScaleAt, params: Params, key: Array, x: Array, y: Array) -> dict[str, Array]:
-    """Compare one net's exact ensemble on the images x [n, 64] with what stands in for it."""
+    """Compare the exact ensemble of one net with its approximations, on the images x [n, 64]."""
     masks, weights = (jnp.asarray(a, jnp.float32) for a in enumerate_masks(sum(SIZES[1:-1])))
     parts = jnp.split(masks[:, None], [SIZES[1]], axis=-1)  # [2^units, 1, units of a layer]
     logits = forward(params, x, lambda i, h: h * parts[i] * KEPT_VALUE[scale_at])  # [2^units, n]
@@ -150,7 +152,7 @@ def evaluate(scale_at: ScaleAt, params: Params, key: Array, x: Array, y: Array) 
 
 
 def plot(path: Path, results: dict[ScaleAt, dict[str, np.ndarray]]) -> None:
-    """Draw weight scaling against the ensemble, and the error of Monte Carlo against the number of draws."""
+    """Plot weight scaling against the ensemble, and the Monte Carlo error against the number of draws."""
     fig, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
     for ax, (scale_at, result) in zip(axes, results.items(), strict=False):
         ax.plot([0, 1], [0, 1], color="gray", linewidth=0.8)

@@ -1,13 +1,13 @@
 """Does backprop multiply by 0s and 2s, or by 0s and 1s? A NumPy network with a hand-written backward pass answers.
 
-By whatever the forward pass multiplied by. A masked unit takes no part, so its gradient is 0; a kept one gets
-1 / (1 - rate), which is 2 at rate 0.5, with ``scale_at="train"``, and 1 with ``scale_at="eval"``. So written, with the
-masks of ``jdrop.dropout_mask``, the NumPy gradients equal ``jax.grad`` through ``jdrop.dropout``, and the gradients of
-the examples add up to that of the batch, although each example goes through a thinned network of its own.
+Backprop multiplies by the same factors as the forward pass. The gradient of a masked unit is 0. The factor of a kept
+unit is 1 / (1 - rate), which is 2 at rate 0.5, with ``scale_at="train"``, and 1 with ``scale_at="eval"``. With masks
+from ``jdrop.dropout_mask``, the NumPy gradients equal ``jax.grad`` through ``jdrop.dropout``. The gradients per example
+add up to that of the batch, although each example uses its own thinned network.
 
-Dropout on inputs and on weights (DropConnect, Wan et al. 2013) give what a unit gets the same variance. But a dropped
-input takes a row of weights with it, and so correlates the units that see an example; a dropped weight, decided for
-itself and once a minibatch, correlates the examples that a unit sees. The exit status is 1 if anything disagrees.
+Dropout on inputs and on weights (DropConnect, Wan et al. 2013) give the input of a unit the same variance. A dropped
+input also drops a row of weights, which correlates the units for the same example. A dropped weight has its own
+decision, once per minibatch, which correlates the examples at the same unit. The exit status is 1 if a check fails.
 
     python examples/gradients_by_hand.py
 
@@ -48,23 +48,23 @@ from jdrop.keys import derive, per_example
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-jax.config.update("jax_default_matmul_precision", "highest")  # float32 products, also where TF32 is the default
+jax.config.update("jax_default_matmul_precision", "highest")  # float32 products, even where TF32 is the default
 
 SIZES = (64, 128, 10)
 RATES = (0.2, 0.5)  # inputs, hidden units
 BATCH = 64
 LEARNING_RATE = 0.1  # plain gradient descent
 STEPS = 500
-DRAWS = 20_000  # for variances and covariances
-TOLERANCE = 1e-5  # of an array's largest gradient; float32 resolves 6e-8
+DRAWS = 20_000  # to estimate variances and covariances
+TOLERANCE = 1e-5  # relative to the largest gradient of an array; float32 resolves 6e-8
 
-Params = dict[str, Any]  # arrays of NumPy or JAX
+Params = dict[str, Any]  # NumPy or JAX arrays
 Masks = list[np.ndarray]
 failed: list[str] = []
 
 
 def check(name: str, value: float, low: float, high: float) -> None:
-    """Print a row of the table, and remember a failure."""
+    """Print a row of the table, and record a failure."""
     wanted = "0" if high == 0 else f"up to {high:g}" if low == 0 else f"{low:.2f} to {high:.2f}"
     print(f"{name:46}| {value:8.2g} | {wanted:15} | {'ok' if low <= value <= high else 'FAILED'}")
     if not low <= value <= high:
@@ -77,7 +77,7 @@ def init(key: Array) -> Params:
 
 
 def jax_losses(params: Params, x: Array, y: Array, key: Array, scale_at: Any = "train", rates: Any = RATES) -> Array:
-    """Losses [batch] of a network with dropout on inputs and hidden units."""
+    """Return the losses [batch] of a network with dropout on inputs and hidden units."""
     x = jdrop.dropout(derive(key, "input"), x, rates[0], train=True, scale_at=scale_at)
     h = jax.nn.relu(x @ params["w1"] + params["b1"])
     h = jdrop.dropout(derive(key, "hidden"), h, rates[1], train=True, scale_at=scale_at)
@@ -85,14 +85,14 @@ def jax_losses(params: Params, x: Array, y: Array, key: Array, scale_at: Any = "
 
 
 def draw_masks(key: Array) -> tuple[Masks, Masks]:
-    """The masks that the network above draws with this key: as 0s and 1s, and as 0s and 1 / (1 - rate)."""
+    """Return the masks of ``jax_losses`` with this key, as 0s and 1s and as 0s and 1 / (1 - rate)."""
     shapes, keys = ((BATCH, SIZES[0]), (BATCH, SIZES[1])), (derive(key, "input"), derive(key, "hidden"))
     ones = [np.array(jdrop.dropout_mask(*args), np.float32) for args in zip(keys, shapes, RATES, strict=True)]
     return ones, [mask / np.float32(1 - rate) for mask, rate in zip(ones, RATES, strict=True)]
 
 
 def numpy_grad(params: Params, x: np.ndarray, y: np.ndarray, forward: Masks, backward: Masks) -> tuple[float, Params]:
-    """The mean loss and its gradient by hand, with the masks that multiply in the forward and the backward pass."""
+    """Return the mean loss and its hand-written gradient, with separate masks for the forward and backward pass."""
     x = x * forward[0]
     a = x @ params["w1"] + params["b1"]
     h = np.maximum(a, 0) * forward[1]
@@ -101,17 +101,17 @@ def numpy_grad(params: Params, x: np.ndarray, y: np.ndarray, forward: Masks, bac
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     one_hot = np.eye(SIZES[2], dtype=np.float32)[y]
     d_logits = (np.exp(log_p) - one_hot) / np.float32(len(x))
-    d_h = d_logits @ params["w2"].T * backward[1]  # a masked unit takes no part
+    d_h = d_logits @ params["w2"].T * backward[1]  # the gradient of a masked unit is 0
     d_a = d_h * (a > 0)
     grads = {"w1": x.T @ d_a, "b1": d_a.sum(0), "w2": h.T @ d_logits, "b2": d_logits.sum(0)}
     return float(-(log_p * one_hot).sum(1).mean()), grads
 
 
 def check_gradients(params: Params, x: Any, y: Any, key: Array) -> np.ndarray:
-    """Compare gradients; return that of the first weights for one example."""
+    """Compare gradients; return the gradient of ``w1`` for one example."""
     one, two = draw_masks(key)
 
-    def distance(forward: Masks, backward: Masks, by_jax: Params) -> float:  # at most, next to the largest gradient
+    def distance(forward: Masks, backward: Masks, by_jax: Params) -> float:  # maximum, relative to the largest gradient
         by_hand = numpy_grad(params, x, y, forward, backward)[1]
         return max(float(np.abs(by_hand[name] - g).max() / np.abs(g).max()) for name, g in by_jax.items())
 
@@ -129,7 +129,7 @@ def check_gradients(params: Params, x: Any, y: Any, key: Array) -> np.ndarray:
 
 
 def check_dropconnect(params: Params, x: Array, y: Array, key: Array) -> np.ndarray:
-    """The same network with dropout on ``w1`` instead; return the gradient of ``w1`` for one example."""
+    """Check the network with dropout on ``w1`` instead; return the gradient of ``w1`` for one example."""
 
     def loss(w1: Array) -> Array:
         w1 = jdrop.dropout(key, w1, RATES[1], train=True)
@@ -137,14 +137,14 @@ def check_dropconnect(params: Params, x: Array, y: Array, key: Array) -> np.ndar
 
     grad = np.asarray(jax.grad(loss)(params["w1"]))
     dropped = ~np.asarray(jdrop.dropout_mask(jax.random.clone(key), grad.shape, RATES[1]))
-    seen = grad[:, np.abs(grad).max(0) > 0][x > 0]  # of inputs and units that are not 0 themselves
+    seen = grad[:, np.abs(grad).max(0) > 0][x > 0]  # only nonzero inputs and active units
     check("dropped weights: their gradient", float(np.abs(grad * dropped).max()), 0, 0)
     check("dropped weights: rows without any gradient", float((seen == 0).all(1).sum()), 0, 0)
     return grad
 
 
 def check_moments(params: Params, x: Array, key: Array) -> None:
-    """Moments of what two units get from two examples, as parts of the variance, within 5 standard errors."""
+    """Check moments of the inputs of two units for two examples, relative to the variance, to 5 standard errors."""
     rate, w = RATES[1], params["w1"][:, :2]
     term = x[:, :, None] * w  # [example, input, unit]
     variance, units, examples = (float(term[0, :, 0] @ t) for t in (term[0, :, 0], term[0, :, 1], term[1, :, 0]))

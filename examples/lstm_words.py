@@ -1,17 +1,17 @@
-"""Which dropout helps a small LSTM language model, and is all of it together better still?
+"""Which dropout helps a small LSTM language model, and does combining all of them help more?
 
-Trains on 30,000 words of Python's own ``pydoc_data.topics`` and validates on whole topics held out. The seeds train
-together under vmap. They share first weights and sequences over all methods, so differences are paired. The rates were
-chosen among two or three settings a method with ``--seed 1``, on the same held-out topics.
+Trains on 30,000 words of Python's own ``pydoc_data.topics`` and validates on held-out topics. The seeds train together
+under vmap. All methods share initial weights and sequences, so differences are paired. The rates were chosen from two
+or three settings per method with ``--seed 1``, on the same held-out topics.
 
-A trap: all time steps of a sequence share the masks of ``locked_dropout`` and ``drop_connect`` (and all sequences of a
-step the latter's), so both are called outside the scan. Zoneout must not share: with one key for all time steps, the
-cells that stay would stay at zero.
+Note the keys: all time steps of a sequence share the masks of ``locked_dropout`` and ``drop_connect`` (for the latter,
+all sequences of a step do), so both are called outside the scan. Zoneout must not share masks: with one key for all
+time steps, preserved cells would stay at zero forever.
 
     python examples/lstm_words.py
 
-Expect, after 5 minutes (2-core CPU, Python 3.11, jax 0.10.2), validation loss in nats a word after the last step, its
-perplexity, the paired difference to nothing, each with a standard error over 4 seeds, and the lowest loss on the way:
+Expect, after 5 minutes (2-core CPU, Python 3.11, jax 0.10.2), validation loss in nats per word after the last step, its
+perplexity, the paired difference from nothing, standard errors over 4 seeds, and the lowest loss during training:
 
     method            | loss  | error | perplexity | difference | error | lowest
     nothing           | 5.194 | 0.017 |      180.2 |     +0.000 | 0.000 | 5.077
@@ -21,8 +21,8 @@ perplexity, the paired difference to nothing, each with a standard error over 4 
     drop_connect      | 5.110 | 0.017 |      165.6 |     -0.084 | 0.026 | 5.061
     all together      | 4.909 | 0.015 |      135.5 |     -0.285 | 0.006 | 4.909
 
-All methods help against overfitting. ``drop_connect`` helps least: ``nothing``, stopped in time, is nearly as good. All
-together is hardly better than ``locked_dropout`` alone, by less than the errors of the two.
+All methods reduce overfitting. ``drop_connect`` helps least: ``nothing`` with early stopping is nearly as good. All of
+them together are hardly better than only ``locked_dropout``: the difference is less than the errors of the two.
 """
 
 import argparse
@@ -52,7 +52,7 @@ NUM_TRAIN = 30_000  # words: few, so that the network overfits
 VOCABULARY = 2000  # the most frequent training words; word 0 is <unk>
 EMBEDDING, HIDDEN = 96, 128
 TIME, BATCH = 32, 16
-LEARNING_RATE = 1.5e-2  # Adam with clipped gradients, decayed to 0 by a cosine
+LEARNING_RATE = 1.5e-2  # Adam with clipped gradients and cosine decay to 0
 STEPS = 600
 EVAL_EVERY = 75
 
@@ -62,14 +62,14 @@ State = tuple[Params, optax.OptState]
 
 
 class Rates(NamedTuple):
-    """One rate a place; all are traced, so that every method runs the same compiled step."""
+    """One drop rate per location. All are traced, so every method runs the same compiled step."""
 
     embedding: float = 0.0  # embedding_dropout: words
-    inputs: float = 0.0  # locked_dropout: what the LSTM reads,
-    outputs: float = 0.0  # and what it gives
-    cell: float = 0.0  # zoneout: its cell,
-    hidden: float = 0.0  # and its hidden state
-    weights: float = 0.0  # drop_connect: its hidden-to-hidden weights
+    inputs: float = 0.0  # locked_dropout: inputs of the LSTM
+    outputs: float = 0.0  # locked_dropout: outputs of the LSTM
+    cell: float = 0.0  # zoneout: cell state
+    hidden: float = 0.0  # zoneout: hidden state
+    weights: float = 0.0  # drop_connect: hidden-to-hidden weights
 
 
 REFERENCE = "nothing"
@@ -89,14 +89,14 @@ def read_words() -> tuple[list[str], list[str]]:
     for i, name in enumerate(sorted(topics)):
         for paragraph in re.split(r"\n\s*\n", topics[name]):
             found = re.findall(r"\w+|[^\w\s]", paragraph.lower())
-            if " ".join(found) not in seen:  # topics repeat whole sections of others: keep the first
+            if " ".join(found) not in seen:  # topics repeat sections of other topics: keep the first
                 words[i % 4 == 2].extend(found)
             seen.add(" ".join(found))
     return words[0][:NUM_TRAIN], words[1]
 
 
 def init(key: Array) -> Params:
-    """Small uniform weights; the forget gate starts open."""
+    """Return small uniform weights, with a bias that opens the forget gate."""
     shapes = {"table": (VOCABULARY, EMBEDDING), "inputs": (EMBEDDING, 4 * HIDDEN), "hidden": (HIDDEN, 4 * HIDDEN)}
     shapes["output"] = (HIDDEN, VOCABULARY)
     params = {n: jax.random.uniform(derive(key, n), s, minval=-1, maxval=1) / HIDDEN**0.5 for n, s in shapes.items()}
@@ -108,14 +108,14 @@ def at(key: Array | None, *path: str) -> Array | None:
 
 
 def forward(params: Params, ids: Array, key: Array | None, rates: Rates, train: bool) -> Array:
-    """Map words [batch, time] to logits of the words that follow."""
-    # Outside the scan: the mask of the weights is drawn once and serves all time steps.
+    """Map words [batch, time] to logits of the next words."""
+    # Outside the scan, so that all time steps share one weight mask.
     params = jdrop.drop_connect(
         at(key, "weights"), params, rates.weights, train=train, where=lambda path, leaf: path[-1].key == "hidden"
     )
     x = jdrop.embedding_dropout(at(key, "words"), params["table"][ids], rates.embedding, train=train, ids=ids)
     x = jdrop.locked_dropout(at(key, "inputs"), x, rates.inputs, train=train, time_axis=1)
-    # Zoneout wants a key of its own for each time step and each state; the scan runs over them.
+    # Zoneout needs a separate key for each time step and each state; the scan runs over these keys.
     keys = {n: None if key is None else per_example(derive(key, n), jnp.arange(TIME)) for n in ("cell", "hidden")}
 
     def step(state: tuple[Array, Array], now: tuple[Array, Keys]) -> tuple[tuple[Array, Array], Array]:
@@ -135,13 +135,13 @@ def forward(params: Params, ids: Array, key: Array | None, rates: Rates, train: 
 
 
 def loss_fn(params: Params, words: Array, key: Array | None, rates: Rates, train: bool) -> Array:
-    """Mean loss of words [batch, time + 1], in nats a word."""
+    """Return the mean loss of words [batch, time + 1], in nats per word."""
     logits = forward(params, words[:, :-1], key, rates, train)
     return optax.softmax_cross_entropy_with_integer_labels(logits, words[:, 1:]).mean()
 
 
 def make_train_step(optimizer: optax.GradientTransformation, text: Array) -> Callable[..., State]:
-    """Return the step of all seeds, which draws sequences from anywhere in the text."""
+    """Return the train step for all seeds, which samples sequences from random positions in the text."""
 
     def step(params: Params, opt_state: optax.OptState, key: Array, rates: Rates, t: Array) -> State:
         starts = jax.random.randint(derive(key, "batch", t), (BATCH, 1), 0, len(text) - TIME)
@@ -154,12 +154,12 @@ def make_train_step(optimizer: optax.GradientTransformation, text: Array) -> Cal
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
+    """Return the mean over seeds and its standard error."""
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def plot(path: Path, steps: list[int], curves: dict[str, np.ndarray]) -> None:
-    """Draw validation loss [time, seed] against steps, with a band of two standard errors."""
+    """Plot validation loss [time, seed] against steps, with a band of two standard errors."""
     fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, values in curves.items():
         mean, error = values.mean(1), values.std(1, ddof=1) / NUM_SEEDS**0.5
@@ -183,7 +183,7 @@ def main() -> None:
     sequences = held[jnp.arange(0, len(held) - TIME, TIME)[:, None] + jnp.arange(TIME + 1)]
     print(f"{len(text)} training and {len(held)} validation words, {float(jnp.mean(held == 0)):.1%} of those <unk>")
 
-    keys = per_example(jax.random.key(args.seed), jnp.arange(NUM_SEEDS))  # one key a run, the same for every method
+    keys = per_example(jax.random.key(args.seed), jnp.arange(NUM_SEEDS))  # one key per seed, the same for every method
     adam = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
     train_step = make_train_step(optimizer := optax.chain(optax.clip_by_global_norm(1.0), adam), text)
     start = jax.jit(jax.vmap(lambda key: (params := init(derive(key, "init")), optimizer.init(params))))

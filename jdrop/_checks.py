@@ -1,7 +1,6 @@
-"""Argument rules and the wording of every error: ``function: argument rule, got value; fix``."""
+"""The rules of arguments: each function returns the argument in one form, or raises before any work is done."""
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,214 +8,210 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-FLOATS = ("float16", "bfloat16", "float32", "float64")
-INEXACT = (*FLOATS, "complex64", "complex128")
+from jdrop._errors import describe, type_error, value_error
+from jdrop._types import FLOATS, INEXACT
+
 KEY_WORDS = (1, 2, 4)  # lengths of the key data of JAX's PRNG implementations
 
 
-def text(function: str, argument: str, rule: str, got: Any, fix: str) -> str:
-    """Word an error."""
-    return f"{function}: {argument} {rule}, got {got}; {fix}"
-
-
-def describe(value: Any) -> str:
-    """Name a value for an error: arrays by dtype and shape (those of JAX are never read), what holds some by type."""
-    if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.ndim):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    if any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value)):
-        return f"a {type(value).__name__} of arrays"
-    return repr(value)
-
-
 def is_typed_key(value: Any) -> bool:
-    """Whether a value is an array of typed PRNG keys."""
+    """Tell whether a value is an array of typed PRNG keys."""
     return isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
-def key(function: str, value: Any, argument: str = "key") -> None:
+def is_array(value: Any) -> bool:
+    """Tell whether a value is an array of JAX or NumPy, or a NumPy scalar."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+
+
+def is_integer_array(value: Any) -> bool:
+    """Tell whether a value is an array of integers or a NumPy integer. Time spans are not."""
+    known = is_array(value) and not is_typed_key(value)
+    return known and jnp.issubdtype(value.dtype, jnp.integer) and value.dtype.kind != "m"
+
+
+# ---------------------------------------------------------------------------------- arrays
+
+
+def check_key(function: str, value: Any, argument: str = "key") -> None:
     """Require one PRNG key: typed, or legacy uint32."""
     if is_typed_key(value):
         batch = value.shape
     elif isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.ndim:
         if value.shape[-1] not in KEY_WORDS:
-            fix = "make one with jax.random.key"
-            raise ValueError(text(function, argument, "must hold the words of one PRNG key", describe(value), fix))
+            raise value_error(
+                function,
+                argument,
+                rule="must hold the words of one PRNG key",
+                got=describe(value),
+                fix="make one with jax.random.key",
+            )
         batch = value.shape[:-1]
     else:
-        fix = "make one with jax.random.key, and pass it before the data"
-        raise TypeError(text(function, argument, "must be a PRNG key", describe(value), fix))
+        raise type_error(
+            function,
+            argument,
+            rule="must be a PRNG key",
+            got=describe(value),
+            fix="make one with jax.random.key, and pass it before the data",
+        )
     if batch:
-        fix = "use jax.vmap over keys"
-        raise ValueError(text(function, argument, "must be one key", f"a batch of shape {batch}", fix))
+        raise value_error(
+            function, argument, rule="must be one key", got=f"a batch of shape {batch}", fix="use jax.vmap over keys"
+        )
 
 
-def is_array(value: Any) -> bool:
-    """Whether a value is an array, of JAX or NumPy, or a NumPy scalar."""
-    return isinstance(value, (jax.Array, np.ndarray, np.generic))
-
-
-def array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT) -> None:
+def check_array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT) -> None:
     """Require an array of real or complex floating point numbers."""
     if not is_array(value):
-        fix = "convert it with jnp.asarray"
-        raise TypeError(text(function, argument, "must be an array", describe(value), fix))
+        raise type_error(
+            function, argument, rule="must be an array", got=describe(value), fix="convert it with jnp.asarray"
+        )
     if is_typed_key(value) or value.dtype.name not in dtypes:
-        fix = "pass key first, then a float array"
-        rule = f"must be float16, bfloat16, float32, float64{' or complex' if dtypes == INEXACT else ''}"
-        raise TypeError(text(function, argument, rule, describe(value), fix))
+        raise type_error(
+            function,
+            argument,
+            rule=f"must be {', '.join(FLOATS)}{' or complex' if dtypes == INEXACT else ''}",
+            got=describe(value),
+            fix="pass key first, then a float array",
+        )
 
 
-def is_integers(value: Any) -> bool:
-    """Whether a value is an array of integers, or a NumPy scalar; a span of time is none."""
-    known = is_array(value) and not is_typed_key(value)
-    return known and jnp.issubdtype(value.dtype, jnp.integer) and value.dtype.kind != "m"
-
-
-def integers(function: str, argument: str, value: Any) -> None:
+def check_integers(function: str, argument: str, value: Any) -> None:
     """Require an array of integers."""
-    if not is_integers(value):
-        fix = "convert it to int32"
-        raise TypeError(text(function, argument, "must be an integer array", describe(value), fix))
+    if not is_integer_array(value):
+        raise type_error(
+            function, argument, rule="must be an integer array", got=describe(value), fix="convert it to int32"
+        )
 
 
-def flag(function: str, argument: str, value: Any) -> bool:
-    """Require a static bool."""
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, jax.core.Tracer):
-        fix = f"list {argument} in static_argnames"
-        if argument == "train":
-            fix = f"pass rate=jnp.where(train, rate, 0.), or {fix}"
-        raise TypeError(text(function, argument, "must be static", "a traced value", fix))
-    raise TypeError(text(function, argument, "must be a bool", describe(value), f"pass {argument}=True or False"))
+def check_broadcastable(
+    function: str, argument: str, value: Any, shape: Sequence[Any], shape_name: str = "shape"
+) -> None:
+    """Require an array that broadcasts to a shape."""
+    if not is_array(value):
+        raise type_error(
+            function, argument, rule="must be an array", got=describe(value), fix="convert it with jnp.asarray"
+        )
+    sizes = tuple(value.shape)
+    if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], tuple(shape)[::-1])):
+        raise value_error(
+            function,
+            argument,
+            rule=f"must broadcast to {shape_name} {tuple(shape)}",
+            got=f"shape {sizes}",
+            fix="give it these sizes or 1",
+        )
 
 
-def rate(
+def expand_rank(value: Array, ndim: int) -> Array:
+    """Prepend axes of size 1 to an array that broadcasts, up to ``ndim``. A scalar stays a scalar."""
+    return value.reshape((1,) * (ndim - value.ndim) + value.shape) if value.ndim else value
+
+
+# ---------------------------------------------------------------------------------- rates and numbers
+
+
+def as_rate(
     function: str, value: Any, shape: Sequence[int], argument: str = "rate", high: float = 1.0
 ) -> np.ndarray | Array:
-    """Require a drop probability, or an array of them that broadcasts to a mask's shape.
+    """Require a drop probability, or an array of them that broadcasts to the mask's shape.
 
-    Python and NumPy values come back as NumPy arrays, checked to lie in [0, high]; arrays of JAX are never
-    read. What is no scalar comes back with the mask's number of axes. Another ``argument`` in the place of a
-    rate may have another upper limit.
+    Python and NumPy values are checked to lie in [0, high] and returned as NumPy arrays. Arrays of JAX are never read.
+    Arrays that are not scalars are expanded to the rank of the mask. ``argument`` and ``high`` let other parameters of
+    a distribution use the same rules.
     """
     meaning = "the probability of dropping" if high <= 1 else "a number of at least 0"
     if is_typed_key(value) or not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
-        fix = f"pass a float, {meaning}"
-        raise TypeError(text(function, argument, "must be a number or an array", describe(value), fix))
+        raise type_error(
+            function, argument, rule="must be a number or an array", got=describe(value), fix=f"pass a float, {meaning}"
+        )
     concrete = not isinstance(value, jax.Array)
-    number = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
-    probability: Any = np.asarray(_float(value) if number else value) if concrete else value
-    if probability.dtype.name not in FLOATS:
-        fix = "convert it to float32"
-        raise TypeError(text(function, argument, "must be a real floating point number", describe(value), fix))
-    if concrete and not np.all((probability >= 0) & (probability <= high) & np.isfinite(probability)):
-        rule = f"must lie in [0, {high:g}]"
-        raise ValueError(text(function, argument, rule, describe(value), f"pass {meaning}"))
-    broadcasts(function, argument, probability, shape, "the mask's shape")
-    return ranked(probability, len(shape))
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+    rate: Any = np.asarray(_as_float(value) if integer else value) if concrete else value
+    if rate.dtype.name not in FLOATS:
+        raise type_error(
+            function,
+            argument,
+            rule="must be a real floating point number",
+            got=describe(value),
+            fix="convert it to float32",
+        )
+    if concrete and not np.all((rate >= 0) & (rate <= high) & np.isfinite(rate)):
+        raise value_error(
+            function, argument, rule=f"must lie in [0, {high:g}]", got=describe(value), fix=f"pass {meaning}"
+        )
+    check_broadcastable(function, argument, rate, shape, "the mask's shape")
+    return expand_rank(rate, len(shape))
 
 
-def index(value: Any) -> int:
-    """``operator.index``, which takes a bool for an integer."""
-    if isinstance(value, bool):
-        raise TypeError("a bool")
-    return operator.index(value)
+def is_zero(rate: np.ndarray | Array) -> bool:
+    """Tell whether a checked rate drops nothing for certain: a concrete 0."""
+    return isinstance(rate, np.ndarray) and not np.any(rate)
 
 
-def axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, ...]:
-    """Require distinct axes of an array, negative ones allowed, and return them counted from 0, in the order given."""
-    try:
-        found = [index(a) for a in (value if isinstance(value, Iterable) else (value,))]
-    except TypeError:
-        fix = "pass an int or a sequence of ints"
-        raise TypeError(text(function, argument, "must be axes", describe(value), fix)) from None
-    if any(not -ndim <= a < ndim for a in found):
-        fix = f"use axes from {-ndim} to {ndim - 1}" if ndim else "an array without axes takes none"
-        raise ValueError(text(function, argument, f"must be axes of an array with {ndim} axes", describe(value), fix))
-    canonical = tuple(a % ndim for a in found)
-    if len(set(canonical)) != len(canonical):
-        raise ValueError(text(function, argument, "must not repeat an axis", describe(value), "name each axis once"))
-    return canonical
-
-
-def axis(function: str, argument: str, value: Any, ndim: int) -> int:
-    """Require one axis of an array, and return it counted from 0."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, (bool, np.bool_)):
-        raise TypeError(text(function, argument, "must be an axis", describe(value), "pass an int"))
-    return axes(function, argument, value, ndim)[0]
-
-
-def different_axes(function: str, ndim: int, **named: Any) -> tuple[int, ...]:
-    """Require axes that are all different, and return them in the order given."""
-    owner: dict[int, str] = {}
-    for argument, value in named.items():
-        for one in axes(function, argument, value, ndim):
-            if one in owner:
-                rule = f"must be none of {owner[one]}"
-                raise ValueError(text(function, argument, rule, value, "name each axis once"))
-            owner[one] = argument
-    return tuple(owner)
-
-
-def choice(function: str, argument: str, value: Any, choices: Sequence[str]) -> None:
-    """Require one of a few strings."""
-    if not isinstance(value, str) or value not in choices:
-        options = " or ".join(map(repr, choices))
-        raise ValueError(text(function, argument, f"must be {options}", describe(value), "pick one of them"))
-
-
-def sizes(function: str, argument: str, value: Any) -> tuple[Any, ...]:
-    """Require a shape: a sequence of sizes, symbolic ones allowed."""
-    fix = "pass a tuple of sizes, such as x.shape"
-    try:
-        found = tuple(n if jax.export.is_symbolic_dim(n) else index(n) for n in value)
-    except TypeError:
-        raise TypeError(text(function, argument, "must be a sequence of sizes", describe(value), fix)) from None
-    if any(isinstance(n, int) and n < 0 for n in found):
-        raise ValueError(text(function, argument, "must not be negative", describe(value), fix))
-    return found
-
-
-def number(function: str, argument: str, value: Any, low: float, high: float) -> float:
+def as_number(function: str, argument: str, value: Any, low: float, high: float) -> float:
     """Require a finite Python or NumPy number within limits."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(text(function, argument, "must be a number", describe(value), "pass a Python float"))
-    found = _float(value)
-    if not low <= found <= high or np.isinf(found):
+        raise type_error(function, argument, rule="must be a number", got=describe(value), fix="pass a Python float")
+    number = _as_float(value)
+    if not low <= number <= high or np.isinf(number):
         limits = f"must lie in [{low:g}, {high:g}]" if np.isfinite(high) else f"must be finite and at least {low:g}"
-        limits = "must be finite" if low == -np.inf else limits
-        raise ValueError(text(function, argument, limits, describe(value), "pass a number within the limits"))
-    return found
+        raise value_error(
+            function,
+            argument,
+            rule="must be finite" if low == -np.inf else limits,
+            got=describe(value),
+            fix="pass a number within the limits",
+        )
+    return number
 
 
-def _float(value: Any) -> float:
-    """``float``, and infinity for what is too large for one."""
+def _as_float(value: Any) -> float:
+    """Return ``float(value)``, and infinity for an int that is too large for a float."""
     try:
         return float(value)
     except OverflowError:
         return np.inf if value > 0 else -np.inf
 
 
-def count(function: str, argument: str, value: Any, low: int = 1) -> int:
+def as_count(function: str, argument: str, value: Any, low: int = 1) -> int:
     """Require a Python or NumPy integer of at least ``low``."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(text(function, argument, "must be an integer", describe(value), "pass a Python int"))
+        raise type_error(function, argument, rule="must be an integer", got=describe(value), fix="pass a Python int")
     if value < low:
-        raise ValueError(text(function, argument, f"must be at least {low}", value, "pass a larger int"))
+        raise value_error(function, argument, rule=f"must be at least {low}", got=value, fix="pass a larger int")
     return int(value)
 
 
-def broadcasts(function: str, argument: str, value: Any, shape: Sequence[Any], of: str = "shape") -> None:
-    """Require an array that broadcasts to a shape."""
-    if not is_array(value):
-        raise TypeError(text(function, argument, "must be an array", describe(value), "convert it with jnp.asarray"))
-    sizes = tuple(value.shape)
-    if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], tuple(shape)[::-1])):
-        rule = f"must broadcast to {of} {tuple(shape)}"
-        raise ValueError(text(function, argument, rule, f"shape {sizes}", "give it these sizes or 1"))
+# ---------------------------------------------------------------------------------- static options
 
 
-def ranked(value: Array, ndim: int) -> Array:
-    """Give an array that broadcasts leading axes of size 1, as many as it lacks; a scalar stays one."""
-    return value.reshape((1,) * (ndim - value.ndim) + value.shape) if value.ndim else value
+def as_bool(function: str, argument: str, value: Any) -> bool:
+    """Require a static bool."""
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, jax.core.Tracer):
+        static = f"list {argument} in static_argnames"
+        raise type_error(
+            function,
+            argument,
+            rule="must be static",
+            got="a traced value",
+            fix=f"pass rate=jnp.where(train, rate, 0.), or {static}" if argument == "train" else static,
+        )
+    raise type_error(
+        function, argument, rule="must be a bool", got=describe(value), fix=f"pass {argument}=True or False"
+    )
+
+
+def check_choice(function: str, argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Require one of a few strings."""
+    if not isinstance(value, str) or value not in choices:
+        raise value_error(
+            function,
+            argument,
+            rule=f"must be {' or '.join(map(repr, choices))}",
+            got=describe(value),
+            fix="pick one of them",
+        )

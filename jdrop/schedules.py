@@ -1,7 +1,7 @@
-"""Schedules of the drop rate: closures ``step -> rate`` in optax's convention, and rates by depth.
+"""Schedules of the drop rate: closures ``step -> rate`` as in Optax, and rates by depth.
 
-Optax supplies constant, linear, cosine and joined schedules; here is what it lacks. Pass a rate that a schedule
-returned to :func:`jdrop.dropout` like any other: it may be traced, and changing it recompiles nothing.
+Optax provides constant, linear, cosine, and joined schedules; this module adds those that Optax lacks. Pass the rate
+from a schedule to :func:`jdrop.dropout` like any other rate. It may be traced, so changing it does not recompile.
 """
 
 import math
@@ -11,25 +11,25 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from jdrop import _checks
+from jdrop._checks import as_count, as_number, check_choice
 
 Schedule = Callable[[Any], Array]
 Convention = Literal["i/(n-1)", "i/n", "(i+1)/n"]
 
 
 def early(rate: float, until: int) -> Schedule:
-    """Early dropout: the rate while ``step < until``, then 0. It helps models that underfit.
+    """Return the early dropout schedule: ``rate`` while ``step < until``, then 0. It helps models that underfit.
 
     Args:
-      rate: probability of dropping, from 0 to 1.
+      rate: drop rate, from 0 to 1.
       until: number of steps with dropout, at least 0.
 
     Returns:
-      A schedule: a step (an int or an integer array) to a float32 rate.
+      A schedule, from a step (an int or an integer array) to a float32 rate.
 
     Raises:
       ValueError: an argument is out of range.
-      TypeError: the rate is no number, or the number of steps no int.
+      TypeError: ``rate`` is not a number, or the number of steps is not an int.
 
     References:
       Liu, Xu, Jin, Shen, Darrell (2023), Dropout Reduces Underfitting, ICML.
@@ -39,24 +39,24 @@ def early(rate: float, until: int) -> Schedule:
       >>> [float(schedules.early(0.5, 100)(step)) for step in (0, 99, 100)]
       [0.5, 0.5, 0.0]
     """
-    _checks.number("early", "rate", rate, 0, 1)
-    until = _checks.count("early", "until", until, low=0)
+    as_number("early", "rate", rate, 0, 1)
+    until = as_count("early", "until", until, low=0)
     return lambda step: jnp.where(_before(step, until), jnp.float32(rate), jnp.float32(0))
 
 
 def late(rate: float, start: int) -> Schedule:
-    """Late dropout: 0 while ``step < start``, then the rate. It helps models that overfit late.
+    """Return the late dropout schedule: 0 while ``step < start``, then ``rate``. It helps models that overfit late.
 
     Args:
-      rate: probability of dropping, from 0 to 1.
+      rate: drop rate, from 0 to 1.
       start: number of steps without dropout, at least 0.
 
     Returns:
-      A schedule: a step (an int or an integer array) to a float32 rate.
+      A schedule, from a step (an int or an integer array) to a float32 rate.
 
     Raises:
       ValueError: an argument is out of range.
-      TypeError: the rate is no number, or the number of steps no int.
+      TypeError: ``rate`` is not a number, or the number of steps is not an int.
 
     References:
       Liu, Xu, Jin, Shen, Darrell (2023), Dropout Reduces Underfitting, ICML.
@@ -66,13 +66,13 @@ def late(rate: float, start: int) -> Schedule:
       >>> [float(schedules.late(0.5, 100)(step)) for step in (0, 99, 100)]
       [0.0, 0.0, 0.5]
     """
-    _checks.number("late", "rate", rate, 0, 1)
-    start = _checks.count("late", "start", start, low=0)
+    as_number("late", "rate", rate, 0, 1)
+    start = as_count("late", "start", start, low=0)
     return lambda step: jnp.where(_before(step, start), jnp.float32(0), jnp.float32(rate))
 
 
 def _before(step: Any, limit: int) -> Array:
-    """``step < limit``, also for a limit that no step of its dtype reaches."""
+    """Return ``step < limit``, even if the limit exceeds the range of the dtype of the step."""
     step = jnp.asarray(step)
     if jnp.issubdtype(step.dtype, jnp.integer) and limit > jnp.iinfo(step.dtype).max:
         return jnp.ones_like(step, bool)
@@ -80,18 +80,18 @@ def _before(step: Any, limit: int) -> Array:
 
 
 def curriculum(rate: float, gamma: float) -> Schedule:
-    """Curriculum dropout: ``rate * (1 - exp(-gamma * step))``, from 0 at the first step up to the rate.
+    """Return the curriculum dropout schedule: ``rate * (1 - exp(-gamma * step))``, from 0 up to ``rate``.
 
     Args:
-      rate: probability of dropping in the limit, from 0 to 1.
-      gamma: how fast the limit is neared, per step, at least 0 and finite. The paper takes 10 / (number of steps).
+      rate: drop rate in the limit, from 0 to 1.
+      gamma: rate of convergence to the limit, per step; finite and at least 0. The paper uses 10 / (number of steps).
 
     Returns:
-      A schedule: a step (a number or an array) to a float32 rate.
+      A schedule, from a step (a number or an array) to a float32 rate.
 
     Raises:
       ValueError: an argument is out of range.
-      TypeError: an argument is no number.
+      TypeError: an argument is not a number.
 
     References:
       Morerio, Cavazza, Volpi, Vidal, Murino (2017), Curriculum Dropout, ICCV.
@@ -101,31 +101,31 @@ def curriculum(rate: float, gamma: float) -> Schedule:
       >>> [round(float(schedules.curriculum(0.5, 0.01)(step)), 3) for step in (0, 100, 1000)]
       [0.0, 0.316, 0.5]
     """
-    _checks.number("curriculum", "rate", rate, 0, 1)
-    _checks.number("curriculum", "gamma", gamma, 0, math.inf)
+    as_number("curriculum", "rate", rate, 0, 1)
+    as_number("curriculum", "gamma", gamma, 0, math.inf)
     return lambda step: -jnp.float32(rate) * jnp.expm1(-jnp.float32(gamma) * jnp.asarray(step, jnp.float32))
 
 
 def depth_rates(rate: float, num_layers: int, convention: Convention) -> tuple[float, ...]:
-    """Return a rate for each layer, growing linearly with depth, as stochastic depth wants it.
+    """Return one drop rate per layer, increasing linearly with depth, for stochastic depth.
 
-    The conventions in use disagree on where the line starts and ends; ``i`` runs from 0 to ``n - 1``:
+    Libraries use different first and last rates. With ``i`` from 0 to ``n - 1``:
 
-    - ``"i/(n-1)"``: from 0 at the first layer to the rate at the last (timm). One layer alone gets 0.
-    - ``"i/n"``: from 0 at the first layer to just below the rate (AXLearn).
-    - ``"(i+1)/n"``: above 0 at the first layer, the rate at the last (the paper, NeMo).
+    - ``"i/(n-1)"``: from 0 in the first layer to ``rate`` in the last (timm). A single layer gets 0.
+    - ``"i/n"``: from 0 in the first layer to just below ``rate`` in the last (AXLearn).
+    - ``"(i+1)/n"``: from above 0 in the first layer to ``rate`` in the last (the paper, NeMo).
 
     Args:
-      rate: probability of dropping at the end of the line, from 0 to 1.
+      rate: largest drop rate, from 0 to 1.
       num_layers: ``n``, at least 1.
       convention: one of the above.
 
     Returns:
-      ``num_layers`` floats; ``jnp.asarray`` of them can be scanned over.
+      A tuple of ``num_layers`` floats. Use ``jnp.asarray`` to scan over them.
 
     Raises:
-      ValueError: an argument is out of range or the convention is unknown.
-      TypeError: an argument is no number.
+      ValueError: an argument is out of range, or the convention is unknown.
+      TypeError: an argument is not a number.
 
     References:
       Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV, equation 4.
@@ -135,9 +135,9 @@ def depth_rates(rate: float, num_layers: int, convention: Convention) -> tuple[f
       >>> schedules.depth_rates(0.25, 3, "i/(n-1)")
       (0.0, 0.125, 0.25)
     """
-    rate = _checks.number("depth_rates", "rate", rate, 0, 1)
-    n = _checks.count("depth_rates", "num_layers", num_layers)
+    rate = as_number("depth_rates", "rate", rate, 0, 1)
+    n = as_count("depth_rates", "num_layers", num_layers)
     lines = {"i/(n-1)": (0, max(n - 1, 1)), "i/n": (0, n), "(i+1)/n": (1, n)}
-    _checks.choice("depth_rates", "convention", convention, tuple(lines))
+    check_choice("depth_rates", "convention", convention, tuple(lines))
     first, last = lines[convention]
     return tuple(rate * ((i + first) / last) for i in range(n))

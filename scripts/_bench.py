@@ -1,4 +1,4 @@
-"""What the benchmarks share: the contenders, a model, a timing loop on warm buffers, tables and JSON."""
+"""Common parts of the benchmarks: contenders, a model, a timing loop on warm buffers, tables, and JSON."""
 
 import ctypes
 import importlib.metadata
@@ -38,7 +38,7 @@ MISSING = "not installed"
 
 
 def contenders(rate: float) -> dict[str, Drop]:
-    """The contenders that need JAX and jdrop alone; ``scale`` is the floor."""
+    """Return the contenders that need only JAX and jdrop; ``scale`` is the floor."""
     return {
         SCALE: lambda key, x: x * (1 / (1 - rate)),
         "jdrop fast": lambda key, x: jdrop.dropout(key, x, rate, train=True),
@@ -48,7 +48,7 @@ def contenders(rate: float) -> dict[str, Drop]:
 
 
 def peer(name: str, rate: float) -> Drop:
-    """Dropout of another JAX library as its users call it, on a key.
+    """Return dropout of another JAX library as its users call it, as a function of a key and x.
 
     Raises:
       ImportError: the library is not installed.
@@ -71,7 +71,7 @@ def peer(name: str, rate: float) -> Drop:
 
 
 def peers(names: Sequence[str], rate: float) -> dict[str, Drop | None]:
-    """The JAX peers of some names; ``None`` for one that is not installed."""
+    """Return the JAX peers with these names, and ``None`` for peers that are not installed."""
     found: dict[str, Drop | None] = {}
     for name in names:
         try:
@@ -82,13 +82,13 @@ def peers(names: Sequence[str], rate: float) -> dict[str, Drop | None]:
 
 
 def placed(drops: Mapping[str, Drop | None]) -> dict[str, tuple[Drop | None, Array | None]]:
-    """Contenders to place in a model, each with the key that the model splits for it; no dropout comes first."""
+    """Return contenders for a model, each with the key that the model splits; no dropout comes first."""
     found: dict[str, tuple[Drop | None, Array | None]] = {NONE: (lambda key, x: x, None)}
     return found | {name: (drop, None if name == SCALE else jax.random.key(0)) for name, drop in drops.items()}
 
 
 def peer_names(chosen: Sequence[str]) -> list[str]:
-    """The peers that an option names: ``none`` names no one."""
+    """Return the peers that an option selects; ``none`` selects no peer."""
     return [name for name in chosen if name != "none"]
 
 
@@ -98,9 +98,9 @@ Params = dict[str, Array]
 
 
 def transformer_weights(layers: int, width: int, stacked: bool) -> Any:
-    """Shapes of the weights of a transformer: a list of layers, or one dict of stacked arrays to scan over.
+    """Return the weight shapes of a transformer: a list of layers, or one dict of stacked arrays to scan over.
 
-    Shapes are enough, because the model is compiled and not run.
+    Shapes are enough, because the model is compiled but not run.
     """
     sizes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
     sizes |= {f"{name}_bias": size[1:] for name, size in sizes.items()}
@@ -121,7 +121,7 @@ def one_pass(x: Array) -> Array:
 
 
 def two_pass(x: Array) -> Array:
-    """Standardize by ``E[(x - E[x])^2]``, as models written by hand do."""
+    """Standardize by ``E[(x - E[x])^2]``, as hand-written models do."""
     return (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-6)
 
 
@@ -135,10 +135,10 @@ def transformer(
     standardize: Norm = one_pass,
     checkpoint: bool = False,
 ) -> Array:
-    """Loss of a transformer on ``[..., time, width]`` with dropout in ``1 + 3 * layers`` places.
+    """Return the loss of a transformer on ``[..., time, width]`` with ``1 + 3 * layers`` dropouts.
 
-    One on the input; in each layer one on the attention probabilities ``[..., heads, time, time]`` and one on each
-    residual branch. The keys come from one split, where there is a key.
+    Dropout is applied to the input and, in each layer, to the attention probabilities ``[..., heads, time, time]`` and
+    to both residual branches. All keys come from one split, if ``key`` is not ``None``.
     """
     layers = jax.tree.leaves(params)[0].shape[0] if isinstance(params, dict) else len(params)
     keys = [None] * (1 + 3 * layers) if key is None else jax.random.split(key, 1 + 3 * layers)
@@ -172,9 +172,9 @@ def transformer(
 
 
 def keep_buffers_warm() -> bool:
-    """Make glibc reuse freed memory for large arrays, which it would else return to the system and fault in anew.
+    """Make glibc reuse the freed memory of large arrays. Returning it to the system would cause new page faults.
 
-    Call it before the first array is made. Returns whether it worked: only with glibc.
+    Call this function before creating the first array. It returns whether it succeeded, which requires glibc.
     """
     mmap_threshold, trim_threshold, arena_max = -3, -1, -8
     try:
@@ -190,15 +190,16 @@ Case = Hashable
 def interleave(
     blocks: Sequence[Mapping[Case, Callable[[], Any]]], rounds: int, every: Mapping[Case, int] | None = None
 ) -> dict[Case, list[Any]]:
-    """Measure each case once a round, in an order drawn anew for each round.
+    """Measure each case once per round, in a new random order in each round.
 
     Args:
-      blocks: cases that are compared, and what measures them. A block is run through before the next one starts.
+      blocks: groups of cases to compare, each case with its measuring function. A group finishes before the next one
+        starts.
       rounds: number of rounds.
-      every: cases that run in every n-th round alone.
+      every: cases that run only in every n-th round, with n.
 
     Returns:
-      For each case what was measured, a value a round; ``None`` where a round was left out.
+      For each case, one measurement per round; ``None`` for skipped rounds.
     """
     draw = random.Random(0)
     measured: dict[Case, list[Any]] = {case: [] for block in blocks for case in block}
@@ -214,7 +215,7 @@ def median(values: Sequence[float | None]) -> float:
 
 
 def ratios(values: Sequence[float | None], floor: Sequence[float | None]) -> tuple[float, float, float]:
-    """Median and quartiles of the ratios within a round."""
+    """Return the median and quartiles of the ratios, each formed within one round."""
     found = [v / f for v, f in zip(values, floor, strict=True) if v is not None and f is not None]
     low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
     return middle, low, high
@@ -224,7 +225,7 @@ def ratios(values: Sequence[float | None], floor: Sequence[float | None]) -> tup
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Return a description of this machine."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -239,7 +240,7 @@ def cores() -> int:
 
 
 def versions(peers: Sequence[str]) -> dict[str, str]:
-    """Versions of Python, JAX and the peers."""
+    """Return the versions of Python, JAX, and the peers."""
     found = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", *sorted({DISTRIBUTIONS[p] for p in peers})):
         try:
@@ -250,7 +251,7 @@ def versions(peers: Sequence[str]) -> dict[str, str]:
 
 
 def report(claim: str | None, peers: Sequence[str], **facts: Any) -> dict[str, Any]:
-    """What heads the numbers, on paper and in JSON: the claim, the command, the machine, the versions."""
+    """Print and return the head of a report: claim, command, machine, and versions."""
     command = shlex.join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     head = {
         "claim": (claim or "").splitlines()[0],
@@ -264,7 +265,7 @@ def report(claim: str | None, peers: Sequence[str], **facts: Any) -> dict[str, A
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a table: floats with three digits, nothing for ``None``, the first column to the left."""
+    """Print a table, with three decimals for floats, nothing for ``None``, and a left-aligned first column."""
     cells = [list(columns), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells if i < len(row)) for i in range(len(columns))]
     print(f"\n{title}")
@@ -282,7 +283,7 @@ def _cell(value: Any) -> str:
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:
-    """Write a report, if a path is given."""
+    """Write a report to ``path``, unless it is ``None``."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Timing of single calls, on warm buffers and on inputs that come from memory and not from cache."""
+"""Timing of single calls, with warm buffers and with inputs from memory instead of cache."""
 
 import itertools
 import math
@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 DIRECTIONS = ("forward", "forward+backward")
-POOL, POOL_BYTES, POOL_MOST = 6, 1 << 27, 32  # input arrays: so many, or so many bytes of them if that is more
+POOL, POOL_BYTES, POOL_MOST = 6, 1 << 27, 32  # input arrays: least number, least total bytes, largest number
 
 
 class Clock:
-    """Times calls on inputs that come round in a cycle, the same cycle for all contenders of a dtype."""
+    """Times calls on a cycle of inputs, the same cycle for all contenders of a dtype."""
 
     def __init__(self, f: Callable[..., Any], inputs: Iterator[Any], calls: int, wait: Callable[[Any], Any]):
         self.f, self.inputs, self.calls, self.wait = f, inputs, calls, wait
 
     def __call__(self) -> float:
-        """Return the seconds of a call."""
+        """Return the seconds per call."""
         arguments = [next(self.inputs) for _ in range(self.calls)]
         start = time.perf_counter()
         for one in arguments:
@@ -32,7 +32,7 @@ class Clock:
 
 
 def jax_step(drop: _bench.Drop, direction: str) -> Callable[..., Any]:
-    """One jitted call: y, or y and dx."""
+    """Return the jitted function to time, which returns y, or y and dx."""
     if direction == "forward":
         return jax.jit(lambda key, x, dy: drop(key, x))
 
@@ -44,14 +44,14 @@ def jax_step(drop: _bench.Drop, direction: str) -> Callable[..., Any]:
 
 
 def draws(shape: tuple[int, ...], itemsize: int) -> list[np.ndarray]:
-    """Normal numbers for as many inputs as do not fit into a cache together."""
+    """Return normal numbers for enough inputs that they do not fit into the cache together."""
     count = min(max(POOL, math.ceil(POOL_BYTES / (math.prod(shape) * itemsize))), POOL_MOST)
     draw = np.random.default_rng(0)
     return [draw.standard_normal(shape, np.float32) for _ in range(count)]
 
 
 def jax_inputs(data: list[np.ndarray], dtype: str) -> Iterator[Any]:
-    """``(key, x, cotangent)`` in a cycle; all keys, inputs and cotangents differ from call to call."""
+    """Return a cycle of ``(key, x, cotangent)``, so that consecutive calls use different arrays."""
     keys = list(jax.random.split(jax.random.key(0), len(data)))
     xs = [jnp.asarray(x, dtype) for x in data]
     dys = [jnp.ones(x.shape, dtype) for x in data]
@@ -61,7 +61,7 @@ def jax_inputs(data: list[np.ndarray], dtype: str) -> Iterator[Any]:
 def torch_clock(
     drop: Callable[[Any, Any], Any], data: list[np.ndarray], dtype: str, direction: str, calls: int
 ) -> Clock | str:
-    """PyTorch as its users call it, ``drop(torch.nn.functional, x)`` and ``backward``; or the reason why not."""
+    """Return a clock for PyTorch as its users call it, or the reason why it cannot run."""
     try:
         import torch
     except ImportError:

@@ -1,4 +1,4 @@
-"""The family's members beside a floor of their own, for ``bench_dropout.py --family``."""
+"""The members of the family, each compared with its own floor, for ``bench_dropout.py --family``."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ SCALE = 1 / (1 - RATE)
 
 
 class Case(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
 
     member: str
     direction: str
@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A member, what it is measured by, and the same in other libraries."""
+    """A member, its floor and limit, and its equivalents in other libraries."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ def scale(key: Any, x: jax.Array) -> jax.Array:
 
 
 def members(small: bool) -> list[Member]:
-    """4 M float32 each, or little."""
+    """Return the members, with 4 M float32 elements each, or with tiny arrays."""
     flat = (64, 128) if small else (4096, 1024)
     steps = (4, 8, 64) if small else (64, 64, 1024)
     image = (2, 16, 16, 8) if small else (32, 32, 64, 64)
@@ -120,7 +120,7 @@ def members(small: bool) -> list[Member]:
 
 
 def peers_of(member: Member, peers: Sequence[str]) -> dict[str, _bench.Drop]:
-    """What other JAX libraries have of a member."""
+    """Return the equivalents of a member in other JAX libraries."""
     found: dict[str, _bench.Drop] = {}
     if member.linen_broadcast is not None and "linen" in peers and find_spec("flax"):
         from flax import linen
@@ -141,7 +141,7 @@ def peers_of(member: Member, peers: Sequence[str]) -> dict[str, _bench.Drop]:
 
 
 def torch_peers_of(member: Member, peers: Sequence[str]) -> dict[str, Callable[[Any, Any], Any]]:
-    """What PyTorch and timm have of a member."""
+    """Return the equivalents of a member in PyTorch and timm."""
     found: dict[str, Callable[[Any, Any], Any]] = {}
     if member.torch and "torch" in peers:
         found["torch"] = member.torch
@@ -151,7 +151,7 @@ def torch_peers_of(member: Member, peers: Sequence[str]) -> dict[str, Callable[[
 
 
 def timm_layers() -> Any:
-    """The file ``timm.layers.drop`` by itself, or None: it needs torch alone, the package around it torchvision."""
+    """Import only the file ``timm.layers.drop``, which needs torch but not torchvision as the package does; or None."""
     package = find_spec("timm")
     if package is None or find_spec("torch") is None:
         return None
@@ -163,7 +163,7 @@ def timm_layers() -> Any:
 
 
 def clocks(member: Member, peers: Sequence[str], calls: int) -> dict[Case, _clocks.Clock]:
-    """What to time for a member; integers have no gradient."""
+    """Return the clocks of a member, forward only for integers, which have no gradient."""
     directions = _clocks.DIRECTIONS[:1] if member.name == "token_dropout" else _clocks.DIRECTIONS
     data = _clocks.draws(member.shape, 4)
     inputs = _clocks.jax_inputs(data, "float32")
@@ -201,7 +201,7 @@ def measure(peers: Sequence[str], rounds: int, calls: int, *, small: bool) -> li
 
 
 def depth(rounds: int, *, small: bool) -> list[dict[str, Any]]:
-    """The mean time of a layer under stochastic_depth, as a ratio to the layer that always runs."""
+    """Measure the mean time of a layer under stochastic_depth relative to a layer that always runs."""
     width = 64 if small else 1024
     w = jnp.ones((width, width)) / width
     x = jnp.ones((width, width))

@@ -1,9 +1,10 @@
-"""Claim: a layer of jdrop.adapters gives a model of Flax, Equinox or Haiku the speed and the memory of jdrop.
+"""Claim: layers from jdrop.adapters give Flax, Equinox, and Haiku models the speed and memory of jdrop.
 
-A small transformer is written with the layers of each library, with dropout in ``1 + 3 * layers`` places: on the input,
-and in each layer on the attention probabilities and on both residual branches. Its train step (loss, gradient, SGD) is
-compiled without dropout, with the library's own and with jdrop's. A ratio is formed to the step without dropout, of the
-same round; the tables show medians and quartiles, and the temporary bytes of the step as XLA reports them.
+The model is a small transformer with the layers of each library and ``1 + 3 * layers`` dropouts: on the input and, in
+each layer, on the attention probabilities and on both residual branches. Its train step (loss, gradient, SGD) is
+compiled without dropout, with the library's own dropout, and with that of jdrop. Each ratio compares with the step
+without dropout in the same round. The tables show medians and quartiles of the ratios, and the temporary bytes of the
+step as reported by XLA.
 """
 
 import argparse
@@ -29,7 +30,7 @@ Step = Callable[[Any, Array, Array], Any]  # (params, key, x) -> params
 def forward(
     x: Array, dense: Callable[[int], Any], norm: Callable[[], Any], drop: Callable[[Array], Array], options: Any
 ) -> Array:
-    """A transformer on ``[..., time, width]``; ``dense`` and ``norm`` give its layers in turn."""
+    """Apply a transformer to ``[..., time, width]``; ``dense`` and ``norm`` return its layers one after another."""
     width = x.shape[-1]
     x = drop(x)
     for _ in range(options.layers):
@@ -43,12 +44,12 @@ def forward(
 
 
 def sizes(width: int, layers: int) -> list[tuple[int, int]]:
-    """Input and output sizes of the dense layers, in the order that :func:`forward` asks for them."""
+    """Return the input and output sizes of the dense layers, in the order of their use in :func:`forward`."""
     return [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * layers
 
 
 def chosen(library: str, contender: str, name: str) -> Any:
-    """The layer (in Haiku, the function) of a contender, with its options but without its rate."""
+    """Return the layer class of a contender (for Haiku, the function), with its options but without the rate."""
     if contender == THEIRS:
         return getattr(importlib.import_module({"equinox": "equinox.nn"}.get(library, LIBRARIES[library])), name)
     layer = getattr(importlib.import_module(f"jdrop.adapters.{library}"), name)
@@ -143,7 +144,7 @@ MODELS = {"linen": linen, "nnx": nnx, "equinox": equinox, "haiku": haiku}
 
 
 def train_step(library: str, contender: str, x: Array, options: Any) -> tuple[Any, Any]:
-    """Parameters and the compiled train step of a model."""
+    """Return the parameters and the compiled train step of a model."""
     params, apply = MODELS[library](contender, x, options)
 
     def step(params: Any, key: Array, x: Array) -> tuple[Any, Array]:
@@ -192,11 +193,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--libraries", nargs="+", default=tuple(MODELS), choices=tuple(MODELS))
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--size", default="8x128x128", metavar="8x128x128", help="batch, time and width of x")
+    parser.add_argument("--size", default="8x128x128", metavar="8x128x128", help="batch, time, and width of x")
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
+    parser.add_argument("--rate", type=float, default=0.1, help="drop rate")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", metavar="PATH", help="write the numbers there")
+    parser.add_argument("--json", metavar="PATH", help="write the results to this file")
     options = parser.parse_args()
     warm = _bench.keep_buffers_warm()
     head = _bench.report(__doc__, options.libraries, warm_buffers=warm or jax.default_backend() != "cpu")

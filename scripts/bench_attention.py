@@ -1,14 +1,15 @@
-"""Claim: dropout in attention costs about a tenth of forward and backward together; memory is linear in the length.
+"""Claim: dropout in attention costs about a tenth of forward plus backward time; memory is linear in the length.
 
-For each length, attention on ``[1, T, heads, width]`` forward and forward+backward, in float32 or ``--dtypes``, every
-contender once a round in an order drawn anew. A ratio is formed within a round. ``x none`` is to the same function at
-rate 0 (for PyTorch and Flax too, each to its own); ``x full`` to jdrop's chunked attention with dropout and without
-a causal mask. Temporary bytes are those of the compiled program, as XLA reports them; PyTorch does not report any.
+For each length, the benchmark times attention on ``[1, T, heads, width]``, forward and forward+backward, in float32 or
+``--dtypes``. Every contender runs once per round, in a new random order, and ratios are formed within a round.
+``x none`` compares with the same function at rate 0 (for PyTorch and Flax, their own). ``x full`` compares with
+jdrop's chunked attention with dropout and without a causal mask. Temporary bytes are those of the compiled program, as
+reported by XLA; PyTorch does not report any.
 
-Flax draws a mask of its own for each head here (``broadcast_dropout=False``), as jdrop and PyTorch do. ``jax.nn`` has
-no dropout. Contenders that would need more memory than ``--limit`` gigabytes are left out.
+Flax uses a separate mask for each head here (``broadcast_dropout=False``), as jdrop and PyTorch do. ``jax.nn`` has no
+dropout. Contenders that would need more than ``--limit`` gigabytes of memory are skipped.
 
-On a GPU, give ``--batch 8 --dtypes bfloat16``.
+On a GPU, pass ``--batch 8 --dtypes bfloat16``.
 """
 
 import argparse
@@ -29,7 +30,7 @@ PEERS = ("linen", "nnx", "torch")
 
 
 class Case(NamedTuple):
-    """One line of a table."""
+    """One row of a table."""
 
     direction: str
     contender: str
@@ -40,7 +41,7 @@ FULL = "jdrop chunked"
 
 
 def contenders(peers: list[str]) -> dict[str, Attention | None]:
-    """Attention of ``(prng_key, q, k, v, rate)``; ``None`` for a peer that is not installed."""
+    """Return attention functions of ``(prng_key, q, k, v, rate)``; ``None`` for peers that are not installed."""
 
     def ours(**options: Any) -> Attention:
         return functools.partial(jdrop.dot_product_attention, train=True, **options)
@@ -58,7 +59,7 @@ def contenders(peers: list[str]) -> dict[str, Attention | None]:
 
 
 def flax_attention(name: str) -> Attention | None:
-    """Attention of linen or nnx, with a mask for each head."""
+    """Return the attention of linen or nnx, with a separate mask for each head."""
     try:
         from flax import linen, nnx
     except ImportError:
@@ -73,7 +74,7 @@ def flax_attention(name: str) -> Attention | None:
 
 
 def step(attend: Attention, rate: float, direction: str) -> Callable[..., Any]:
-    """One call: out, or out and the gradients of q, k and v."""
+    """Return the function to time, which returns out, or out and the gradients of q, k, and v."""
 
     def forward(key: Any, q: Any, k: Any, v: Any, do: Any) -> Any:
         return attend(key, q, k, v, rate)
@@ -86,7 +87,7 @@ def step(attend: Attention, rate: float, direction: str) -> Callable[..., Any]:
 
 
 def torch_step(rate: float, direction: str) -> Callable[..., Any]:
-    """PyTorch's fused attention, on ``[batch, heads, T, width]``."""
+    """Return the fused attention of PyTorch, on ``[batch, heads, T, width]``."""
     import torch
 
     torch.set_num_threads(_bench.cores())
@@ -116,7 +117,7 @@ def torch_wait(value: Any) -> None:
 def clocks(
     length: int, dtype: str, peers: list[str], options: argparse.Namespace
 ) -> tuple[dict[Case, _clocks.Clock], dict[Case, int], list[str]]:
-    """What times each case, its temporary bytes, and who is missing."""
+    """Return the clock and the temporary bytes of each case, and the missing peers."""
     draw = np.random.default_rng(0)
     shape = (options.batch, length, options.heads, options.width)
     data = [draw.standard_normal(shape, np.float32) for _ in range(4)]
@@ -189,13 +190,13 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--width", type=int, default=64, help="of a head")
+    parser.add_argument("--width", type=int, default=64, help="width of each head")
     parser.add_argument("--dtypes", nargs="+", default=("float32",))
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=(*PEERS, "none"), help="other libraries")
-    parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
+    parser.add_argument("--rate", type=float, default=0.1, help="drop rate")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--limit", type=float, default=6.0, metavar="GB", help="most temporary memory of a contender")
-    parser.add_argument("--json", metavar="PATH", help="write the numbers there")
+    parser.add_argument("--limit", type=float, default=6.0, metavar="GB", help="largest temporary memory to run")
+    parser.add_argument("--json", metavar="PATH", help="write the results to this file")
     options = parser.parse_args()
     warm = _bench.keep_buffers_warm()
     peers = _bench.peer_names(options.peers)

@@ -1,12 +1,12 @@
-"""Claim: dropout in 37 places makes the gradient of a 12-layer transformer at most 1.8 x slower to compile.
+"""Claim: 37 dropouts make the gradient of a 12-layer transformer at most 1.8 x slower to compile.
 
-The model is unrolled, its keys come from one ``jax.random.split``. Contenders are traced, lowered and compiled from
-scratch in every round, in an order drawn anew; a ratio is formed to the same model without dropout of the same round.
+The model is unrolled, and its keys come from one ``jax.random.split``. Every round traces, lowers, and compiles each
+contender from scratch, in a new random order. Ratios compare with the same model without dropout in the same round.
 
 The ratio depends on the model, so there are two, which differ in the layer norm. With one-pass moments (``standardize``
-of ``jax.nn``, Flax) all layers share their kernels, and XLA compiles these once. With two-pass moments, as in models
-written by hand, XLA for CPU repeats long chains of operations in its kernels, and dropout breaks these chains.
-``ms each`` is the time over no dropout, divided by the number of dropouts.
+of ``jax.nn``, Flax), all layers share kernels, which XLA compiles once. With two-pass moments, as in hand-written
+models, XLA for CPU repeats long chains of operations in its kernels, and dropout breaks these chains. ``ms each`` is
+the additional time compared with no dropout, divided by the number of dropouts.
 """
 
 import argparse
@@ -24,7 +24,7 @@ NORMS = {"one-pass": _bench.one_pass, "two-pass": _bench.two_pass}
 def compile_once(
     drop: _bench.Drop, params: Any, key: Any, x: Any, heads: int, standardize: _bench.Norm
 ) -> dict[str, float]:
-    """Trace, lower and compile the gradient, and count what came out."""
+    """Trace, lower, and compile the gradient; return the seconds and the size of the compiled text."""
     jax.clear_caches()
     model = functools.partial(_bench.transformer, drop=drop, heads=heads, standardize=standardize)
     start = time.perf_counter()
@@ -38,7 +38,7 @@ def compile_once(
 
 
 def row(runs: list[dict[str, float]], floor: list[dict[str, float]], places: int) -> dict[str, float]:
-    """Medians of the seconds and of the ratios to no dropout."""
+    """Return medians of the seconds and of the ratios to no dropout."""
     times = {kind: ([r[kind] for r in runs], [r[kind] for r in floor]) for kind in ("lower", "compile", "total")}
     ratio, low, high = _bench.ratios(*times["compile"])
     return {
@@ -73,13 +73,13 @@ def measure(norm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12, help="layers; dropouts are three times as many and one")
-    parser.add_argument("--size", default="4x64x128", metavar="4x64x128", help="batch, time and width of x")
+    parser.add_argument("--layers", type=int, default=12, help="number of layers; dropouts are 1 + 3 * layers")
+    parser.add_argument("--size", default="4x64x128", metavar="4x64x128", help="batch, time, and width of x")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--norms", nargs="+", default=tuple(NORMS), choices=tuple(NORMS), help="layer norms")
-    parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
+    parser.add_argument("--rate", type=float, default=0.1, help="drop rate")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", metavar="PATH", help="write the numbers there")
+    parser.add_argument("--json", metavar="PATH", help="write the results to this file")
     options = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)
     head = _bench.report(__doc__, [])

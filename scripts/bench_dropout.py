@@ -1,14 +1,14 @@
-"""Claim: a dropout costs what multiplying by a constant costs, forward and backward.
+"""Claim: dropout costs as much as multiplying by a constant, forward and backward.
 
-Every contender is timed in every round, in an order drawn anew, on warm buffers and on inputs that come from memory
-and not from cache. A ratio is formed to plain ``x * c``, the floor, of the same round; the tables show medians and
-quartiles of these ratios. ``x fast`` and ``x jax`` are the same for the time of jdrop's two generators, ``x float32``
-for the float32 call of the same shape. Slow contenders run in every fourth round. GB/s counts the arrays that must
-be read and written: x and y, and for forward+backward the cotangent and dx as well.
+Every round times every contender, in a new random order, with warm buffers and with inputs from memory instead of
+cache. Ratios compare with plain ``x * c``, the floor, in the same round; the tables show their medians and quartiles.
+``x fast`` and ``x jax`` compare with the two generators of jdrop, ``x float32`` with the float32 call of the same
+shape. Slow contenders run only in every fourth round. GB/s counts the arrays that must be read and written: x and y,
+and for forward+backward also the cotangent and dx.
 
-``--family`` times the other members instead, each beside a floor of its own and beside the peers that have it.
+``--family`` times the other members instead, each compared with its own floor and with equivalents in other libraries.
 
-On a GPU a call of the default sizes takes less time than its dispatch: give larger ``--sizes`` there.
+On a GPU, a call at the default sizes takes less time than its dispatch, so pass larger ``--sizes``.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SLOW, SLOW_EVERY = 10, 4  # more than 10 x the floor: every fourth round
 
 
 class Case(NamedTuple):
-    """One line of a table."""
+    """One row of a table."""
 
     dtype: str
     direction: str
@@ -39,7 +39,7 @@ class Case(NamedTuple):
 def clocks(
     shape: tuple[int, ...], dtypes: Sequence[str], peers: Sequence[str], rate: float, calls: int
 ) -> tuple[list[dict[Case, _clocks.Clock]], dict[Case, str]]:
-    """A block of clocks for each dtype and direction, and the contenders that are missing with the reason."""
+    """Return a group of clocks for each dtype and direction, and the missing contenders with the reason."""
     drops = _bench.contenders(rate) | _bench.peers([p for p in peers if p in _bench.JAX_PEERS], rate)
     blocks: list[dict[Case, _clocks.Clock]] = []
     missing: dict[Case, str] = {}
@@ -64,7 +64,7 @@ def clocks(
 
 
 def slow(block: dict[Case, _clocks.Clock]) -> dict[Case, int]:
-    """Compile and warm up all of a block; return the cases that shall run in every n-th round alone."""
+    """Compile and warm up all cases of a group; return those to run only in every n-th round, with n."""
     seconds = {}
     for case, clock in block.items():
         clock()
@@ -74,7 +74,7 @@ def slow(block: dict[Case, _clocks.Clock]) -> dict[Case, int]:
 
 
 def row(shape: tuple[int, ...], case: Case, times: dict[Any, list[float | None]]) -> dict[str, Any]:
-    """The numbers of one line."""
+    """Return the numbers of one row."""
     ratio, low, high = _bench.ratios(times[case], times[case._replace(contender=FLOOR)])
     seconds = _bench.median(times[case])
     arrays = 2 if case.direction == "forward" else 4
@@ -121,12 +121,12 @@ def main() -> None:
     parser.add_argument(
         "--peers", nargs="+", default=names, choices=(*names, "none"), help="other libraries (keras, timm: --family)"
     )
-    parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
+    parser.add_argument("--rate", type=float, default=0.1, help="drop rate")
     parser.add_argument("--rounds", type=int, default=60, help="rounds for each shape")
-    parser.add_argument("--calls", type=int, help="calls between two looks at the clock: 1, on a GPU 20")
+    parser.add_argument("--calls", type=int, help="calls per measurement (default 1, on a GPU 20)")
     parser.add_argument("--family", action="store_true", help="time the other members of the family, in float32")
-    parser.add_argument("--small", action="store_true", help="with --family: tiny arrays, to see that it runs")
-    parser.add_argument("--json", metavar="PATH", help="write the numbers there")
+    parser.add_argument("--small", action="store_true", help="with --family: tiny arrays, as a smoke test")
+    parser.add_argument("--json", metavar="PATH", help="write the results to this file")
     options = parser.parse_args()
     warm = _bench.keep_buffers_warm()
     peers = _bench.peer_names(options.peers)

@@ -1,11 +1,12 @@
 """Claim: a gradient with dropout needs no more temporary memory than without, within 0.5%, and stores no mask.
 
-One table for each variant of a transformer holds the temporary bytes of its compiled gradient, as XLA reports them:
-unrolled or scanned over layers, plain or with ``jax.checkpoint`` around a layer, with one key or with per-example keys
-under ``jax.vmap``. The last table holds what ``jax.vjp`` of a single call keeps for the backward pass.
+The tables show the temporary bytes of the compiled gradient of a transformer, as reported by XLA, one table per
+variant: unrolled or scanned over layers, plain or with ``jax.checkpoint`` around each layer, with one key or with
+per-example keys under ``jax.vmap``. The last table shows the residuals of ``jax.vjp`` of a single call.
 
-``fixed mask`` multiplies by one constant array: no random numbers, no mask in temporary memory. What it needs beyond
-no dropout is how XLA schedules a model with a multiplication in these places; a plain scalar scale XLA moves elsewhere.
+``fixed mask`` multiplies by a constant array, without random numbers and without a mask in temporary memory. Its extra
+memory over no dropout comes from XLA's scheduling of a model with these multiplications. XLA moves a plain scalar scale
+elsewhere.
 """
 
 import argparse
@@ -21,14 +22,14 @@ VARIANTS = tuple(itertools.product(("unrolled", "scan"), ("plain", "checkpoint")
 
 
 def fixed_mask(rate: float) -> _bench.Drop:
-    """Multiply by a constant array, the same one for all inputs of a shape."""
+    """Return dropout that multiplies by a constant array, the same for all inputs of one shape."""
     return lambda key, x: x * ((np.random.default_rng(0).random(x.shape) >= rate) / np.float32(1 - rate))
 
 
 def temporary_bytes(
     drop: _bench.Drop, key: jax.Array | None, variant: tuple[str, str, str], shape: tuple[int, ...], options: Any
 ) -> int:
-    """Temporary bytes of the compiled gradient of the model."""
+    """Return the temporary bytes of the compiled gradient of the model."""
     loop, remat, keys = variant
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     params = _bench.transformer_weights(options.layers, shape[-1], stacked=loop == "scan")
@@ -46,13 +47,13 @@ def temporary_bytes(
 
 
 def held(drop: _bench.Drop, key: jax.Array | None, shape: tuple[int, ...]) -> list[jax.Array]:
-    """The arrays that the vjp closure of one call holds."""
+    """Return the residual arrays in the vjp closure of one call."""
     pull = jax.vjp(lambda x: drop(key, x), jnp.ones(shape))[1]
     return [leaf for leaf in jax.tree.leaves(pull) if isinstance(leaf, jax.Array)]
 
 
 def model_rows(placed: dict[str, Any], shape: tuple[int, ...], options: Any) -> list[dict[str, Any]]:
-    """Measure the model in its variants, and print a table for each."""
+    """Measure the variants of the model, and print a table for each."""
     rows = []
     for variant in VARIANTS:
         label = ", ".join(variant)
@@ -73,7 +74,7 @@ def model_rows(placed: dict[str, Any], shape: tuple[int, ...], options: Any) -> 
 
 
 def closure_rows(placed: dict[str, Any], shape: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Measure what the backward pass of one call is given, and print a table."""
+    """Measure the residuals for the backward pass of one call, and print a table."""
     rows: list[dict[str, Any]] = []
     for name, (drop, key) in placed.items():
         rows.append({"contender": name})
@@ -91,13 +92,13 @@ def closure_rows(placed: dict[str, Any], shape: tuple[int, ...]) -> list[dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--size", default="8x128x256", metavar="8x128x256", help="batch, time and width of x")
+    parser.add_argument("--size", default="8x128x256", metavar="8x128x256", help="batch, time, and width of x")
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=0.1, help="probability of dropping")
+    parser.add_argument("--rate", type=float, default=0.1, help="drop rate")
     names = _bench.JAX_PEERS
     parser.add_argument("--peers", nargs="+", default=names, choices=(*names, "none"), help="other libraries")
-    parser.add_argument("--only", nargs="+", default=("",), metavar="PART", help="variants whose names hold a PART")
-    parser.add_argument("--json", metavar="PATH", help="write the numbers there")
+    parser.add_argument("--only", nargs="+", default=("",), metavar="PART", help="variants whose names contain a PART")
+    parser.add_argument("--json", metavar="PATH", help="write the results to this file")
     options = parser.parse_args()
     peers = _bench.peer_names(options.peers)
     head = _bench.report(__doc__, peers)

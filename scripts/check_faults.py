@@ -1,9 +1,9 @@
-"""Claim: a trainer killed many times, at random steps and while it writes, ends with the bits of one that was not.
+"""Claim: a trainer killed many times, at random steps and while writing, ends bit for bit like an undisturbed run.
 
-Starts ``examples/distributed_lm.py``, kills all of its processes with SIGKILL at a random moment by a fixed seed (every
-second time while a checkpoint is being written), and resumes it with the same command, until it has been killed often
-enough and may end. Its weights and losses must be those of an undisturbed run on the same layout. Needs the packages
-of the extra ``examples``.
+Starts ``examples/distributed_lm.py``, kills all of its processes with SIGKILL at a random moment (with a fixed seed;
+every second time while a checkpoint is being written), and resumes it with the same command. After the requested number
+of kills, the run may finish. Its weights and losses must equal those of an undisturbed run on the same layout. Needs
+the packages of the extra ``examples``.
 
     python scripts/check_faults.py --kills 20
 """
@@ -24,7 +24,7 @@ TRAINER = Path(__file__).parents[1] / "examples" / "distributed_lm.py"
 
 
 def start(options: Any, folder: Path, cache: Path) -> subprocess.Popen[str]:
-    """Start the trainer in a session of its own, so that all of its processes can be killed at once."""
+    """Start the trainer in its own session, so that all of its processes can be killed at once."""
     command = [sys.executable, str(TRAINER), "--steps", str(options.steps), "--every", "1"]
     command += ["--processes", str(options.processes), "--devices", str(options.devices)]
     command += ["--out", str(folder), "--checkpoints", str(folder / "checkpoints")]
@@ -40,7 +40,7 @@ def kill(run: subprocess.Popen[str]) -> str:
 
 
 def finish(run: subprocess.Popen[str], limit: float) -> str:
-    """Wait for a run, and return the digest of its weights."""
+    """Wait for a run to finish, and return the digest of its weights."""
     try:
         printed, _ = run.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -51,7 +51,7 @@ def finish(run: subprocess.Popen[str], limit: float) -> str:
 
 
 def newest(folder: Path) -> int:
-    """The step of the newest checkpoint that has its sums."""
+    """Return the step of the newest checkpoint that has sums."""
     return max((int(path.stem.removeprefix("step-")) for path in (folder / "checkpoints").glob("*.sha256")), default=0)
 
 

@@ -1,9 +1,9 @@
-"""Claim: the words of the library are uniform, and independent along columns, rows, steps and neighbouring keys.
+"""Claim: the words of the library are uniform, and independent along columns, rows, steps, and neighboring keys.
 
-Needs no outside program and takes under a minute: ``python scripts/check_randomness.py``; exit code 0 or 1. Every test
-has a statistic with a known distribution for truly random words, and a two-sided p-value from it: too even is as bad as
-too uneven. All keys are fixed. With N tests in all, the generator fails if any p-value is below ``1e-4 / N``
-(Bonferroni): a perfect one would fail at one ``--key-seed`` in 10,000. ``scripts/emit_bits.py`` feeds the large suites.
+Needs no external program and takes less than a minute: ``python scripts/check_randomness.py``; exit code 0 or 1. Every
+test has a statistic with a known distribution for truly random words, and a two-sided p-value: too even is as bad as
+too uneven. All keys are fixed. With N tests in total, the generator fails if any p-value is below ``1e-4 / N``
+(Bonferroni): a perfect generator fails at one ``--key-seed`` in 10,000. ``scripts/emit_bits.py`` feeds external suites.
 """
 
 import argparse
@@ -18,20 +18,22 @@ import numpy as np
 from jax import Array
 from scipy import stats
 
-from jdrop import bits, keys
+from jdrop import keys
+from jdrop._platform import PLATFORMS
+from jdrop._random import fast
 
 FAMILY_ERROR = 1e-4
-MATRIX_WORDS = 2**17  # words at most whose 32 x 32 pairs of bits are compared
+MATRIX_WORDS = 2**17  # largest number of words for the comparison of 32 x 32 pairs of bits
 COLUMNS = 1024
-KEY_ROWS, KEY_COLUMNS = 64, 256  # words of each key that are compared with another key's
-REACH = 64  # lags of a mask, up to this far along both axes
+KEY_ROWS, KEY_COLUMNS = 64, 256  # words per key in comparisons of two keys
+REACH = 64  # largest lag of a mask along both axes
 
 Words = Callable[[Array, np.ndarray, np.ndarray], np.ndarray]
 """``words(keys [k], rows uint64 [r], cols uint32 [c]) -> uint32 [k, r, c]``: the generator under test."""
 
 
 class Result(NamedTuple):
-    """One test: what was compared, by which statistic, and the p-value."""
+    """One test: its subject, its statistic, and the p-value."""
 
     subject: str
     statistic: str
@@ -41,8 +43,9 @@ class Result(NamedTuple):
 @jax.jit
 def _library(key_words: Array, hi: Array, lo: Array, cols: Array) -> Array:
     def one(key_words: Array) -> Array:
-        seed = keys.seed(key_words)
-        return bits.word((seed[0], seed[1]), (hi[:, None], lo[:, None]), cols[None, :])
+        seed = fast.hash_key(key_words, fast.USE_SEED)
+        row_key = PLATFORMS["cpu"].row_key(seed, (hi[:, None], lo[:, None]))  # once per row
+        return fast.mix(row_key, cols[None, :])
 
     return jax.vmap(one)(key_words)
 
@@ -57,13 +60,13 @@ def library(key: Array, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
 
 
 def normal(z: np.ndarray | float) -> float:
-    """Return p of the largest of some standard normal numbers; for several, the bound of Bonferroni."""
+    """Return p of the largest of one or several standard normal numbers; for several, the Bonferroni bound."""
     z = np.atleast_1d(z)
     return min(1.0, 2 * float(stats.norm.sf(np.abs(z).max())) * z.size)
 
 
 def chi_squared(x: float, df: int) -> float:
-    """Return p of a chi-squared number, too small counting like too large."""
+    """Return the two-sided p of a chi-squared number."""
     return min(1.0, 2 * float(min(stats.chi2.sf(x, df), stats.chi2.cdf(x, df))))
 
 
@@ -74,7 +77,7 @@ def cells(index: np.ndarray, count: int) -> tuple[float, int]:
 
 
 def stream(w: np.ndarray) -> Iterator[tuple[str, float]]:
-    """Each of the 32 bits is fair, and each of the 4 bytes uniform; bits and bytes of a word are independent."""
+    """Test that the 32 bits are fair and the 4 bytes uniform, and independent within a word."""
     n = w.size
     of_bytes = [np.bincount((w >> np.uint32(s)).astype(np.uint8), minlength=256) for s in (0, 8, 16, 24)]
     ones = [(of_byte * (np.arange(256) >> b & 1)).sum() for of_byte in of_bytes for b in range(8)]
@@ -86,7 +89,7 @@ def stream(w: np.ndarray) -> Iterator[tuple[str, float]]:
 
 
 def couple(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, float]]:
-    """``a[i]`` and ``b[i]`` are independent: as numbers, as pairs of high or low bits, by difference, bit by bit."""
+    """Test that ``a[i]`` and ``b[i]`` are independent: as numbers, high or low bits, differences, and single bits."""
     a, b = a.ravel(), b.ravel()
     n = a.size
     u, v = (w * 2.0**-32 - (0.5 - 2.0**-33) for w in (a, b))  # mean 0, variance 1/12
@@ -105,35 +108,35 @@ def couple(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[str, float]]:
 
 @jax.jit
 def _sums_of_signs(a: Array, b: Array) -> Array:
-    """Sum over i of s(bit j of a[i]) * s(bit k of b[i]), float32 [32, 32], with s(0) = -1 and s(1) = 1: exact."""
+    """Return the exact sum over i of s(bit j of a[i]) * s(bit k of b[i]), float32 [32, 32]; s(0) = -1, s(1) = 1."""
     bit = np.arange(32, dtype=np.uint32)[:, None]
     signs = [((w[None, :] >> bit) & np.uint32(1)).astype(jnp.float32) * 2 - 1 for w in (a, b)]
     return jnp.matmul(signs[0], signs[1].T, precision="highest")
 
 
 def mask_lags(mask: np.ndarray, keep: float) -> Iterator[tuple[str, float]]:
-    """A mask keeps as often as it should, and no element tells of another at any lag (circular) within reach."""
+    """Test the rate of a mask, and that its elements are uncorrelated at all circular lags within reach."""
     n, variance = mask.size, keep * (1 - keep)
     yield "kept, z", normal((mask.sum() - n * keep) / np.sqrt(n * variance))
     spectrum = np.fft.rfft2(mask - keep)
-    sums = np.fft.irfft2(np.abs(spectrum) ** 2, mask.shape)  # over i of d[i] * d[i + lag]: n terms of variance**2
-    ahead = sums[1 : REACH + 1, np.arange(-REACH, REACH + 1)]  # a lag and its negative are the same pairs
+    sums = np.fft.irfft2(np.abs(spectrum) ** 2, mask.shape)  # sums over i of d[i] * d[i + lag]: n terms of variance**2
+    ahead = sums[1 : REACH + 1, np.arange(-REACH, REACH + 1)]  # a lag and its negative give the same pairs
     z = np.concatenate([sums[0, 1 : REACH + 1], ahead.ravel()]) / (np.sqrt(n) * variance)
     yield f"{z.size} lags in two dimensions, largest z", normal(z)
 
 
-# ---------------------------------------------------------------------------------- what is compared
+# ---------------------------------------------------------------------------------- comparisons
 
 
 def apart(count: int, distance: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return numbers from ``start`` on, and those ``distance`` after them, uint64, no number twice."""
+    """Return uint64 numbers from ``start``, and the same numbers plus ``distance``, all distinct."""
     i = np.arange(count, dtype=np.uint64)
     first = i % np.uint64(distance) + i // np.uint64(distance) * np.uint64(2) * np.uint64(distance) + np.uint64(start)
     return first, first + np.uint64(distance)
 
 
 def one_stream(words: Words, key: Array, n: int) -> Iterator[Result]:
-    """Rows one after another, 1024 columns and 1."""
+    """Test consecutive rows, with 1024 columns and with 1."""
     for columns in (COLUMNS, 1):
         rows = np.arange(4 * n // columns, dtype=np.uint64)
         w = words(key[None], rows, np.arange(columns, dtype=np.uint32)).ravel()
@@ -155,7 +158,7 @@ def _bytes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def column_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
-    """Two columns of many rows, at all distances that are powers of two."""
+    """Test two columns of many rows, at all power-of-two distances."""
     rows = np.arange(n, dtype=np.uint64)
     for base in (0, 0x12345677):
         for power in range(32):
@@ -166,7 +169,7 @@ def column_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
 
 
 def row_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
-    """Rows r and r + distance; rows are 64-bit numbers."""
+    """Test rows r and r + distance; rows are 64-bit numbers."""
     cols = np.arange(COLUMNS, dtype=np.uint32)
     for start, power in [(1, 0), *((0, power) for power in (0, 1, 2, 3, 4, 6, 8, 16, 31, 32, 33, 48, 63))]:
         w = words(key[None], np.concatenate(apart(n // COLUMNS, 2**power, start)), cols)[0]
@@ -175,7 +178,7 @@ def row_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
 
 
 def key_families(key: Array) -> dict[str, Callable[[np.ndarray], Array]]:
-    """Return the ways to many keys: each maps numbers to keys."""
+    """Return functions from numbers to keys, one for each way to make many keys."""
     return {
         "jax.random.key(i)": jax.vmap(jax.random.key),
         "jax.random.fold_in(key, i)": jax.vmap(lambda i: jax.random.fold_in(key, i)),
@@ -187,7 +190,7 @@ def key_families(key: Array) -> dict[str, Callable[[np.ndarray], Array]]:
 
 
 def key_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
-    """The same elements under neighbouring keys: of seeds, steps, examples and splits."""
+    """Test the same elements under neighboring keys: of seeds, steps, examples, and splits."""
     rows, cols = np.arange(KEY_ROWS, dtype=np.uint64), np.arange(KEY_COLUMNS, dtype=np.uint32)
     for name, keys_of in key_families(key).items():
         for start, power in [(1, 0), (0, 0), (0, 1), (0, 4), (0, 8), (0, 16), (0, 30)]:
@@ -200,14 +203,14 @@ def key_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
 
 
 def draws(words: Words, key: Array, n: int) -> Iterator[Result]:
-    """A mask and the draws of ``jax.random`` from the same key."""
+    """Test the words against the bits of ``jax.random`` from the same key."""
     w = words(key[None], np.arange(n // COLUMNS, dtype=np.uint64), np.arange(COLUMNS, dtype=np.uint32))
     for statistic, p in couple(w, np.asarray(jax.random.bits(key, w.shape))):
         yield Result("words and jax.random.bits(key)", statistic, p)
 
 
 def mask_images(words: Words, key: Array, n: int) -> Iterator[Result]:
-    """Masks as images, at several rates."""
+    """Test masks as images, at several rates."""
     for columns in (COLUMNS, 128):
         w = words(key[None], np.arange(n // columns, dtype=np.uint64), np.arange(columns, dtype=np.uint32))[0]
         for rate in (0.1, 0.5, 0.9):
@@ -239,7 +242,7 @@ def rejected(results: dict[str, list[Result]]) -> list[Result]:
 
 
 def main() -> int:
-    """Print a table, one line a group with its smallest p-value, and all failures."""
+    """Print a table with the smallest p-value of each group, and all failures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--key-seed", type=int, default=0)
     parser.add_argument("--log2-words", type=int, default=20, help="pairs of words in most tests, from 14 (default 20)")

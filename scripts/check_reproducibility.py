@@ -1,9 +1,9 @@
-"""Claim: a mask is a function of key and index alone, on this device as on any other, however it is computed.
+"""Claim: a mask depends only on key and index, on every device, and however it is computed.
 
-Runs on the devices that JAX finds: ``python scripts/check_reproducibility.py``; prints a table, exit code 0 or 1.
-Known answers stand in this file, and comparisons are bit for bit. Masks that shall differ must be uncorrelated: every
-pair's correlation within 6 standard errors, 6 / sqrt(elements). By chance the 528 pairs of a check exceed that once in
-a million keys, and the keys are fixed.
+Runs on the devices that JAX finds: ``python scripts/check_reproducibility.py``; prints a table, exit code 0 or 1. The
+known answers are in this file, and comparisons are bit for bit. Masks of different keys must be uncorrelated: the
+correlation of each pair must lie within 6 standard errors, 6 / sqrt(elements). By chance, the 528 pairs of a check
+exceed this bound for one key in a million, and the keys are fixed.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from jdrop import keys
 
 BOUND = 6  # standard errors
 CHILDREN = 32
-ELEMENTS = (64, 1024)  # the masks that are correlated
-SHAPE, RATE = (32, 300), 0.3  # the array that is computed in many ways
+ELEMENTS = (64, 1024)  # shape of the masks in tests of correlation
+SHAPE, RATE = (32, 300), 0.3  # the array for tests of equality
 
 KEY_WORDS = {
     "threefry2x32": (0, 42),
@@ -39,7 +39,7 @@ KEY_WORDS = {
     "philox4x32": (1801635674, 389949022),
 }
 FROZEN = "614cc08dc738c19950a0c7d2f3249c44be8feab06ce4f22e609ad29b19833840"
-"""SHA-256 of what ``frozen_parts`` yields, as the NumPy version of the tests gives it too."""
+"""SHA-256 of ``frozen_parts()``. The NumPy reference of the tests gives the same one."""
 
 
 class Row(NamedTuple):
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
 
 def same(name: str, pairs: Sequence[tuple[Any, Any]], detail: str) -> Row:
-    """All pairs of arrays are equal, bit for bit."""
+    """Check that all pairs of arrays are equal, bit for bit."""
     differing = 0
     for a, b in pairs:
         a, b = np.asarray(a), np.asarray(b)
@@ -60,12 +60,12 @@ def same(name: str, pairs: Sequence[tuple[Any, Any]], detail: str) -> Row:
 
 
 def array() -> Array:
-    """Return an array without zeros, so that a zero is a drop."""
+    """Return an array without zeros, so that zeros in the output mark dropped elements."""
     return jnp.asarray(np.random.default_rng(0).uniform(1, 2, SHAPE), jnp.float32)
 
 
 def drop(key: Array, x: Array, rate: float | Array = RATE, **options: Any) -> Array:
-    """Dropout in training."""
+    """Apply dropout in training mode."""
     return jdrop.dropout(key, x, rate, train=True, **options)
 
 
@@ -74,7 +74,7 @@ def drop(key: Array, x: Array, rate: float | Array = RATE, **options: Any) -> Ar
 
 @functools.cache
 def frozen_parts() -> list[np.ndarray]:
-    """Return masks and derived keys that no release, device or process may change."""
+    """Return masks and derived keys that no release, device, or process may change."""
     parts: list[Any] = []
     for impl, words in KEY_WORDS.items():
         key = jax.random.wrap_key_data(jnp.asarray(np.array(words, np.uint32)), impl=impl)
@@ -97,14 +97,14 @@ def digest(parts: Sequence[np.ndarray]) -> str:
 
 
 def known_answers() -> Row:
-    """Masks and derived keys of mask version 1."""
+    """Check masks and derived keys of mask version 1."""
     parts = frozen_parts()
     found = digest(parts)
     return Row("known answers", found == FROZEN, f"{len(parts)} masks and keys, SHA-256 {found[:12]}")
 
 
 def fresh_process() -> Row:
-    """A new process, on its CPU and with another hash seed, gives this process's bits."""
+    """Check that a new process, on CPU and with another hash seed, gives the same bits as this one."""
     root = str(pathlib.Path(jdrop.__file__).parents[1])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "123", "JAX_PLATFORMS": "cpu"}
@@ -116,7 +116,7 @@ def fresh_process() -> Row:
 
 
 def same_key() -> Row:
-    """One key gives one mask, whatever it is drawn for; both generators."""
+    """Check that a key of any implementation gives one mask: in dropout and dropout_mask, typed and legacy."""
     pairs = []
     for impl in KEY_WORDS:
         key = jax.random.key(5, impl=impl)
@@ -127,7 +127,7 @@ def same_key() -> Row:
 
 
 def dtypes() -> Row:
-    """The mask does not depend on the dtype of x, on x64, or on whether the rate is traced."""
+    """Check that the mask does not depend on the dtype of x, on x64, or on whether the rate is traced."""
     key = jax.random.key(5)
     mask = np.asarray(jdrop.dropout_mask(key, SHAPE, RATE))
     pairs = [(mask, drop(key, array().astype(d)) != 0) for d in ("float16", "bfloat16", "float32", "complex64")]
@@ -140,14 +140,14 @@ def dtypes() -> Row:
 
 
 def longer_batch() -> Row:
-    """More examples leave the masks of the first ones as they are."""
+    """Check that adding examples does not change the masks of the first ones."""
     key, (n, *features) = jax.random.key(5), SHAPE
     whole = jdrop.dropout_mask(key, (3 * n, *features), RATE)
     return same("longer batch", [(whole[:m], jdrop.dropout_mask(key, (m, *features), RATE)) for m in (1, n)], "prefix")
 
 
 def windows() -> Row:
-    """A window is a slice of the whole; also with a traced start, and in arrays of more than 2**32 rows."""
+    """Check that a window is a slice of the mask, also with traced starts and in arrays with more than 2**32 rows."""
     key = jax.random.key(5)
     whole = np.asarray(jdrop.dropout_mask(key, (20, 7, 300), RATE))
     pairs = []
@@ -173,7 +173,7 @@ def windows() -> Row:
 
 
 def transformed_jit() -> Row:
-    """Compiled or not."""
+    """Check that jit does not change the bits."""
     key, x = jax.random.key(5), array()
     y, mask = drop(key, x), jdrop.dropout_mask(key, SHAPE, RATE)
     compiled = jax.jit(lambda key, x, rate: drop(key, x, rate))
@@ -187,7 +187,7 @@ def transformed_jit() -> Row:
 
 
 def transformed_vmap() -> Row:
-    """Mapped over keys, arrays or both, nested or not, against a loop."""
+    """Compare vmap over keys, arrays, or both, also nested, with a loop."""
     key, xs = jax.random.key(5), jnp.stack([array(), array() + 1, array() + 2])
     many = jax.random.split(key, 3)
     loop = jnp.stack([drop(k, x) for k, x in zip(many, xs, strict=True)])
@@ -202,7 +202,7 @@ def transformed_vmap() -> Row:
 
 
 def transformed_scan() -> Row:
-    """A scan over steps draws what a Python loop draws; the scanned gradient too."""
+    """Check that a scan over steps, and its gradient, use the masks of a Python loop."""
     key, x, steps = jax.random.key(5), array(), 4
     loop = jnp.stack([drop(keys.derive(key, "drop", step), x) for step in range(steps)])
 
@@ -222,7 +222,7 @@ def transformed_scan() -> Row:
 
 
 def transformed_checkpoint() -> Row:
-    """A rematerialised forward pass draws the same mask again."""
+    """Check that a rematerialized forward pass uses the same mask again."""
     key, x, w = jax.random.key(5), array(), array() + 1
 
     def loss(x: Array) -> Array:
@@ -246,7 +246,7 @@ def transformed_checkpoint() -> Row:
 
 
 def transformed_grad() -> Row:
-    """Backward and forward derivatives apply the mask of the forward pass: dropout is its own transpose."""
+    """Check that all derivatives apply the mask of the forward pass: dropout is its own transpose."""
     key, x, w = jax.random.key(5), array(), array() + 1
     expected = drop(key, w)
 
@@ -263,7 +263,7 @@ def transformed_grad() -> Row:
 
 
 def shards() -> Row:
-    """Tiles in ``shard_map``, and arrays laid over automatic and explicit meshes, against one device."""
+    """Compare tiles in ``shard_map``, and arrays sharded over automatic and explicit meshes, with one device."""
     count = len(jax.devices())
     if count == 1:
         return Row("shard", None, "one device: not run")
@@ -290,7 +290,7 @@ def shards() -> Row:
 
 
 def uncorrelated(name: str, many: Sequence[Array], detail: str) -> Row:
-    """The masks of all keys differ, and every two of them are uncorrelated."""
+    """Check that the masks of all keys differ and are pairwise uncorrelated."""
     draw = jax.jit(jax.vmap(lambda key: jdrop.dropout_mask(key, ELEMENTS, 0.5)))
     masks = np.asarray(draw(jnp.stack(many))).reshape(len(many), -1)
     signs = masks.astype(np.float32) * 2 - 1  # mean 0, variance 1 at rate 0.5: sums of fair signs, exact in float32
@@ -303,19 +303,19 @@ def uncorrelated(name: str, many: Sequence[Array], detail: str) -> Row:
 
 
 def split_keys() -> Row:
-    """A key and its split children."""
+    """Check a key and its split children."""
     key = jax.random.key(5)
     return uncorrelated("split", [key, *jax.random.split(key, CHILDREN)], "key and children")
 
 
 def folded_keys() -> Row:
-    """A key and its fold_in children."""
+    """Check a key and its fold_in children."""
     key = jax.random.key(5)
     return uncorrelated("fold_in", [key, *(jax.random.fold_in(key, i) for i in range(CHILDREN))], "key and children")
 
 
 def derived_keys() -> Row:
-    """A key and keys derived from it by neighbouring, similar or reordered paths."""
+    """Check a key and keys derived from it by neighboring, similar, or reordered paths."""
     key = jax.random.key(5)
     paths: list[tuple[str | int, ...]] = [(i,) for i in range(8)] + [("layer", i) for i in range(8)]
     paths += [(f"layer{i}",) for i in range(8)] + [(str(i),) for i in range(3)]
@@ -324,14 +324,14 @@ def derived_keys() -> Row:
 
 
 def example_keys() -> Row:
-    """A key and the keys of examples, neighbouring and far, negative too."""
+    """Check a key and its keys for examples with neighboring, distant, and negative ids."""
     key = jax.random.key(5)
     ids = np.array([*range(16), *(2**i for i in range(4, 30, 2)), -1, -2, 2**31 - 1])
     return uncorrelated("per_example", [key, *keys.per_example(key, ids)], "key and examples")
 
 
 def key_families() -> Row:
-    """The families do not meet: split, derive by name, by number, in two stages; neighbouring seeds too."""
+    """Check that families of keys do not coincide: seeds, split, and derive by name, by number, and in two stages."""
     key = jax.random.key(5)
     many = [key, *(jax.random.key(seed) for seed in (0, 1, 2, 3, 4, 6)), *jax.random.split(key, 8)]
     many += [keys.derive(key, i) for i in range(6)] + [keys.derive(key, name) for name in ("a", "b", "0", "1")]
@@ -340,7 +340,7 @@ def key_families() -> Row:
 
 
 def draws() -> Row:
-    """A mask shares nothing with what jax.random draws from its key."""
+    """Check that a mask is uncorrelated with the numbers of jax.random from the same key."""
     key = jax.random.key(5)
     n = int(np.prod(ELEMENTS))
     mask = np.asarray(jdrop.dropout_mask(key, ELEMENTS, 0.5)) * 2.0 - 1
@@ -351,7 +351,7 @@ def draws() -> Row:
 
 
 def jax_generator() -> Row:
-    """``generator="jax"`` draws bit for bit the mask of ``jax.random.bernoulli``."""
+    """Check that ``generator="jax"`` draws the mask of ``jax.random.bernoulli``, bit for bit."""
     pairs = []
     for impl in ("threefry2x32", "rbg", "philox4x32"):
         key = jax.random.key(5, impl=impl)
@@ -385,10 +385,10 @@ CHECKS: tuple[Callable[[], Row], ...] = (
 
 
 def run(check: Callable[[], Row]) -> Row:
-    """Return a check's row; an exception is a failure."""
+    """Run a check and return its row; an exception is a failure."""
     try:
         return check()
-    except Exception as error:  # the table shall be complete
+    except Exception as error:  # the table must be complete
         return Row(check.__name__, False, f"{type(error).__name__}: {' '.join(str(error).split())[:100]}")
 
 

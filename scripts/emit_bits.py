@@ -1,7 +1,7 @@
-"""Claim: the raw words of the library pass outside test suites, which this feeds at 200 MB/s or more.
+"""Claim: the raw words of the library pass external test suites, which this script feeds at 200 MB/s or more.
 
-Writes little-endian uint32 words ``jdrop.bits.word(seed, row, col)`` to standard output for ever; row after row, from
-row 0 on. A closed pipe ends it quietly. Examples, in the shell:
+Writes little-endian uint32 words of mask version 1, ``word(seed, row, col)``, to standard output without end, row by
+row from row 0. It exits quietly when the pipe is closed. Examples for the shell:
 
     python scripts/emit_bits.py | RNG_test stdin32 -multithreaded                        # PractRand
     python scripts/emit_bits.py --columns 16 --order columns | dieharder -a -g 200        # Debian's dieharder
@@ -19,16 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop import bits, keys
+from jdrop._bits import FastBits
+from jdrop._platform import PLATFORMS
+from jdrop._random import fast
+from jdrop._random.threefry import U64, WORD
 
-BLOCK = 2**22  # elements made at once: 16 MB of words
-BAND = 1024  # rows at least that are written column by column
+BLOCK = 2**22  # elements per computation: 16 MB of words
+BAND = 1024  # least number of rows that are written column by column
 
 
 def parse() -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--columns", type=int, default=1024, help="words a row, 1 to 2**32 (default 1024)")
+    parser.add_argument("--columns", type=int, default=1024, help="words per row, 1 to 2**32 (default 1024)")
     parser.add_argument(
         "--order",
         choices=("rows", "columns"),
@@ -39,11 +42,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--mask-rate",
         type=float,
-        help="write keep decisions at this drop rate, below 1, instead: eight a byte, the first in the lowest bit, "
+        help="write keep decisions at this drop rate, below 1, instead: eight per byte, the first in the lowest bit, "
         "with COLUMNS a multiple of 8; at rate 0.5 the stream is uniform",
     )
     arguments = parser.parse_args()
-    if not 1 <= arguments.columns <= bits.WORD:
+    if not 1 <= arguments.columns <= WORD:
         parser.error(f"--columns must lie in [1, 2**32], got {arguments.columns}")
     rate = arguments.mask_rate
     if rate is not None and (not 0 <= np.float32(rate) < 1 or arguments.columns % 8):
@@ -52,7 +55,7 @@ def parse() -> argparse.Namespace:
 
 
 def blocks(columns: int, order: str) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ``(row, rows, col, cols)`` of the blocks in the order in which they are written."""
+    """Yield ``(row, rows, col, cols)`` of each part, in the order of writing."""
     rows = max(1, BLOCK // columns) if order == "rows" else max(BAND, BLOCK // columns // 8 * 8)
     cols = min(columns, max(1, BLOCK // rows))
     row = 0
@@ -63,34 +66,35 @@ def blocks(columns: int, order: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "cols", "order", "group"))
-def words(seed: Array, row: bits.Pair, col: Array, *, rows: int, cols: int, order: str, group: int = 1) -> Array:
-    """Return a block of words: ``[rows, group, cols / group]``, or with columns first if written column by column.
+def words(seed: Array, row: U64, col: Array, *, rows: int, cols: int, order: str, group: int = 1) -> Array:
+    """Return part of the words: ``[rows, group, cols / group]``, or columns first if written column by column.
 
-    Those of one group, which are neighbours in the order of writing, lie along axis 1.
+    The words of one group, which are adjacent in the order of writing, lie along axis 1.
     """
     down, across = jnp.arange(rows, dtype=jnp.uint32), jnp.arange(cols, dtype=jnp.uint32) + col
-    slow, fast = (down, across) if order == "rows" else (across, down)
-    slow, fast = slow[:, None, None], fast.reshape(-1, group).T[None]
-    down, across = (slow, fast) if order == "rows" else (fast, slow)
-    return bits.word((seed[0], seed[1]), bits.add64(row, (np.uint32(0), down)), across)
+    outer, inner = (down, across) if order == "rows" else (across, down)
+    outer, inner = outer[:, None, None], inner.reshape(-1, group).T[None]
+    down, across = (outer, inner) if order == "rows" else (inner, outer)
+    row_key = PLATFORMS["cpu"].row_key((seed[0], seed[1]), row + U64(np.uint32(0), down))  # once per row
+    return fast.mix(row_key, across)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "cols", "order"))
-def mask_bytes(seed: Array, row: bits.Pair, col: Array, threshold: Array, *, rows: int, cols: int, order: str) -> Array:
-    """Return a block of keep decisions, ``word >= threshold``, eight a byte, the first in the lowest bit.
+def mask_bytes(seed: Array, row: U64, col: Array, threshold: Array, *, rows: int, cols: int, order: str) -> Array:
+    """Return part of the keep decisions, ``word >= threshold``, eight per byte, the first in the lowest bit.
 
-    Eight neighbours lie along an axis that is not the last one, or packing would not vectorize.
+    The eight decisions of a byte do not lie along the last axis, because packing would not vectorize.
     """
     keep = words(seed, row, col, rows=rows, cols=cols, order=order, group=8) >= threshold
     return jnp.packbits(keep, axis=1, bitorder="little")
 
 
 def stream(columns: int, order: str, key_seed: int, mask_rate: float | None) -> Iterator[np.ndarray]:
-    """Yield blocks of what is written, each computed while its reader handles the one before."""
-    seed = keys.seed(keys.consume(jax.random.key(key_seed)))
+    """Yield the output in parts, computing each one while the reader processes the previous one."""
+    seed = FastBits().seed(jax.random.key(key_seed))
     pending: Array | None = None
     for row, rows, col, cols in blocks(columns, order):
-        at, size = (seed, bits.pair(row), np.uint32(col)), {"rows": rows, "cols": cols, "order": order}
+        at, size = (seed, U64.of(row), np.uint32(col)), {"rows": rows, "cols": cols, "order": order}
         made = words(*at, **size) if mask_rate is None else mask_bytes(*at, threshold(mask_rate), **size)
         if pending is not None:
             yield np.asarray(pending)
@@ -98,8 +102,8 @@ def stream(columns: int, order: str, key_seed: int, mask_rate: float | None) -> 
 
 
 def threshold(rate: float) -> np.uint32:
-    """Return the word from which on elements are kept, as the library computes it for rates below 1."""
-    return np.uint32(round(float(np.float32(rate)) * bits.WORD))
+    """Return the smallest word of kept elements, as the library computes it for rates below 1."""
+    return np.uint32(round(float(np.float32(rate)) * WORD))
 
 
 def main() -> int:
@@ -109,7 +113,7 @@ def main() -> int:
         for block in stream(arguments.columns, arguments.order, arguments.key_seed, arguments.mask_rate):
             sys.stdout.buffer.write(block.astype(block.dtype.newbyteorder("<"), copy=False).data)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise the flush at exit prints an error
     return 0
 
 

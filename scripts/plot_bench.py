@@ -1,4 +1,4 @@
-"""Draw the numbers of bench_dropout.py and bench_memory.py, as multiples of a plain scale and of no dropout."""
+"""Plot the results of bench_dropout.py and bench_memory.py relative to a plain scale and to no dropout."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 
 
 def bars(axes: Any, names: list[str], values: list[float], title: str) -> None:
-    """One panel: a horizontal bar a contender, with its number."""
+    """Draw one panel, with one labeled horizontal bar per contender."""
     axes.barh(names, values, color=["tab:blue" if "jdrop" in name else "silver" for name in names])
     axes.bar_label(axes.containers[0], [f"{value:.3g}" for value in values], padding=2, fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
@@ -24,7 +24,7 @@ def bars(axes: Any, names: list[str], values: list[float], title: str) -> None:
 
 
 def caption(report: dict[str, Any]) -> str:
-    """The machine and the versions of a report."""
+    """Return the machine and the versions of a report as text."""
     machine = report["machine"]
     versions = (f"{name} {version}" for name, version in report["versions"].items())
     return f"{machine['cpu']}, {machine['cores']} cores, {machine['device']}; {', '.join(versions)}"
@@ -50,7 +50,7 @@ def main() -> None:
         rows = [r for r in memory["rows"] if r["variant"] == f"{how}, plain, one key" and "ratio" in r]
         title = f"temporary bytes, gradient of a transformer, {how}\n(x no dropout)"
         bars(axes, [r["contender"] for r in rows], [r["ratio"] for r in rows], title)
-    lines = dict.fromkeys(caption(report) for report in (time, memory))  # the same machine is named once
+    lines = dict.fromkeys(caption(report) for report in (time, memory))  # without repeating the same machine
     figure.supxlabel("\n".join([f"{time['command']}; {memory['command']}", *lines]), fontsize=7)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=110)

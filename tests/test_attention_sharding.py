@@ -1,28 +1,23 @@
-"""dot_product_attention on meshes: the same mask, each device its own part of it, and nothing exchanged for it."""
+"""Attention on meshes: the same mask, each device makes its own part of it, and nothing is exchanged for it."""
 
+import functools
 import re
 
+import attention_suite
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_formula import IMPLEMENTATIONS, QUICK, close, formula, normal, quick, use_plan, visible
+from attention_suite import KEY, close, data, gradients, largest, normal, quick, truth
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_sharding import COLLECTIVES, largest
+from members import COLLECTIVES
 
 import jdrop
-from jdrop import _chunked
 
-KEY = jax.random.key(41)
-SHAPE = B, N, T, S = 4, 8, 24, 144  # scores; four key heads
-OVER_BATCH = P("a")
-SPREADS = {"batch": (("a", "b"), None), "heads": (None, "a"), "both": ("a", "b")}
-
-
-@pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request):
-    return request.param
+implementation = attention_suite.implementation
+B, N, T, S = 8, 4, 24, 36  # scores; two key heads
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+KINDS = pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 
 
 def mesh(kind, *sizes):
@@ -30,190 +25,147 @@ def mesh(kind, *sizes):
     return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
 
 
-def revealing(batch=B):
-    """Zero logits, identity values, and a gradient that shows the mask: as attention_formula.reveal."""
-    eye = np.eye(S, dtype=np.float32)
-    digit = 2.0 ** (np.arange(N) % 2)
-    q, k = np.zeros((batch, T, N, S), np.float32), np.zeros((batch, S, N // 2, S), np.float32)
-    do = np.broadcast_to(eye[:T, None] * digit[:, None], q.shape) * np.float32(S / 2)
-    return q, k, np.broadcast_to(eye[:, None], k.shape), do
+def place(there, x, *spec):
+    return jax.device_put(x, NamedSharding(there, P(*spec)))
 
 
-def masks(out, dv):
-    digits = np.rint(np.asarray(dv)[..., :T]).astype(int)
-    backward = np.stack([digits & 1, digits >> 1], -1)  # [B, S, K, T, 2]
-    return np.asarray(out).swapaxes(1, 2) != 0, np.moveaxis(backward, (2, 4, 3, 1), (1, 2, 3, 4)).reshape(-1, N, T, S)
+ARRAYS = data(batch=B, queries=T, keys=S, heads=N, key_heads=2, width=8)
+OVER_SCORES = {
+    "rate": np.linspace(0.1, 0.9, B * T, dtype=np.float32).reshape(B, 1, T, 1),
+    "mask": normal(5, B, 1, T, S) > -1,
+    "query_seq_lengths": (np.arange(B) % 3 * 9 + 5).astype(np.int32),
+    "key_value_seq_lengths": (np.arange(B) % 3 * 12 + 9).astype(np.int32),
+}
+STATIC = {"is_causal": True, "local_window_size": 9}
 
 
-def step(key, q, k, v, do, rate=0.5, **options):
-    f = lambda v: jdrop.dot_product_attention(key, q, k, v, rate, train=True, **options)
-    out, pull = jax.vjp(f, v)
-    return out, pull(do)[0]
+def everything(implementation, key, q, k, v, do, bias, over_scores, **options):
+    """Return the output and the gradients of a call with all options."""
+    attend = lambda q, k, v, b: implementation.attend(key, q, k, v, bias=b, **over_scores, **options)
+    return gradients(attend, q, k, v, do, bias)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+# ---------------------------------------------------------------------------------- jit over a mesh
+
+
+SPREADS = {
+    "auto, batch and heads": (AUTO, "a", "b"),
+    "explicit, batch and heads": (EXPLICIT, "a", "b"),
+    "auto, batch": (AUTO, ("a", "b"), None),
+    "explicit, heads": (EXPLICIT, None, "b"),
+}
+
+
+@functools.cache
+def program(implementation, spread):
+    """Return the compiled program with all options, its results, and the sharding of query.
+
+    The bias has a value per example, head and key, so that its gradient sums only over axes that are whole.
+    """
+    kind, batch, heads = SPREADS[spread]
+    there = mesh(kind, 4, 2)
+    with jax.set_mesh(there):
+        arrays = [place(there, x, batch, None, heads) for x in ARRAYS]
+        bias = place(there, normal(4, B, N, 1, S), batch, heads)
+        over_scores = {name: place(there, x, batch) for name, x in OVER_SCORES.items()}
+        f = quick(lambda *x: everything(implementation, *x, **STATIC))
+        compiled = f.lower(KEY, *arrays, bias, over_scores).compile()
+        return compiled, compiled(KEY, *arrays, bias, over_scores), arrays[0].sharding
+
+
 @pytest.mark.parametrize("spread", SPREADS)
-def test_jit_over_a_mesh(implementation, kind, spread):
-    batch, heads = SPREADS[spread]
-    arrays = revealing(8)
-    expected = np.asarray(jdrop.dropout_mask(KEY, (8, *SHAPE[1:]), 0.5))
-    there = mesh(kind, 4, 2)
+def test_values_gradients_and_mask_over_a_mesh(implementation, spread):
+    _, results, sharding = program(implementation, spread)
+    close(results, truth(KEY, *ARRAYS, bias=normal(4, B, N, 1, S), **OVER_SCORES, **STATIC))
+    assert results[0].sharding.is_equivalent_to(sharding, 4)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("spread", SPREADS)
+def test_devices_exchange_nothing_and_hold_only_their_part(implementation, spread):
+    compiled, _, _ = program(implementation, spread)
+    parts = {"a": 4, "b": 2, None: 1, ("a", "b"): 8}
+    _, batch, heads = SPREADS[spread]
+    text = compiled.as_text()
+    assert not re.search(COLLECTIVES, text)
+    assert largest(text) <= B * N * T * S // parts[batch] // parts[heads]
+
+
+@KINDS
+def test_operands_that_broadcast_over_a_mesh(implementation, kind):
+    """A bias for all examples has a gradient that is summed over devices."""
+    there, bias = mesh(kind, 4, 2), normal(4, 1, N, 1, S)
     with jax.set_mesh(there):
-        placed = [jax.device_put(x, NamedSharding(there, P(batch, None, heads))) for x in arrays]
-        f = jax.jit(lambda key, *x: step(key, *x, implementation=implementation))
-        compiled = f.lower(KEY, *placed).compile(compiler_options=QUICK)
-        out, dv = compiled(KEY, *placed)
-        for found in masks(out, dv):
-            np.testing.assert_array_equal(found, expected)
-        assert out.sharding.is_equivalent_to(placed[0].sharding, 4)
-        parts = {"a": 4, "b": 2, None: 1, ("a", "b"): 8}
-        text = compiled.as_text()
-        assert not re.search(COLLECTIVES, text)
-        assert largest(text) <= placed[0].size // parts[batch] // parts[heads] * S // T  # the size of its values
+        arrays = [place(there, x, "a", None, "b") for x in ARRAYS]
+        f = quick(lambda *x: everything(implementation, *x))
+        results = f(KEY, *arrays, place(there, bias, None, "b"), {"rate": np.float32(0.5)})
+    close(results, truth(KEY, *ARRAYS, bias=bias))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_segments_that_wait_for_others_exchange_nothing(kind, monkeypatch):
-    arrays = [normal(i, 4, 40, n, 16) for i, n in enumerate((8, 4, 4, 8))]
-    there = mesh(kind, 4, 2)
-    with jax.set_mesh(there), monkeypatch.context() as patch:
-        use_plan(patch, 8, segment=8, scores=1)
-        placed = [jax.device_put(x, NamedSharding(there, P("a", None, "b"))) for x in arrays]
-
-        def step(key, q, k, v, do):
-            options = {"train": True, "is_causal": True, "implementation": "chunked"}
-            out, pull = jax.vjp(lambda *x: jdrop.dot_product_attention(key, *x, 0.5, **options), q, k, v)
-            return out, *pull(do)
-
-        compiled = jax.jit(step).lower(KEY, *placed).compile(compiler_options=QUICK)
-        assert not re.search(COLLECTIVES, compiled.as_text())
-        factor = np.asarray(jdrop.dropout_mask(KEY, (4, 8, 40, 40), 0.5)) / 0.5
-        close(
-            compiled(KEY, *placed), formula(*arrays[:3], factor, seen=visible((4, 8, 40, 40), None, True), do=arrays[3])
-        )
-    _chunked.attend.clear_cache()
-
-
-@pytest.mark.parametrize("spec", [P(None, "a"), P("b", "a")], ids=str)
-def test_spread_queries_on_an_auto_mesh(implementation, spec):
-    arrays = revealing()
-    expected = np.asarray(jdrop.dropout_mask(KEY, SHAPE, 0.5))
-    there = mesh(AxisType.Auto, 4, 2)
+def test_sharded_queries_on_an_auto_mesh(implementation):
+    there = mesh(AUTO, 4, 2)
     with jax.set_mesh(there):
-        specs = [spec, P(spec[0]), P(spec[0]), spec]
-        placed = [jax.device_put(x, NamedSharding(there, s)) for x, s in zip(arrays, specs)]
-        for found in masks(*quick(lambda *x: step(KEY, *x, implementation=implementation))(*placed)):
-            np.testing.assert_array_equal(found, expected)
+        specs = [("b", "a"), ("b",), ("b",), ("b", "a")]
+        arrays = [place(there, x, *spec) for x, spec in zip(ARRAYS, specs)]
+        f = quick(lambda *x: gradients(lambda q, k, v, _: implementation.attend(KEY, q, k, v), *x))
+        close(f(*arrays), truth(KEY, *ARRAYS))
 
 
-def everything(batch=B, width=16):
-    """Arrays of a call with all options, and what they are made of: (arrays, over scores, lengths)."""
-    q, do = (normal(i, batch, T, N, width) for i in (0, 3))
-    k, v = (normal(i, batch, S, N // 2, width) for i in (1, 2))
-    bias, mask = normal(4, 1, N, 1, S), normal(5, batch, 1, T, S) > -1
-    rate = np.linspace(0.1, 0.9, batch * T, dtype=np.float32).reshape(batch, 1, T, 1)
-    lengths = np.arange(batch) % 3 * 9 + 5, np.arange(batch) % 3 * 60 + 20
-    return (q, k, v, do, bias), (mask, rate), tuple(x.astype(np.int32) for x in lengths)
-
-
-def truth(arrays, over_scores, lengths):
-    (q, k, v, do, bias), (mask, rate) = arrays, over_scores
-    shape = q.shape[0], N, T, S
-    kept = np.asarray(jdrop.dropout_mask(KEY, shape, rate)) / (1 - rate)
-    seen = visible(shape, mask, True, 9, *lengths)
-    return formula(q, k, v, kept, seen=seen, bias=bias, do=do)
-
-
-def full_step(key, q, k, v, do, bias, mask, rate, query_lengths, key_lengths, **options):
-    options |= {"mask": mask, "query_seq_lengths": query_lengths, "key_value_seq_lengths": key_lengths}
-    options |= {"is_causal": True, "local_window_size": 9}
-    f = lambda q, k, v, b: jdrop.dot_product_attention(key, q, k, v, rate, train=True, bias=b, **options)
-    out, pull = jax.vjp(f, q, k, v, bias)
-    return out, *pull(do)
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_values_and_gradients_over_a_mesh(implementation, kind):
-    operands = everything(8)
-    there = mesh(kind, 4, 2)
-    with jax.set_mesh(there):
-        place = lambda x, *spec: jax.device_put(x, NamedSharding(there, P(*spec)))
-        arrays = [place(x, "a", None, "b") for x in operands[0][:4]]
-        mask, rate = (place(x, "a") for x in operands[1])
-        lengths = [place(x, "a") for x in operands[2]]
-        f = quick(lambda *x: full_step(*x, implementation=implementation))
-        found = f(KEY, *arrays, place(operands[0][4], None, "b"), mask, jnp.asarray(rate), *lengths)
-    close(found, truth(*operands))
+# ---------------------------------------------------------------------------------- shard_map
 
 
 @pytest.mark.parametrize(
-    "spec", [P("a", "b"), P(None, None, "c"), P("a", "b", "c"), P(None, None, ("c", "a"))], ids=str
+    ("spec", "check_vma", "options"),
+    [
+        (P("a", "b"), True, {"shared_axes": 0, "rate": 0.4}),
+        (P("a", "b", "c"), True, {"generator": "jax", **STATIC, **OVER_SCORES}),
+        (P(None, None, ("c", "a")), False, {**STATIC, **OVER_SCORES}),
+    ],
+    ids=["batch and heads", "batch, heads and queries", "queries"],
 )
-def test_shard_map_with_shard(implementation, spec):
-    """Batch, heads and queries are spread; positions count from the first query of the whole array."""
-    (q, k, v, do, bias), (mask, rate), lengths = operands = everything()
+def test_shard_map_with_shard(implementation, spec, check_vma, options):
+    """Positions count from the first query of the whole array, and so does the mask."""
+    static = {name: x for name, x in options.items() if not isinstance(x, np.ndarray)}
+    over_scores = {name: x for name, x in options.items() if isinstance(x, np.ndarray)}
     b, n, t = (*spec, None)[:3]
-    specs = (P(), P(b, t, n), P(b, None, n), P(b, None, n), P(b, t, n), P(None, n), P(b, None, t), P(b, None, t), P(b))
-
-    def attend(key, q, k, v, bias, mask, rate, query_lengths, key_lengths):
-        lengths = {"query_seq_lengths": query_lengths, "key_value_seq_lengths": key_lengths}
-        options = {"shard": spec, "is_causal": True, "local_window_size": 9, "implementation": implementation}
-        return jdrop.dot_product_attention(key, q, k, v, rate, train=True, bias=bias, mask=mask, **lengths, **options)
-
-    for check_vma in (True, False)[: 2 if spec == P("a", "b", "c") else 1]:
-        tiled = jax.shard_map(
-            attend,
-            mesh=mesh(AxisType.Auto, 2, 2, 2),
-            in_specs=(*specs[:4], *specs[5:], P(b)),
-            out_specs=specs[1],
-            check_vma=check_vma,
-        )
-
-        @quick
-        def both(q, k, v, do, bias, tiled=tiled):
-            out, pull = jax.vjp(lambda q, k, v, b: tiled(KEY, q, k, v, b, mask, rate, *lengths), q, k, v, bias)
-            return out, *pull(do)
-
-        close(both(q, k, v, do, bias), truth(*operands))
-
-
-@pytest.mark.parametrize("options", [{"shared_axes": 0}, {"generator": "jax"}], ids=str)
-def test_shard_map_draws_the_mask_of_the_whole(implementation, options):
-    expected = np.asarray(jdrop.dropout_mask(KEY, SHAPE, 0.5, **options))
-    *arrays, do = revealing()
-    specs = (P("a", "c", "b"), P("a", None, "b"), P("a", None, "b"), P("a", "c", "b"))
-
-    def tile(key, q, k, v, do):
-        out, dv = step(key, q, k, v, do, shard=P("a", "b", "c"), implementation=implementation, **options)
-        return out, jax.lax.psum(dv, "c")
-
+    bias = normal(4, 1, N, 1, S)
+    in_specs = {"rate": P(b, None, t), "mask": P(b, None, t), "query_seq_lengths": P(b), "key_value_seq_lengths": P(b)}
     tiled = jax.shard_map(
-        tile, mesh=mesh(AxisType.Auto, 2, 2, 2), in_specs=(P(), *specs), out_specs=(specs[0], specs[1]), check_vma=False
+        lambda q, k, v, bias, over: implementation.attend(KEY, q, k, v, shard=spec, bias=bias, **over, **static),
+        mesh=mesh(AUTO, 2, 2, 2),
+        in_specs=(P(b, t, n), P(b, None, n), P(b, None, n), P(None, n), {name: in_specs[name] for name in over_scores}),
+        out_specs=P(b, t, n),
+        check_vma=check_vma,
     )
-    for found in masks(*quick(tiled)(KEY, *arrays, do)):
-        np.testing.assert_array_equal(found, expected)
+    f = quick(lambda over, *x: gradients(lambda q, k, v, b: tiled(q, k, v, b, over), *x))
+    close(f(over_scores, *ARRAYS, bias), truth(KEY, *ARRAYS, bias=bias, **options))
 
 
-def test_evaluation_in_shard_map_counts_from_the_whole_too(implementation):
-    q, k, v, _ = everything()[0][:4]
-    lengths = np.array([3, 9, 20, 24], np.int32)
-    expected = formula(q, k, v, seen=visible(SHAPE, None, True, None, lengths))
-    options = {"shard": P(None, None, "a"), "is_causal": True, "implementation": implementation}
-    f = lambda q, k, v, n: jdrop.dot_product_attention(None, q, k, v, 0.5, train=False, query_seq_lengths=n, **options)
-    tiled = jax.shard_map(
-        f, mesh=mesh(AxisType.Auto, 8), in_specs=(P(None, "a"), P(), P(), P()), out_specs=P(None, "a")
-    )
-    close([quick(tiled)(q, k, v, lengths)], [expected])
+def test_evaluation_in_shard_map_counts_from_the_whole_array(implementation):
+    """Over one axis of the mesh; the other one is left to the compiler."""
+    q, k, v, _ = ARRAYS
+    options = {"is_causal": True, "query_seq_lengths": OVER_SCORES["query_seq_lengths"]}
+
+    def f(q, k, v):
+        return implementation.attend(None, q, k, v, train=False, shard=P(None, None, "a"), **options)
+
+    there = mesh(AUTO, 4, 2)
+    specs = {"in_specs": (P(None, "a"), P(), P()), "out_specs": P(None, "a")}
+    out = quick(jax.shard_map(f, mesh=there, axis_names={"a"}, **specs))(q, k, v)
+    close([out], truth(None, q, k, v, train=False, **options))
 
 
-def in_shard_map(spec=OVER_BATCH, key=KEY, **options):
-    q, k, v, _ = everything(8)[0][:4]
-    f = lambda key, q, k, v: jdrop.dot_product_attention(key, q, k, v, 0.5, train=True, **options)
-    tiled = jax.shard_map(f, mesh=mesh(AxisType.Auto, 8), in_specs=(P(), spec, spec, spec), out_specs=spec)
+OVER_BATCH = P("a")
+
+
+def in_shard_map(spec=OVER_BATCH, key=KEY, attend=jdrop.dot_product_attention, **options):
+    q, k, v, _ = ARRAYS
+    f = lambda key, q, k, v: attend(key, q, k, v, 0.5, train=True, **options)
+    tiled = jax.shard_map(f, mesh=mesh(AUTO, 4), in_specs=(P(), spec, spec, spec), out_specs=spec)
     return jax.eval_shape(tiled, key, q, k, v)
 
 
-def test_keys_must_be_whole():
+def test_shard_must_not_split_the_keys():
     rule = r"dot_product_attention: shard must not spread the keys, got .*; gather keys and values first: a softmax"
     with pytest.raises(ValueError, match=rule):
         in_shard_map(P(None, "a"), shard=P(None, None, None, "a"))
@@ -237,26 +189,42 @@ def test_bad_shards(shard, error, text):
         in_shard_map(shard=shard)
 
 
-def test_tiles_of_bits_that_do_not_go_by_index(implementation):
-    argument = "implementation" if implementation == "chunked" else "generator"
+def test_tiles_of_bits_without_random_access(implementation):
+    argument = "generator" if implementation.keys_without_random_access else "implementation"
+    options = {"shard": P("a"), "generator": "jax", "attend": implementation.attend}
     with pytest.raises(NotImplementedError, match=f"dot_product_attention: {argument} must be"):
-        in_shard_map(key=jax.random.key(0, impl="rbg"), shard=P("a"), generator="jax", implementation=implementation)
+        in_shard_map(key=jax.random.key(0, impl="rbg"), **options)
+
+
+# ---------------------------------------------------------------------------------- explicit meshes
 
 
 @pytest.mark.parametrize("specs", [(P(None, "a"), P()), (P(), P("a"))], ids=str)
-def test_explicit_meshes_that_chunked_cannot_serve(specs):
-    q, k, v = (normal(i, 8, 256, 8, 8) for i in range(3))
-    there = mesh(AxisType.Explicit, 8)
+def test_explicit_meshes_that_some_cannot_serve(implementation, specs):
+    """Sharded queries, or query and key in different ways. What needs no name falls back."""
+    there, q, k, v = mesh(EXPLICIT, 8), *(normal(i, 8, 256, 8, 8) for i in range(3))
     with jax.set_mesh(there):
-        q, k, v = (jax.device_put(x, NamedSharding(there, s)) for x, s in zip((q, k, v), (specs[0], *specs[1:] * 2)))
-        rule = (
-            'implementation must be "reference" on an explicit mesh that spreads more than batch and heads, or not all'
-        )
-        with pytest.raises(NotImplementedError, match=rule):
-            jdrop.dot_product_attention(KEY, q, k, v, 0.5, train=True, implementation="chunked")
+        q, k, v = (place(there, x, *spec) for x, spec in zip((q, k, v), (specs[0], specs[1], specs[1])))
+        if not implementation.any_explicit_sharding:
+            rule = 'implementation must be "reference" for an explicit mesh that shards more than batch and heads, or'
+            with pytest.raises(NotImplementedError, match=rule):
+                implementation.attend(KEY, q, k, v)
+        elif specs[1] == P():
+            for attend in (implementation.attend, jdrop.dot_product_attention):
+                out = jax.eval_shape(lambda q, k, v, f=attend: f(KEY, q, k, v, 0.5, train=True), q, k, v)
+                assert out.sharding.spec[1] == "a"
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_sharded_queries_on_an_explicit_mesh(implementation):
+    if implementation.any_explicit_sharding:
+        there = mesh(EXPLICIT, 4)
+        with jax.set_mesh(there):
+            q, k, v = (place(there, x, *spec) for x, spec in zip(ARRAYS, [(None, "a"), (), ()]))
+            out = quick(lambda *x: implementation.attend(KEY, *x))(q, k, v)
+            assert out.sharding.spec[1] == "a"
+        close([out], truth(KEY, *ARRAYS[:3]))
+
+
 @pytest.mark.parametrize(
     ("specs", "text"),
     [
@@ -267,21 +235,9 @@ def test_explicit_meshes_that_chunked_cannot_serve(specs):
     ids=str,
 )
 def test_keys_and_width_are_whole_on_an_explicit_mesh(implementation, specs, text):
-    there = mesh(AxisType.Explicit, 8)
+    there = mesh(EXPLICIT, 4)
     with jax.set_mesh(there):
-        q, k, v = (jax.device_put(normal(i, 8, 256, 8, 8), NamedSharding(there, s)) for i, s in enumerate(specs))
-        with pytest.raises(ValueError, match=rf"^dot_product_attention: {text}, got float32\["):
-            jdrop.dot_product_attention(KEY, q, k, v, 0.5, train=True, implementation=implementation)
-
-
-@pytest.mark.parametrize("implementation", [None, "reference"])
-def test_queries_spread_on_an_explicit_mesh(implementation):
-    q, k, v = (normal(i, 2, 256, 2, 8) for i in range(3))
-    kept = np.asarray(jdrop.dropout_mask(KEY, (2, 2, 256, 256), 0.5)) * 2
-    there = mesh(AxisType.Explicit, 8)
-    with jax.set_mesh(there):
-        placed = [jax.device_put(x, NamedSharding(there, s)) for x, s in zip((q, k, v), (P(None, "a"), P(), P()))]
-        f = lambda *x: jdrop.dot_product_attention(KEY, *x, 0.5, train=True, implementation=implementation)
-        out = quick(f)(*placed)
-        assert out.sharding.spec[1] == "a"
-    close([out], [formula(q, k, v, kept)])
+        q, k, v = (place(there, x, *spec) for x, spec in zip(ARRAYS, specs))
+        for attend in (implementation.attend, jdrop.dot_product_attention):
+            with pytest.raises(ValueError, match=rf"^dot_product_attention: {text}, got float32\["):
+                attend(KEY, q, k, v, 0.5, train=True)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jdrop
-from jdrop import blocks
+from jdrop._family import blocks
 
 KEY = jax.random.key(8)
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jdrop import _checks, dropout, dropout_mask
+from jdrop import _axes, _checks, dropout, dropout_mask
 
 KEY = jax.random.key(0)
 X = jnp.ones((2, 3))
@@ -141,8 +141,8 @@ def test_errors_come_before_any_computation(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("jdrop.keys.seed", fail)
-    monkeypatch.setattr("jdrop._linear.apply", fail)
+    monkeypatch.setattr("jdrop._bits.FastBits.seed", fail)
+    monkeypatch.setattr("jdrop._family.elementwise.masked_op", fail)
     for case in ("rate negative", "axis twice", "keys", "generator", "rate shape", "x int"):
         with pytest.raises((TypeError, ValueError), match="dropout: "):
             BAD[case][0]()
@@ -151,11 +151,11 @@ def test_errors_come_before_any_computation(monkeypatch):
 def test_bools_are_no_counts_and_no_axes():
     for value in (True, np.bool_(True)):
         with pytest.raises(TypeError, match="f: n must be an integer, got "):
-            _checks.count("f", "n", value)
+            _checks.as_count("f", "n", value)
         with pytest.raises(TypeError, match="f: a must be an axis, got "):
-            _checks.axis("f", "a", value, 2)
+            _axes.as_axis("f", "a", value, 2)
         with pytest.raises(TypeError, match="f: x must be a number, got "):
-            _checks.number("f", "x", value, 0, 1)
+            _checks.as_number("f", "x", value, 0, 1)
 
 
 def test_integers_of_numpy_are_rates():

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_formula import close, formula, normal, visible
+from jdrop._scores import Drawn, Given, Problem
 
 import jdrop
 from jdrop import _chunk, _tiles, decisions, keys
-from jdrop._scores import Drawn, Given, Problem
 
 KEY = jax.random.key(61)
 T, S, H = 12, 20, 16

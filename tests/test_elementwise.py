@@ -7,6 +7,12 @@ import pytest
 
 import jdrop
 from jdrop import dropout, dropout_mask
+from jdrop._bits import FastBits
+from jdrop._mask import draw_mask
+from jdrop._ops import SCALE
+from jdrop._platform import GENERIC
+from jdrop._primitive import view
+from jdrop._random import fast
 
 KEY = jax.random.key(0)
 SHAPES = [(), (0, 3), (7,), (300,), (200, 1), (2, 5, 7, 3), (6, 4, 256)]
@@ -54,14 +60,8 @@ def test_kept_values_are_the_product_rounded_once(dtype, rate, on_cpu_kernel, x6
     if on_cpu_kernel:
         y = dropout(KEY, x, rate, train=True)
     else:  # the form that every other platform gets, run here
-        from jdrop import _linear, _member, decisions
-
-        source, words, p = decisions.operands("dropout", KEY, np.asarray(rate), "fast", part=False)
-        y = jax.jit(
-            lambda x: _linear._one(
-                x, words, p, rule=_member.SCALED, layout=decisions.Layout(x.shape, source), on_cpu=False
-            )
-        )(x)
+        mask = draw_mask("dropout", KEY, np.asarray(rate), x.shape)
+        y = jax.jit(lambda x: SCALE.value(view(mask, x, GENERIC), x))(x)
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(y, expected(x, dropout_mask(KEY, x.shape, rate), rate))
 
@@ -175,21 +175,17 @@ def test_dtype_of_x_is_kept_whatever_the_dtype_of_the_rate(dtype, rate_dtype, x6
 def test_the_rate_is_made_float32_first(x64):
     """0.1 and float32(0.1) differ by 1.5e-9, which is 6 steps of 2**-32: the words that tell them apart are rare,
     so the thresholds are compared."""
-    from jdrop import decisions
-
     for rate in (0.1, 1e-6, 1 / 3):
         exact = np.round(np.float64(np.float32(rate)) * 2**32)
         for given in (rate, np.float32(rate), jnp.asarray(rate)):
-            p = decisions.probability(given if isinstance(given, jax.Array) else np.asarray(given), "fast")
-            assert int(decisions._threshold(p)[0]) == exact
-            assert float(decisions.keep_probability("fast", p, jnp.float64)) == (2**32 - exact) / 2**32
+            p = FastBits().rate(given if isinstance(given, jax.Array) else np.asarray(given))
+            assert int(fast.threshold(p)[0]) == exact
+            assert float(fast.keep_probability(p, jnp.float64)) == (2**32 - exact) / 2**32
 
 
 def test_thresholds_round_half_to_even():
-    from jdrop import decisions
-
     for steps, t in ((0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4), (3.25, 3)):
-        assert int(decisions._threshold(jnp.float32(steps * 2.0**-32))[0]) == t
+        assert int(fast.threshold(jnp.float32(steps * 2.0**-32))[0]) == t
 
 
 def test_array_rates_are_the_same_words_against_other_thresholds():

@@ -13,7 +13,10 @@ import pytest
 import reference
 
 import jdrop
-from jdrop import bits, keys
+from jdrop import keys
+from jdrop._bits import FastBits
+from jdrop._mask import Mask
+from jdrop._random.threefry import U64, threefry2x32
 
 KEYS = {
     "threefry2x32": (0, 42),
@@ -34,17 +37,16 @@ def legacy(words: tuple[int, ...]) -> jax.Array:
     return jnp.asarray(np.array(words, np.uint32))
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "size"))
-def _words(seed, start, *, shape, size):
-    row, col = bits.indices(shape, size, start)
-    return jnp.broadcast_to(bits.word((seed[0], seed[1]), row, col), size)
+@functools.partial(jax.jit, static_argnames="size")
+def _words(mask, *, size):
+    return jnp.broadcast_to(mask.word_at(mask.index(size)), size)
 
 
 def library_words(key, shape, window=None):
     window = [(0, n) for n in shape] if window is None else window
-    start = tuple(bits.pair(at) for at, _ in window)
-    seed = keys.seed(keys.consume(key))
-    return np.asarray(_words(seed, start, shape=tuple(shape), size=tuple(n for _, n in window)))
+    start = jnp.array([U64.of(at) for at, _ in window], jnp.uint32).reshape(-1, 2)
+    mask = Mask(FastBits().seed(key), jnp.float32(0), start, tuple(shape), FastBits())
+    return np.asarray(_words(mask, size=tuple(n for _, n in window)))
 
 
 def packed(mask) -> bytes:
@@ -65,7 +67,7 @@ def packed(mask) -> bytes:
 )
 def test_threefry_gives_its_published_answers(key, counter, answer):
     assert tuple(int(w[0]) for w in reference.threefry2x32(key, counter)) == answer
-    of_library = jax.jit(bits.threefry2x32)(tuple(map(np.uint32, key)), tuple(map(np.uint32, counter)))
+    of_library = jax.jit(threefry2x32)(tuple(map(np.uint32, key)), tuple(map(np.uint32, counter)))
     assert tuple(map(int, of_library)) == answer
 
 
@@ -82,8 +84,8 @@ SEEDS = [
 @pytest.mark.parametrize(("impl", "answer"), SEEDS)
 def test_seeds_are_frozen(impl, answer):
     assert reference.seed(KEYS[impl]) == answer
-    assert tuple(keys.seed(keys.consume(typed(impl))).tolist()) == answer
-    assert tuple(keys.seed(keys.consume(legacy(KEYS[impl]))).tolist()) == answer
+    assert tuple(FastBits().seed(typed(impl)).tolist()) == answer
+    assert tuple(FastBits().seed(legacy(KEYS[impl])).tolist()) == answer
 
 
 WORDS = [

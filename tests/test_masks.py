@@ -1,12 +1,17 @@
 """dropout_mask: windows, generators, large shapes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jdrop
-from jdrop import bits, decisions, dropout, dropout_mask, keys
+from jdrop import dropout, dropout_mask
+from jdrop._mask import draw_mask
+from jdrop._random import jax_bits
+from jdrop._random.threefry import U64, threefry2x32
 
 KEY = jax.random.key(3)
 
@@ -91,19 +96,25 @@ def test_huge_shapes_are_abstract_until_they_are_computed():
     jax.jit(lambda: dropout_mask(KEY, (2**33,), 0.5)).lower()
 
 
+def words_of(shape):
+    mask = draw_mask("test", KEY, np.asarray(0.5), shape)
+    return np.asarray(jnp.broadcast_to(mask.word_at(mask.index(shape)), shape))
+
+
+def just_above(rate):
+    return np.nextafter(rate, np.float32(1))
+
+
 def test_a_word_equal_to_the_threshold_is_kept():
     """Words with 24 significant bits are thresholds of float32 rates: just there, and not one step above."""
-    from jdrop import bits, keys
-
     shape = (64, 512)
-    seed = keys.seed(keys.consume(KEY))
-    words = np.asarray(bits.word((seed[0], seed[1]), *bits.indices(shape, shape)))
+    words = words_of(shape)
     at = np.argwhere((words % 256 == 0) & (words > 0))
     assert len(at) > 50
     for i, j in at[:5]:
         rate = np.float32(words[i, j] / 2**32)
         assert bool(dropout_mask(KEY, shape, rate)[i, j])
-        assert not bool(dropout_mask(KEY, shape, np.nextafter(rate, np.float32(1)))[i, j])
+        assert not bool(dropout_mask(KEY, shape, just_above(rate))[i, j])
 
 
 # ------------------------------------------------------------------------------------ generator="jax"
@@ -213,10 +224,12 @@ def test_a_mask_shares_nothing_with_the_keys_own_draws():
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 23), ("float16", 10), ("bfloat16", 7)])
 def test_thresholds_of_generator_jax_are_rounded_up(dtype, bits):
     """``uniform < p`` holds for ceil(p * 2**bits) of the 2**bits values; random draws would rarely tell."""
-    from jdrop.decisions import _jax_threshold
-
     for p in jnp.array([0.0, 1e-4, 0.1, 0.3, 0.5, 0.7, 0.999, 1.0], dtype):
-        assert int(_jax_threshold(p)) == int(np.ceil(np.float64(p) * 2**bits))
+        rate = jax_bits.realized_rate(1 - p)
+        kept = int(np.ceil(np.float64(1 - (1 - p)) * 2**bits))
+        assert rate.dtype == dtype and float(rate) == 1 - kept / 2**bits
+        of_bits = jnp.array([max(kept - 1, 0), min(kept, 2**bits - 1)], "uint64" if bits == 52 else "uint32")
+        assert jax_bits.keep(of_bits, rate).tolist() == [kept > 0, kept == 2**bits]
 
 
 def test_windows_of_generator_jax_beyond_2_to_the_32_elements():
@@ -226,42 +239,32 @@ def test_windows_of_generator_jax_beyond_2_to_the_32_elements():
     words = jax.random.key_data(KEY)
     flat = [start[0] * shape[1] + start[1] + i for i in range(n)]
     hi, lo = (jnp.asarray(np.array(part, np.uint32)) for part in zip(*(divmod(i, 2**32) for i in flat), strict=True))
-    high, low = bits.threefry2x32((words[0], words[1]), (hi, lo))
+    high, low = threefry2x32((words[0], words[1]), (hi, lo))
     np.testing.assert_array_equal(mask, ((high ^ low) >> 9) < jnp.uint32(2**22))
 
 
-def test_decisions_at_an_index_and_by_row_keep_a_word_equal_to_the_threshold():
-    shape = (64, 512)
-    words = keys.seed(keys.consume(jax.random.clone(KEY)))
-    number = np.asarray(bits.word((words[0], words[1]), *bits.indices(shape, shape)))
-    layout = decisions.Layout(shape, "fast")
-    at = np.argwhere((number % 256 == 0) & (number > 0))[:5]  # float32 holds these exactly
-    assert len(at) == 5
-    for i, j in at:
-        rate = jnp.float32(number[i, j] / 2**32)
-        index = [(np.uint32(0), jnp.full((1, 1), k, jnp.uint32)) for k in (i, j)]
-        assert bool(decisions.keep_at(layout, words, rate, index).item())
-        assert not bool(decisions.keep_at(layout, words, jnp.nextafter(rate, jnp.float32(1)), index).item())
-    rows = 2**17
-    low = jnp.arange(rows, dtype=jnp.uint32)
-    number = np.asarray(bits.word((words[0], words[1]), (np.uint32(0), jnp.zeros(rows, jnp.uint32)), low))
-    layout = decisions.Layout((rows, 1), "fast")
-    at = np.flatnonzero((number % 256 == 0) & (number > 0))[:5]
-    assert len(at) == 5
-    for i in at:
-        rate, index = jnp.float32(number[i] / 2**32), (jnp.uint32(0), jnp.uint32(i))
-        assert bool(decisions.keep_rows(layout, words, rate, index))
-        assert not bool(decisions.keep_rows(layout, words, jnp.nextafter(rate, jnp.float32(1)), index))
+def test_decisions_at_an_index_keep_a_word_equal_to_the_threshold():
+    for shape in ((64, 512), (2**17, 1)):
+        words = words_of(shape)
+        mask = draw_mask("test", jax.random.clone(KEY), np.asarray(0.5), shape)
+        at = np.argwhere((words % 256 == 0) & (words > 0))[:5]  # float32 holds these exactly
+        assert len(at) == 5
+        for place in at:
+            rate = np.float32(words[tuple(place)] / 2**32)
+            index = [U64(np.uint32(0), jnp.full((1, 1), i, jnp.uint32)) for i in place]
+            for given, kept in ((rate, True), (just_above(rate), False)):
+                assert bool(dataclasses.replace(mask, rate=jnp.asarray(given)).keep_at(index).item()) == kept
 
 
 def test_generator_jax_takes_one_minus_the_rate_before_it_is_rounded():
     """Python's 1 - rate, rounded to float32 once, as in bernoulli(key, 1 - rate): one step of 2**-23 tells."""
     told = 0
     for rate in np.random.default_rng(0).uniform(0, 0.5, 200):
-        p = decisions.probability(np.asarray(rate), "jax")
-        assert p.dtype == jnp.float32 and float(p) == float(np.float32(1 - rate))
-        told += float(p) != float(np.float32(1) - np.float32(rate))
-    assert told > 20, "where the two differ"
+        realized = jax_bits.realized_rate(np.asarray(rate))
+        steps = lambda p: np.ceil(np.float64(p) * 2**23)
+        assert realized.dtype == jnp.float32 and 1 - float(realized) == steps(np.float32(1 - rate)) / 2**23
+        told += steps(np.float32(1 - rate)) != steps(np.float32(1) - np.float32(rate))
+    assert told >= 10, "where the two differ"
 
 
 def test_rate_zero_keeps_all_of_the_window():

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 import jdrop
-from jdrop import noise
+from jdrop._random import normal
 
 KEY = jax.random.key(21)
 N = 2**22
@@ -25,7 +25,7 @@ def test_the_quantile_is_accurate_over_all_words():
     ends = np.concatenate([np.arange(2**16), 2**32 - 1 - np.arange(2**16)]).astype(np.uint64)
     powers = (np.uint64(1) << np.arange(32, dtype=np.uint64)).repeat(3) + np.tile([0, 1, 2], 32).astype(np.uint64)
     word = np.concatenate([some, ends, powers]) % 2**32
-    z = np.asarray(noise.normal(jnp.asarray(word.astype(np.uint32))), np.float64)
+    z = np.asarray(normal.normal(jnp.asarray(word.astype(np.uint32))), np.float64)
     assert np.abs(z - exact(word)).max() < 5e-6  # what the docstring says
     assert 6.33 < np.abs(z).max() < 6.34
 
@@ -44,17 +44,17 @@ def test_arithmetic_without_contraction_agrees_within_its_roundings():
             y = y * x + np.float32(c)
         return y
 
-    length = (158 - (bits >> 23)).astype(np.float32) - f * (1 + (1 - f) * polynomial(noise._G, f))
-    size = length * polynomial(noise._P, length) / polynomial(noise._Q, length)
+    length = (158 - (bits >> 23)).astype(np.float32) - f * (1 + (1 - f) * polynomial(normal._G, f))
+    size = length * polynomial(normal._P, length) / polynomial(normal._Q, length)
     z = np.where(word & 1, -size, size)
     assert z.dtype == np.float32
-    ours = np.asarray(noise.normal(jnp.asarray(word)))
+    ours = np.asarray(normal.normal(jnp.asarray(word)))
     assert (np.abs(z.astype(np.float64) - ours) <= 2.0**-24 * (42 * np.abs(z) + 4)).all()
 
 
 def test_the_sign_is_the_lowest_bit_and_size_falls_with_the_rest():
     word = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 2**31, 10**5)) * 2, jnp.uint32)
-    z, minus = noise.normal(word), noise.normal(word + 1)
+    z, minus = normal.normal(word), normal.normal(word + 1)
     np.testing.assert_array_equal(z, -minus)
     assert float(jnp.diff(z).max()) <= 2e-6, "monotone but for rounding"
 

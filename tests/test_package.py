@@ -20,18 +20,21 @@ import jdrop
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = pathlib.Path(__file__).parent.parent
+FAMILY = [path.stem for path in sorted((ROOT / "jdrop" / "_family").glob("*.py")) if path.stem != "__init__"]
 LAYERS = [
-    ["_checks", "bits"],
-    ["schedules", "_shards", "_loops"],
-    ["keys"],
-    ["decisions"],
-    ["masks", "_linear"],
-    ["_member", "_scores"],
-    ["_tiles", "_dense"],
-    ["_chunk"],
-    ["_chunked"],
-    ["attention", "elementwise", "noise", "channels", "blocks", "paths", "weights", "tokens", "recurrent", "composed"],
-    ["__init__", "adapters.__init__"],
+    ["_errors", "_types", "_random.threefry", "_random.normal"],
+    ["_checks", "_axes", "_random.indexing", "_random.fast", "_random.jax_bits", "_sharding"],
+    ["_random.key_words", "_platform.generic", "keys", "schedules"],
+    ["_platform.cpu"],
+    ["_platform"],
+    ["_bits"],
+    ["_mask"],
+    ["_prepare", "_primitive", "attention._spec"],
+    ["_ops", "attention._checks", "attention._blocking"],
+    ["attention._reference", "attention._blockwise"],
+    ["attention._registry"],
+    ["attention", *(f"_family.{name}" for name in FAMILY)],
+    ["", "_family", "_random", "adapters"],
     ["adapters._layer", "adapters._attention"],
     ["adapters.linen", "adapters.nnx", "adapters.equinox", "adapters.haiku"],
 ]
@@ -64,22 +67,40 @@ NO_MODE = {  # what is no member, and where the rules that hold for it are teste
 NO_MASK = {"gaussian_dropout", "gaussian_noise", "patch_dropout"}  # nothing that generator= could draw
 
 
+def module_of(path):
+    """The name of a module inside the package, "" for the package itself."""
+    return ".".join(path.relative_to(ROOT / "jdrop").with_suffix("").parts).removesuffix("__init__").removesuffix(".")
+
+
 def test_imports_go_strictly_downwards():
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    for path in (ROOT / "jdrop").glob("**/*.py"):
-        module = ".".join(path.relative_to(ROOT / "jdrop").with_suffix("").parts)
+    paths = list((ROOT / "jdrop").glob("**/*.py"))
+    assert {module_of(path) for path in paths} == set(level)
+    for path in paths:
+        module = module_of(path)
         known = {"jax", "numpy", "jdrop", *LIBRARY_OF.get(module, ())} | set(sys.stdlib_module_names)
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "jdrop":
-                parts = node.module.split(".")[1:]
-                for used in [".".join([*parts, alias.name]) for alias in node.names]:
-                    used = used if used in level else ".".join(parts)
-                    assert level[used] < level[module], f"{path.name} imports {used}"
+                parent = node.module.removeprefix("jdrop").removeprefix(".")
+                for alias in node.names:
+                    child = f"{parent}.{alias.name}".removeprefix(".")
+                    used = child if child in level else parent
+                    assert level[used] < level[module], f"{path} imports {used}"
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
                 roots = {name.split(".")[0] for name in names}
-                assert roots <= known, f"{path.name}: {roots}"
-                assert not any("_src" in name for name in names), f"{path.name} imports private parts of jax"
+                assert roots <= known, f"{path}: {roots}"
+                assert not any("_src" in name for name in names), f"{path} imports private parts of jax"
+
+
+def test_names_of_modules_say_public_or_private():
+    """A module is public if no part of its path has a leading underscore; then it lists its public names."""
+    public = [
+        module_of(path) for path in (ROOT / "jdrop").glob("**/*.py") if "/_" not in str(path).replace("__init__", "")
+    ]
+    assert sorted(public) == ["", "adapters", "adapters.equinox", "adapters.haiku", "adapters.linen", "adapters.nnx",
+                              "attention", "keys", "schedules"]  # fmt: skip
+    assert jdrop.keys.__all__ == ["derive", "per_example"] and jdrop.attention.__all__ == ["dot_product_attention"]
 
 
 def test_import_brings_in_nothing_but_jax():
@@ -97,8 +118,7 @@ def test_every_public_name_is_listed_here():
         for name, value in vars(getattr(jdrop, module)).items():
             if inspect.isfunction(value) and value.__module__ == f"jdrop.{module}" and not name.startswith("_"):
                 found.add(f"{module}.{name}")
-    plumbing = {"keys.consume", "keys.seed", "keys.spend"}  # for the other files of the package
-    assert found - plumbing == set(PUBLIC)
+    assert found == set(PUBLIC)
     assert jdrop.MASK_VERSION == 1
 
 
@@ -249,5 +269,7 @@ def test_readme_names_what_exists():
 
 
 def test_files_stay_small():
+    """Blockwise attention is one file on purpose: block, loops and derivative are read together."""
+    longer = {"attention._blockwise": 350}
     for path in (ROOT / "jdrop").glob("**/*.py"):
-        assert len(path.read_text().splitlines()) <= 250, path
+        assert len(path.read_text().splitlines()) <= longer.get(module_of(path), 250), path

@@ -4,7 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_formula import normal, visible
-
 from jdrop._scores import Given, Problem, first_query, logits
 
 SHAPE = (2, 3, 9, 7)

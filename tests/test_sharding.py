@@ -281,7 +281,7 @@ def test_per_example_masks_over_a_mesh(kind):
 
 
 def test_vary_together_leaves_arrays_alone_outside_shard_map():
-    from jdrop._shards import vary_together
+    from jdrop._sharding import vary_together
 
     a, b = jnp.ones(3), jax.random.key_data(KEY)
     assert vary_together(a, b) == (a, b)

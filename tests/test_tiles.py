@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_formula import visible
+from jdrop._scores import Problem
+from jdrop.bits import indices, place
 
 import jdrop
 from jdrop import _tiles, decisions, keys
-from jdrop._scores import Problem
-from jdrop.bits import indices, place
 
 SEEING = [(False, None), (True, None), (False, (5, 9)), (False, (0, 300)), (True, (40, 0)), (False, (0, 0))]
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jdrop
-from jdrop import bits, keys
+from jdrop._mask import draw_mask
 
 KEY = jax.random.key(61)
 
@@ -121,8 +121,8 @@ def test_the_number_of_tokens_rounds_half_up(n, rate, kept):
 def test_the_tokens_with_the_largest_words_stay(shape, axis, prefix):
     """The words are those of a mask of shape [*batch, tokens], so a mask at a rate between two words cuts there."""
     decided = (*shape[:axis], shape[axis] - prefix)
-    seed = keys.seed(keys.consume(jax.random.clone(KEY)))
-    word = np.asarray(bits.word((seed[0], seed[1]), *bits.indices(decided, decided)))
+    mask = draw_mask("test", jax.random.clone(KEY), np.asarray(0.5), decided)
+    word = np.asarray(jnp.broadcast_to(mask.word_at(mask.index(decided)), decided))
     _, indices = jdrop.patch_dropout(KEY, jnp.ones(shape), 0.25, train=True, token_axis=axis, num_prefix=prefix)
     kept = math.floor(0.75 * decided[-1] + 0.5)
     largest = np.sort(np.argsort(word, axis=-1)[..., -kept:], axis=-1) + prefix

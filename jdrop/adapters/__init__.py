@@ -1,1 +1,1 @@
-"""Layers for other JAX libraries: import ``linen``, ``nnx``, ``equinox`` or ``haiku`` from here by its full path."""
+"""Layers for other JAX libraries. Import one by its full path: ``linen``, ``nnx``, ``equinox``, or ``haiku``."""

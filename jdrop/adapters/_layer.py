@@ -1,4 +1,4 @@
-"""What a layer does in every library: check, then mode, then rate, and only then ask the library for a key."""
+"""Common part of all layers: check the arguments, then the mode, then the rate, and only then get a key."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,19 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop import _checks, _member, _shards
-from jdrop.decisions import Generator, RateLike
+from jdrop._axes import all_axes_but, as_axes
+from jdrop._checks import check_array, check_key
+from jdrop._errors import message
+from jdrop._ops import SCALE
+from jdrop._prepare import check_arguments
+from jdrop._primitive import masked_op
+from jdrop._sharding import check_key_varies
+from jdrop._types import Generator, RateLike
 
 
 def missing(module: str, library: str, distribution: str, error: ImportError) -> ImportError:
-    """Word the error of an adapter whose library cannot be imported."""
+    """Return the error of an adapter whose library cannot be imported."""
     fix = f"run pip install {distribution}"
-    return ImportError(_checks.text(module, library, "must be installed", f"{error!r}", fix), name=library)
+    return ImportError(message(module, library, "must be installed", f"{error!r}", fix), name=library)
 
 
 def drop(
     function: str,
-    ask: Callable[[], Any],
+    get_key: Callable[[], Any],
     x: Array,
     rate: RateLike,
     *,
@@ -30,37 +36,46 @@ def drop(
     batch_axes: int | Sequence[int] | None = None,
     in_jax: bool = False,
 ) -> Array:
-    """Multiply by a mask over the keep probability, with a key from the library.
+    """Apply dropout with a key from the library.
 
     Args:
       function: the layer, for errors.
-      ask: returns the key. It is called only if something random happens: not in evaluation, nor at a Python or NumPy
-        rate of 0 or 1. Where the library draws a key from a stream, later layers then get the same keys as theirs.
+      get_key: function that returns the key. It is called only if something is random: neither in evaluation nor at a
+        Python or NumPy rate of 0 or 1. If the library takes keys from a stream, later layers therefore get the same
+        keys as with the library's own layer.
       x: the data.
-      rate: probability of dropping.
-      train: whether a mask is drawn.
-      generator: as for :func:`jdrop.dropout`.
-      names: what the layer calls x, the rate and the key, for errors.
-      broadcast_dims: axes along which one decision is shared.
-      batch_axes: instead of them, axes with decisions of their own.
-      in_jax: whether the library subtracts this Python or NumPy rate from 1 as an array of JAX, which rounds it first.
-        ``generator="jax"`` does the same.
+      rate: drop rate.
+      train: whether to draw a mask.
+      generator: as in :func:`jdrop.dropout`.
+      names: the layer's names of x, the rate, and the key, for errors.
+      broadcast_dims: axes along which elements share one decision.
+      batch_axes: replaces ``broadcast_dims``: axes along which decisions are independent.
+      in_jax: whether the library computes ``1 - rate`` of this Python or NumPy rate on a JAX array, which rounds the
+        rate first. ``generator="jax"`` then does the same.
     """
-    data, probability, source = names
-    _checks.array(function, data, x)
+    data_argument, rate_argument, key_argument = names
+    check_array(function, data_argument, x)
     if batch_axes is None:
-        shared = _checks.axes(function, "broadcast_dims", broadcast_dims, x.ndim)
+        shared = as_axes(function, "broadcast_dims", broadcast_dims, x.ndim)
     else:
-        own = _checks.axes(function, "batch_axes", batch_axes, x.ndim)
-        shared = tuple(axis for axis in range(x.ndim) if axis not in own)
-    options: Any = {"shared_axes": shared, "generator": generator, "limit": (probability, 1.0)}
-    options["key_argument"] = source
-    call = _member.check(function, None, x.shape, rate, train=train, **options)
-    if call.idle:
+        shared = all_axes_but(as_axes(function, "batch_axes", batch_axes, x.ndim), x.ndim)
+    arguments = check_arguments(
+        function,
+        None,
+        x.shape,
+        rate,
+        train=train,
+        shared_axes=shared,
+        generator=generator,
+        rate_argument=rate_argument,
+        key_argument=key_argument,
+    )
+    if arguments.is_identity:
         return x
-    if isinstance(call.rate, np.ndarray) and np.all(call.rate == 1):
+    if isinstance(arguments.rate, np.ndarray) and np.all(arguments.rate == 1):
         return jnp.zeros_like(x)
-    key = ask()
-    _checks.key(function, key, source)
-    _shards.check_key_varies(function, key, None, source, "call jdrop.dropout with")
-    return call._replace(key=key, rate=jnp.asarray(call.rate) if in_jax else call.rate).apply(_member.SCALED, x)
+    key = get_key()
+    check_key(function, key, key_argument)
+    check_key_varies(function, key, None, key_argument, "call jdrop.dropout with")
+    rounded = jnp.asarray(arguments.rate) if in_jax else arguments.rate
+    return masked_op(SCALE, arguments._replace(key=key, rate=rounded).draw(), x)

@@ -1,4 +1,4 @@
-"""Layers for Equinox: ``from jdrop.adapters.equinox import Dropout`` in the place of ``equinox.nn.Dropout``."""
+"""Layers for Equinox: ``from jdrop.adapters.equinox import Dropout`` replaces ``equinox.nn.Dropout``."""
 
 import warnings
 from collections.abc import Sequence
@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-from jdrop import _checks
+from jdrop._checks import as_bool
+from jdrop._errors import message
+from jdrop._types import Generator, RateLike
 from jdrop.adapters import _layer
-from jdrop.decisions import Generator, RateLike
 
 try:
     import equinox
@@ -18,25 +19,25 @@ except ImportError as error:
 
 
 class Dropout(equinox.nn.Dropout):
-    """Drop each element with probability ``p`` and scale the rest: ``equinox.nn.Dropout``, and no mask in memory.
+    """Drop elements with probability ``p`` and rescale the rest, like ``equinox.nn.Dropout``, without storing the mask.
 
-    ``y = x * m / (1 - p)`` with ``m ~ Bernoulli(1 - p)``, by the rules of :func:`jdrop.dropout`. As in
-    ``equinox.nn.Dropout``, ``inference`` of the call goes before that of the layer, which
-    ``equinox.nn.inference_mode`` sets, and ``p`` and ``inference`` may be replaced by ``equinox.tree_at``.
+    ``y = x * m / (1 - p)`` with ``m ~ Bernoulli(1 - p)``, following the rules of :func:`jdrop.dropout`. As in
+    ``equinox.nn.Dropout``, ``inference`` in the call overrides the attribute of the layer, which
+    ``equinox.nn.inference_mode`` sets, and ``equinox.tree_at`` can replace ``p`` and ``inference``.
 
     Args:
-      p: probability of dropping, as for :func:`jdrop.dropout`: checked when called, and it may be traced.
+      p: drop rate, as in :func:`jdrop.dropout`. It is checked at call time and may be traced.
       inference: ``True`` returns x itself; ``False`` draws a mask.
-      deterministic: the deprecated name of ``inference``.
-      generator: ``"fast"``, or ``"jax"`` for the masks of ``equinox.nn.Dropout``, bit for bit.
+      deterministic: deprecated name of ``inference``.
+      generator: ``"fast"``, or ``"jax"`` for the same masks as ``equinox.nn.Dropout``, bit for bit.
 
     Raises:
       ValueError: ``p`` or ``generator`` is out of range, or ``key`` is a batch of keys.
-      TypeError: x is no floating point array, or an argument is of the wrong type.
-      RuntimeError: a mask is drawn, and there is no ``key``. None is drawn at a Python or NumPy ``p`` of 0 or 1.
+      TypeError: x is not a floating-point array, or an argument has the wrong type.
+      RuntimeError: ``key`` is missing when a mask is drawn. A Python or NumPy ``p`` of 0 or 1 draws no mask.
 
     Limits:
-      In ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout`.
+      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` instead.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural
@@ -72,39 +73,55 @@ class Dropout(equinox.nn.Dropout):
         inference: bool | None = None,
         deterministic: bool | None = None,
     ) -> Array:
-        """Drop elements of ``x`` by ``key``; ``inference`` goes before that of the layer."""
+        """Drop elements of ``x``; ``inference`` overrides the attribute of the layer."""
         return self._drop("Dropout", x, key, _renamed(inference, deterministic))
 
-    def _drop(self, function: str, x: Array, key: Array | None, inference: bool | None, **axes: Any) -> Array:
-        still = _checks.flag(function, "inference", self.inference if inference is None else inference)
+    def _drop(
+        self,
+        function: str,
+        x: Array,
+        key: Array | None,
+        inference: bool | None,
+        batch_axes: int | Sequence[int] | None = None,
+    ) -> Array:
+        inactive = as_bool(function, "inference", self.inference if inference is None else inference)
 
-        def ask() -> Array:
+        def get_key() -> Array:
             if key is None:
                 fix = "pass key=, or inference=True, or p=0."
                 rule = "must be a PRNG key when something is dropped"
-                raise RuntimeError(_checks.text(function, "key", rule, None, fix))
+                raise RuntimeError(message(function, "key", rule, None, fix))
             return key
 
-        rounded = isinstance(self.p, (np.generic, np.ndarray))  # by lax.stop_gradient, which leaves a Python float be
-        options: Any = {"generator": self.generator, "names": ("x", "p", "key"), "in_jax": rounded, **axes}
-        return _layer.drop(function, ask, x, self.p, train=not still, **options)
+        rounded = isinstance(self.p, (np.generic, np.ndarray))  # by lax.stop_gradient; it leaves Python floats as is
+        return _layer.drop(
+            function,
+            get_key,
+            x,
+            self.p,
+            train=not inactive,
+            generator=self.generator,
+            names=("x", "p", "key"),
+            batch_axes=batch_axes,
+            in_jax=rounded,
+        )
 
 
 class DropPath(Dropout):
-    """Drop a residual branch, by one decision for the array: use it as ``x + DropPath(p)(branch(x), key=key)``.
+    """Drop a residual branch with one decision for the array, as in ``x + DropPath(p)(branch(x), key=key)``.
 
-    ``y = x * m / (1 - p)`` with ``m ~ Bernoulli(1 - p)``, by the rules of :func:`jdrop.drop_path`; mode and key as for
-    :class:`Dropout`. A layer of Equinox sees one example, and ``jax.vmap`` over examples and keys makes the decisions
-    of a batch; a layer that sees the batch itself takes ``batch_axes=0``.
+    ``y = x * m / (1 - p)`` with ``m ~ Bernoulli(1 - p)``, following the rules of :func:`jdrop.drop_path`. Mode and key
+    work as in :class:`Dropout`. Equinox layers see one example; use ``jax.vmap`` over examples and keys for one
+    decision per example. If the layer sees the whole batch, pass ``batch_axes=0``.
 
     Args:
-      p: probability of dropping a branch; it may be traced.
-      inference, deterministic: as for :class:`Dropout`.
-      batch_axes: axes with decisions of their own.
-      generator: ``"fast"`` or ``"jax"``, as for :func:`jdrop.drop_path`.
+      p: drop rate of the branch; it may be traced.
+      inference, deterministic: as in :class:`Dropout`.
+      batch_axes: axes along which decisions are independent.
+      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
 
     Raises:
-      ValueError, TypeError, RuntimeError: as for :class:`Dropout`.
+      ValueError, TypeError, RuntimeError: as in :class:`Dropout`.
 
     References:
       Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV.
@@ -139,7 +156,7 @@ class DropPath(Dropout):
         inference: bool | None = None,
         deterministic: bool | None = None,
     ) -> Array:
-        """Drop ``x`` by ``key``; arguments as for :class:`Dropout`."""
+        """Drop ``x`` or keep it; arguments as in :class:`Dropout`."""
         return self._drop("DropPath", x, key, _renamed(inference, deterministic), batch_axes=self.batch_axes)
 
 

@@ -1,13 +1,12 @@
-"""Dropout for Haiku: ``from jdrop.adapters.haiku import dropout`` in the place of ``haiku.dropout``."""
+"""Dropout for Haiku: ``from jdrop.adapters.haiku import dropout`` replaces ``haiku.dropout``."""
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
 
 from jax import Array
 
+from jdrop._types import Generator, RateLike
 from jdrop.adapters import _layer
-from jdrop.decisions import Generator, RateLike
 
 try:
     importlib.import_module("haiku")
@@ -23,27 +22,27 @@ def dropout(
     *,
     generator: Generator = "fast",
 ) -> Array:
-    """Drop each element with probability ``rate`` and scale the rest: ``haiku.dropout``, and no mask in memory.
+    """Drop elements with probability ``rate`` and rescale the rest, like ``haiku.dropout``, without storing the mask.
 
-    ``y = x * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``, by the rules of :func:`jdrop.dropout`. As in Haiku
-    there is no mode: call it in training only.
+    ``y = x * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``, following the rules of :func:`jdrop.dropout`. As in
+    Haiku, there is no mode: call it only in training.
 
     Args:
-      rng: one PRNG key, such as ``haiku.next_rng_key()``. ``None`` is fine at a Python or NumPy rate of 0 or 1.
-      rate: probability of dropping, as for :func:`jdrop.dropout`; it may be traced. Rate 1 gives zeros.
-      x: floating point array.
-      broadcast_dims: axes along which one decision is shared.
-      generator: ``"fast"``, or ``"jax"`` for the masks of ``haiku.dropout``, bit for bit.
+      rng: one PRNG key, such as ``haiku.next_rng_key()``; may be ``None`` if ``rate`` is a Python or NumPy 0 or 1.
+      rate: drop rate, as in :func:`jdrop.dropout`; it may be traced. Rate 1 gives zeros.
+      x: floating-point array.
+      broadcast_dims: axes along which elements share one decision.
+      generator: ``"fast"``, or ``"jax"`` for the same masks as ``haiku.dropout``, bit for bit.
 
     Returns:
-      An array of the shape and dtype of x.
+      An array with the shape and dtype of x.
 
     Raises:
-      ValueError: a rate, an axis or ``generator`` is out of range, or ``rng`` is a batch of keys.
-      TypeError: x is no floating point array, or ``rng`` is no key.
+      ValueError: a rate, an axis, or ``generator`` is out of range, or ``rng`` is a batch of keys.
+      TypeError: x is not a floating-point array, or ``rng`` is not a key.
 
     Limits:
-      In ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout`.
+      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` instead.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural
@@ -55,8 +54,16 @@ def dropout(
       >>> sorted(set(dropout(jax.random.key(0), 0.5, jnp.ones([2, 4])).ravel().tolist()))
       [0.0, 2.0]
     """
-    options: Any = {"train": True, "generator": generator, "names": ("x", "rate", "rng")}
-    return _layer.drop("dropout", lambda: rng, x, rate, broadcast_dims=broadcast_dims, **options)
+    return _layer.drop(
+        "dropout",
+        lambda: rng,
+        x,
+        rate,
+        train=True,
+        generator=generator,
+        names=("x", "rate", "rng"),
+        broadcast_dims=broadcast_dims,
+    )
 
 
 def drop_path(
@@ -69,22 +76,21 @@ def drop_path(
 ) -> Array:
     """Drop a residual branch for whole examples.
 
-    Use it as ``x + drop_path(haiku.next_rng_key(), rate, branch(x))``.
-    ``y[b, ...] = x[b, ...] * m[b] / (1 - rate)`` with ``m[b] ~ Bernoulli(1 - rate)``, by the rules of
-    :func:`jdrop.drop_path`.
+    ``y[b, ...] = x[b, ...] * m[b] / (1 - rate)`` with ``m[b] ~ Bernoulli(1 - rate)``, following the rules of
+    :func:`jdrop.drop_path`. Use it as ``x + drop_path(haiku.next_rng_key(), rate, branch(x))``.
 
     Args:
-      rng: one PRNG key, as for :func:`dropout`.
-      rate: probability of dropping a branch; it may be traced.
-      x: floating point array, the output of the branch.
-      batch_axes: axes with decisions of their own.
-      generator: ``"fast"`` or ``"jax"``, as for :func:`jdrop.drop_path`.
+      rng: one PRNG key, as in :func:`dropout`.
+      rate: drop rate of the branch; it may be traced.
+      x: floating-point array, the output of the branch.
+      batch_axes: axes along which decisions are independent.
+      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
 
     Returns:
-      An array of the shape and dtype of x.
+      An array with the shape and dtype of x.
 
     Raises:
-      ValueError, TypeError: as for :func:`dropout`.
+      ValueError, TypeError: as in :func:`dropout`.
 
     References:
       Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV.
@@ -96,5 +102,13 @@ def drop_path(
       >>> bool((y == y[:, :1]).all())
       True
     """
-    options: Any = {"train": True, "generator": generator, "names": ("x", "rate", "rng")}
-    return _layer.drop("drop_path", lambda: rng, x, rate, batch_axes=batch_axes, **options)
+    return _layer.drop(
+        "drop_path",
+        lambda: rng,
+        x,
+        rate,
+        train=True,
+        generator=generator,
+        names=("x", "rate", "rng"),
+        batch_axes=batch_axes,
+    )

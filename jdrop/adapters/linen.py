@@ -1,13 +1,13 @@
-"""Layers for Flax linen: ``from jdrop.adapters.linen import Dropout`` in the place of ``linen.Dropout``."""
+"""Layers for Flax linen: ``from jdrop.adapters.linen import Dropout`` replaces ``linen.Dropout``."""
 
 from collections.abc import Sequence
 
 from jax import Array
 
-from jdrop import _checks
+from jdrop._checks import as_bool
+from jdrop._types import Generator, RateLike
 from jdrop.adapters import _layer
 from jdrop.adapters._attention import dot_product_attention as dot_product_attention
-from jdrop.decisions import Generator, RateLike
 
 try:
     from flax import linen
@@ -16,27 +16,28 @@ except ImportError as error:
 
 
 class Dropout(linen.Dropout):
-    """Drop each element with probability ``rate`` and scale the rest: ``linen.Dropout``, and no mask in memory.
+    """Drop elements with probability ``rate`` and rescale the rest, like ``linen.Dropout``, without storing the mask.
 
-    ``y = x * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``, by the rules of :func:`jdrop.dropout`. Mode and rngs
-    are those of ``linen.Dropout``: ``deterministic`` is passed to the constructor or to the call, not to both; the key
-    is ``rng`` if it is passed, else ``make_rng(rng_collection)``, and none is asked for in evaluation or at a Python
-    rate of 0 or 1. The layer is named as theirs is, so it gets the same key.
+    ``y = x * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``, following the rules of :func:`jdrop.dropout`. Mode
+    and rngs work as in ``linen.Dropout``. Pass ``deterministic`` either to the constructor or to the call, not to both.
+    The key is ``rng`` if passed, else ``make_rng(rng_collection)``. No key is requested in evaluation, nor at a Python
+    or NumPy rate of 0 or 1. The class has the same name as that of Flax, so the layer gets the same key.
 
     Args:
-      rate: probability of dropping, as for :func:`jdrop.dropout`: checked when called, and it may be traced.
-      broadcast_dims: axes along which one decision is shared.
+      rate: drop rate, as in :func:`jdrop.dropout`. It is checked at call time and may be traced.
+      broadcast_dims: axes along which elements share one decision.
       deterministic: ``True`` returns the inputs themselves; ``False`` draws a mask.
-      rng_collection: the collection that the key is made from.
-      generator: ``"fast"``, or ``"jax"`` for the masks of ``linen.Dropout``, bit for bit.
+      rng_collection: rng collection for ``make_rng``.
+      generator: ``"fast"``, or ``"jax"`` for the same masks as ``linen.Dropout``, bit for bit.
 
     Raises:
-      ValueError: a rate, an axis or ``generator`` is out of range, or ``deterministic`` is passed twice or never.
-      TypeError: the inputs are no floating point array, or ``deterministic`` is no bool.
-      flax.errors.InvalidRngError: there is no rng in the collection.
+      ValueError: a rate, an axis, or ``generator`` is out of range, or ``deterministic`` is passed twice or not at all.
+      TypeError: the inputs are not a floating-point array, or ``deterministic`` is not a bool.
+      flax.errors.InvalidRngError: the collection has no rng.
 
     Limits:
-      In ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` with ``self.make_rng("dropout")``.
+      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` with
+      ``self.make_rng("dropout")``.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural
@@ -54,14 +55,14 @@ class Dropout(linen.Dropout):
 
     @linen.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None, rng: Array | None = None) -> Array:
-        """Drop elements of ``inputs``; ``deterministic`` and ``rng`` as for the class."""
-        still = linen.merge_param("deterministic", self.deterministic, deterministic)
+        """Drop elements of ``inputs``; ``deterministic`` and ``rng`` as in the class."""
+        inactive = linen.merge_param("deterministic", self.deterministic, deterministic)
         return _layer.drop(
             "Dropout",
             lambda: self.make_rng(self.rng_collection) if rng is None else rng,
             inputs,
             self.rate,
-            train=not _checks.flag("Dropout", "deterministic", still),
+            train=not as_bool("Dropout", "deterministic", inactive),
             broadcast_dims=self.broadcast_dims,
             generator=self.generator,
             names=("inputs", "rate", "rng"),
@@ -69,20 +70,20 @@ class Dropout(linen.Dropout):
 
 
 class DropPath(linen.Module):
-    """Drop a residual branch for whole examples: use it as ``x + DropPath(rate)(branch(x), deterministic)``.
+    """Drop a residual branch for whole examples, as in ``x + DropPath(rate)(branch(x), deterministic)``.
 
-    ``y[b, ...] = x[b, ...] * m[b] / (1 - rate)`` with ``m[b] ~ Bernoulli(1 - rate)``, by the rules of
-    :func:`jdrop.drop_path`; mode and rngs as for :class:`Dropout`.
+    ``y[b, ...] = x[b, ...] * m[b] / (1 - rate)`` with ``m[b] ~ Bernoulli(1 - rate)``, following the rules of
+    :func:`jdrop.drop_path`. Mode and rngs work as in :class:`Dropout`.
 
     Args:
-      rate: probability of dropping a branch; it may be traced.
-      batch_axes: axes with decisions of their own.
-      deterministic: ``True`` returns the inputs themselves; ``False`` decides.
-      rng_collection: the collection that the key is made from.
-      generator: ``"fast"`` or ``"jax"``, as for :func:`jdrop.drop_path`.
+      rate: drop rate of the branch; it may be traced.
+      batch_axes: axes along which decisions are independent.
+      deterministic: ``True`` returns the inputs themselves; ``False`` draws the decisions.
+      rng_collection: rng collection for ``make_rng``.
+      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
 
     Raises:
-      ValueError, TypeError, flax.errors.InvalidRngError: as for :class:`Dropout`.
+      ValueError, TypeError, flax.errors.InvalidRngError: as in :class:`Dropout`.
 
     References:
       Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV.
@@ -103,14 +104,14 @@ class DropPath(linen.Module):
 
     @linen.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None, rng: Array | None = None) -> Array:
-        """Drop ``inputs`` of whole examples; ``deterministic`` and ``rng`` as for :class:`Dropout`."""
-        still = linen.merge_param("deterministic", self.deterministic, deterministic)
+        """Drop ``inputs`` for whole examples; ``deterministic`` and ``rng`` as in :class:`Dropout`."""
+        inactive = linen.merge_param("deterministic", self.deterministic, deterministic)
         return _layer.drop(
             "DropPath",
             lambda: self.make_rng(self.rng_collection) if rng is None else rng,
             inputs,
             self.rate,
-            train=not _checks.flag("DropPath", "deterministic", still),
+            train=not as_bool("DropPath", "deterministic", inactive),
             batch_axes=self.batch_axes,
             generator=self.generator,
             names=("inputs", "rate", "rng"),

@@ -1,4 +1,4 @@
-"""Layers for Flax nnx: ``from jdrop.adapters.nnx import Dropout`` in the place of ``nnx.Dropout``."""
+"""Layers for Flax nnx: ``from jdrop.adapters.nnx import Dropout`` replaces ``nnx.Dropout``."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import jax
 from jax import Array
 
-from jdrop import _checks
+from jdrop._checks import as_bool
+from jdrop._errors import type_error, value_error
+from jdrop._types import Generator, RateLike
 from jdrop.adapters import _layer
 from jdrop.adapters._attention import dot_product_attention as dot_product_attention
-from jdrop.decisions import Generator, RateLike
 
 try:
     from flax import nnx
@@ -20,27 +21,28 @@ Rngs = nnx.Rngs | nnx.RngStream | None
 
 
 class Dropout(nnx.Dropout):
-    """Drop each element with probability ``rate`` and scale the rest: ``nnx.Dropout``, and no mask in memory.
+    """Drop elements with probability ``rate`` and rescale the rest, like ``nnx.Dropout``, without storing the mask.
 
-    ``y = x * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``, by the rules of :func:`jdrop.dropout`. Mode and rngs
-    are those of ``nnx.Dropout``: what is passed to the call goes before what was passed to the constructor, and
-    ``train()``, ``eval()`` and ``nnx.view`` set the mode. The constructor forks the stream ``rng_collection`` of
-    ``rngs``; a call takes the next key of its stream, except in evaluation and at a Python rate of 0 or 1.
+    ``y = x * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``, following the rules of :func:`jdrop.dropout`. Mode
+    and rngs work as in ``nnx.Dropout``: arguments of the call take precedence over those of the constructor, and
+    ``train()``, ``eval()``, and ``nnx.view`` set the mode. The constructor forks the stream ``rng_collection`` of
+    ``rngs``. Each call takes the next key of its stream, except in evaluation and at a Python or NumPy rate of 0 or
+    1.
 
     Args:
-      rate: probability of dropping, as for :func:`jdrop.dropout`: checked when called, and it may be traced.
-      broadcast_dims: axes along which one decision is shared.
+      rate: drop rate, as in :func:`jdrop.dropout`. It is checked at call time and may be traced.
+      broadcast_dims: axes along which elements share one decision.
       deterministic: ``True`` returns the inputs themselves; ``False`` draws a mask; ``None`` leaves it to the call.
-      rng_collection: the stream of ``rngs`` to take keys from.
-      rngs: ``nnx.Rngs``, a stream, or nothing. A call may be given a key as well.
-      generator: ``"fast"``, or ``"jax"`` for the masks of ``nnx.Dropout``, bit for bit.
+      rng_collection: name of the stream in ``rngs`` that provides the keys.
+      rngs: ``nnx.Rngs``, a stream, or ``None``. The call also accepts a key.
+      generator: ``"fast"``, or ``"jax"`` for the same masks as ``nnx.Dropout``, bit for bit.
 
     Raises:
-      ValueError: a rate, an axis or ``generator`` is out of range, or there is no mode, or nothing to take a key from.
-      TypeError: the inputs are no floating point array, or an argument is of the wrong type.
+      ValueError: a rate, an axis, or ``generator`` is out of range, or the mode or the source of keys is missing.
+      TypeError: the inputs are not a floating-point array, or an argument has the wrong type.
 
     Limits:
-      In ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` with a key of ``rngs``.
+      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` with a key from ``rngs``.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural
@@ -65,49 +67,82 @@ class Dropout(nnx.Dropout):
         rngs: Rngs = None,
         generator: Generator = "fast",
     ) -> None:
-        options: Any = {"deterministic": deterministic, "rng_collection": rng_collection, "rngs": rngs}
-        super().__init__(rate, broadcast_dims=broadcast_dims, **options)  # type: ignore[arg-type]
+        super().__init__(
+            rate,  # type: ignore[arg-type]
+            broadcast_dims=broadcast_dims,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+        )
         self.generator = generator
 
     def __call__(self, inputs: Array, *, deterministic: bool | None = None, rngs: Rngs | Array = None) -> Array:
-        """Drop elements of ``inputs``; ``deterministic`` and ``rngs`` go before those of the constructor."""
+        """Drop elements of ``inputs``; ``deterministic`` and ``rngs`` override those of the constructor."""
         return self._drop("Dropout", inputs, deterministic, rngs, broadcast_dims=self.broadcast_dims)
 
-    def _drop(self, function: str, inputs: Array, deterministic: bool | None, rngs: Any, **axes: Any) -> Array:
-        still = self.deterministic if deterministic is None else deterministic
-        if still is None:
-            fix = "pass it to the constructor or to the call, or set it with nnx.view"
-            raise ValueError(_checks.text(function, "deterministic", "must be passed", None, fix))
-        train = not _checks.flag(function, "deterministic", still)
+    def _drop(
+        self,
+        function: str,
+        inputs: Array,
+        deterministic: bool | None,
+        rngs: Rngs | Array,
+        *,
+        broadcast_dims: Sequence[int] = (),
+        batch_axes: int | Sequence[int] | None = None,
+    ) -> Array:
+        inactive = self.deterministic if deterministic is None else deterministic
+        if inactive is None:
+            raise value_error(
+                function,
+                "deterministic",
+                rule="must be passed",
+                got=None,
+                fix="pass it to the constructor or to the call, or set it with nnx.view",
+            )
+        train = not as_bool(function, "deterministic", inactive)
         stream: Any = self.rngs if rngs is None else rngs
 
-        def ask() -> Any:
+        def get_key() -> Any:
             if isinstance(stream, jax.Array):
                 return stream
             if isinstance(stream, (nnx.Rngs, nnx.RngStream)):
                 return (stream[self.rng_collection] if isinstance(stream, nnx.Rngs) else stream)()
-            fix = "pass it to the constructor or to the call"
-            error = ValueError if stream is None else TypeError
-            raise error(_checks.text(function, "rngs", "must be nnx.Rngs, a stream or a key", repr(stream), fix))
+            wrong = value_error if stream is None else type_error
+            raise wrong(
+                function,
+                "rngs",
+                rule="must be nnx.Rngs, a stream or a key",
+                got=repr(stream),
+                fix="pass it to the constructor or to the call",
+            )
 
-        options: Any = {"generator": self.generator, "names": ("inputs", "rate", "rngs"), **axes}
-        return _layer.drop(function, ask, inputs, self.rate, train=train, **options)
+        return _layer.drop(
+            function,
+            get_key,
+            inputs,
+            self.rate,
+            train=train,
+            generator=self.generator,
+            names=("inputs", "rate", "rngs"),
+            broadcast_dims=broadcast_dims,
+            batch_axes=batch_axes,
+        )
 
 
 class DropPath(Dropout):
-    """Drop a residual branch for whole examples: use it as ``x + drop_path(branch(x))``.
+    """Drop a residual branch for whole examples, as in ``x + drop_path(branch(x))``.
 
-    ``y[b, ...] = x[b, ...] * m[b] / (1 - rate)`` with ``m[b] ~ Bernoulli(1 - rate)``, by the rules of
-    :func:`jdrop.drop_path`; mode and rngs as for :class:`Dropout`.
+    ``y[b, ...] = x[b, ...] * m[b] / (1 - rate)`` with ``m[b] ~ Bernoulli(1 - rate)``, following the rules of
+    :func:`jdrop.drop_path`. Mode and rngs work as in :class:`Dropout`.
 
     Args:
-      rate: probability of dropping a branch; it may be traced.
-      batch_axes: axes with decisions of their own.
-      deterministic, rng_collection, rngs: as for :class:`Dropout`.
-      generator: ``"fast"`` or ``"jax"``, as for :func:`jdrop.drop_path`.
+      rate: drop rate of the branch; it may be traced.
+      batch_axes: axes along which decisions are independent.
+      deterministic, rng_collection, rngs: as in :class:`Dropout`.
+      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
 
     Raises:
-      ValueError, TypeError: as for :class:`Dropout`.
+      ValueError, TypeError: as in :class:`Dropout`.
 
     References:
       Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV.
@@ -131,10 +166,11 @@ class DropPath(Dropout):
         rngs: Rngs = None,
         generator: Generator = "fast",
     ) -> None:
-        options: Any = {"deterministic": deterministic, "rng_collection": rng_collection, "rngs": rngs}
-        super().__init__(rate, generator=generator, **options)
+        super().__init__(
+            rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs, generator=generator
+        )
         self.batch_axes = batch_axes
 
     def __call__(self, inputs: Array, *, deterministic: bool | None = None, rngs: Rngs | Array = None) -> Array:
-        """Drop ``inputs`` of whole examples; arguments as for :class:`Dropout`."""
+        """Drop ``inputs`` for whole examples; arguments as in :class:`Dropout`."""
         return self._drop("DropPath", inputs, deterministic, rngs, batch_axes=self.batch_axes)

@@ -1,0 +1,161 @@
+"""Where the decisions of a mask come from: a class for each generator, and for each version of the mask."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import NamedSharding
+
+from jdrop._errors import describe, value_error
+from jdrop._platform import Platform
+from jdrop._random import fast, jax_bits
+from jdrop._random.indexing import MIN_COLUMNS, row_and_column, strides
+from jdrop._random.key_words import key_words
+from jdrop._random.threefry import U64
+from jdrop._types import Generator
+
+
+class Bits(Protocol):
+    """A source of decisions. Instances are static: compared by value, and hashable."""
+
+    @property
+    def random_access(self) -> bool:
+        """Whether a decision can be drawn by its index, without the others."""
+
+    def seed(self, key: Array) -> Array:
+        """Use a key up, and return what a mask holds of it."""
+
+    def rate(self, rate: np.ndarray | Array) -> Array:
+        """Return the drop rate as a mask holds it."""
+
+    def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:
+        """Require a shape of decisions that the bits can serve."""
+
+    def keep_at(
+        self, seed: Array, rate: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+    ) -> Array:
+        """Return which elements are kept, at the index along each axis of the whole array."""
+
+    def keep_all(self, seed: Array, rate: Array, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+        """Return which elements of a whole array are kept, without random access."""
+
+    def keep_probability(self, rate: Array, dtype: Any) -> Array:
+        """Return the probability that an element is really kept with, in ``dtype``; NaN for NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FastBits:
+    """``generator="fast"``: mask version 1."""
+
+    @property
+    def random_access(self) -> bool:
+        return True
+
+    def seed(self, key: Array) -> Array:
+        return _seed(key_words(key))
+
+    def rate(self, rate: np.ndarray | Array) -> Array:
+        return jnp.asarray(rate, jnp.float32)
+
+    def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:
+        try:
+            strides(shape)
+        except TypeError:
+            raise value_error(
+                function,
+                "shape",
+                rule=f"must have static sizes on the trailing axes that hold {MIN_COLUMNS} elements",
+                got=shape,
+                fix="export with those sizes fixed",
+            ) from None
+
+    def word_at(self, seed: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:
+        """Return the uint32 words at an index: what decisions and noise are made from."""
+        seed = recomputed(seed)
+        row, col = row_and_column(shape, index)
+        return fast.mix(platform.row_key((seed[0], seed[1]), row), col)
+
+    def keep_at(
+        self, seed: Array, rate: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+    ) -> Array:
+        return fast.keep(self.word_at(seed, shape, index, platform), rate)
+
+    def keep_all(self, seed: Array, rate: Array, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+        raise NotImplementedError("these bits have random access")
+
+    def keep_probability(self, rate: Array, dtype: Any) -> Array:
+        return fast.keep_probability(rate, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class JaxBits:
+    """``generator="jax"``: the decisions of ``jax.random.bernoulli``."""
+
+    implementation: str
+    """That of the key, as ``jax.random.key_impl`` names it."""
+    random_access: bool
+
+    def seed(self, key: Array) -> Array:
+        return key_words(key)
+
+    def rate(self, rate: np.ndarray | Array) -> Array:
+        return jax_bits.realized_rate(rate)
+
+    def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:
+        del function, shape
+
+    def keep_at(
+        self, seed: Array, rate: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+    ) -> Array:
+        del platform
+        # One barrier around both: an index that does not depend on the key would move out of a scan, and be stored.
+        seed, index = recomputed((seed, index))
+        flat, _ = row_and_column(shape, index, columns=False)
+        return jax_bits.keep(jax_bits.bits_at((seed[0], seed[1]), flat, rate.dtype), rate)
+
+    def keep_all(self, seed: Array, rate: Array, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+        key = jax.random.wrap_key_data(seed, impl=self.implementation)
+        return jax.random.bernoulli(key, 1 - rate, shape, out_sharding=sharding) | jnp.isnan(rate)
+
+    def keep_probability(self, rate: Array, dtype: Any) -> Array:
+        return jax_bits.keep_probability(rate, dtype)
+
+
+def bits_for(function: str, key: Array, generator: Generator, argument: str = "key") -> Bits:
+    """Return the source of decisions for a key; ``argument`` is what the function calls the key."""
+    if generator == "fast":
+        return FastBits()
+    try:
+        implementation = str(jax.random.key_impl(key))  # legacy keys: the default implementation
+    except (TypeError, ValueError):
+        raise value_error(
+            function,
+            argument,
+            rule='must have the words of the default implementation for generator="jax"',
+            got=describe(key),
+            fix="wrap it with jax.random.wrap_key_data(key, impl=...)",
+        ) from None
+    return JaxBits(implementation, jax_bits.has_random_access(implementation))
+
+
+def expected_keep(rate: np.ndarray | Array, generator: Generator, dtype: Any) -> Array:
+    """Return the keep probability without a key: what evaluation multiplies by where training does not divide."""
+    bits: Bits = FastBits() if generator == "fast" else JaxBits("", False)
+    return bits.keep_probability(lax.stop_gradient(bits.rate(rate)), dtype)
+
+
+@jax.jit
+def _seed(words: Array) -> Array:
+    return jnp.stack(fast.hash_key(words, fast.USE_SEED), axis=-1)
+
+
+def recomputed(x: Any) -> Any:
+    """Return x, so that what is made from it is made again in the backward pass, not stored.
+
+    XLA merges equal computations. It must not see that those of the forward and the backward pass are equal.
+    """
+    return lax.optimization_barrier(x)

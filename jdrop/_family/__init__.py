@@ -1,0 +1,1 @@
+"""The dropout family: public functions with one common signature style."""

@@ -1,0 +1,102 @@
+"""Stochastic depth: residual branches that are not computed when they are dropped."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jdrop._checks import check_array, is_array
+from jdrop._errors import describe, type_error, value_error
+from jdrop._mask import Mask
+from jdrop._platform import Target, at_lowering
+from jdrop._platform.generic import multiply
+from jdrop._prepare import check_arguments
+from jdrop._sharding import vary_like, vary_together
+from jdrop._types import Generator, RateLike, Shard, real_dtype
+
+
+def stochastic_depth(
+    key: Array | None,
+    x: Array,
+    rate: RateLike,
+    fn: Callable[[Array], Array],
+    *,
+    train: bool,
+    generator: Generator = "fast",
+    shard: Shard = None,
+) -> Array:
+    """Add a residual branch, or skip its computation, with one decision for the whole array.
+
+    ``y = x + fn(x) * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``. If m is 0, ``fn`` is computed neither in the
+    forward nor in the backward pass (``lax.cond``). In a scan over layers with one rate per layer, this is LayerDrop.
+    Under ``jax.vmap`` over keys, the conditional becomes a select, so both branches are computed.
+
+    Args:
+      key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is a Python or NumPy 0.
+      x: floating or complex array of any shape.
+      rate: scalar drop rate of the branch, as in :func:`jdrop.dropout`.
+      fn: the branch, ``x -> array with the shape and dtype of x``. It can be differentiated with respect to the
+        variables it closes over.
+      train: ``True`` draws the decision; ``False`` returns ``x + fn(x)``.
+      generator: as in :func:`jdrop.dropout`.
+      shard: as in :func:`jdrop.dropout`. All tiles share one decision.
+
+    Returns:
+      An array with the shape and dtype of x.
+
+    Raises:
+      ValueError: a rate or an option is out of range, or ``fn`` does not return an array with the shape
+        and dtype of x.
+      TypeError: an argument has the wrong type, ``key`` is missing, or ``train`` is traced.
+
+    References:
+      Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV; Fan, Grave, Joulin (2020),
+      Reducing Transformer Depth on Demand with Structured Dropout, ICLR.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jdrop
+      >>> y = jdrop.stochastic_depth(jax.random.key(0), jnp.ones([4]), 0.5, jnp.sin, train=False)
+      >>> bool((y == 1 + jnp.sin(jnp.ones([4]))).all())
+      True
+    """
+    name = "stochastic_depth"
+    check_array(name, "x", x)
+    if not callable(fn):
+        raise type_error(name, "fn", rule="must be a function", got=describe(fn), fix="pass the branch")
+    arguments = check_arguments(
+        name, key, x.shape, rate, train=train, mask_shape=lambda _: (), generator=generator, shard=shard
+    )
+
+    def branch(x: Array) -> Array:
+        y = fn(x)
+        if not is_array(y) or (y.shape, y.dtype) != (x.shape, x.dtype):
+            raise value_error(
+                name,
+                "fn",
+                rule=f"must return {describe(x)}, as x is",
+                got=describe(y),
+                fix="add a projection to the branch",
+            )
+        return jnp.asarray(y)
+
+    x = jnp.asarray(x)
+    if arguments.is_identity:
+        return x + branch(x)
+    mask = arguments.draw(one_for_all_tiles=True)
+    mask = dataclasses.replace(mask, rate=lax.stop_gradient(mask.rate))
+    kept = at_lowering(_keep, mask)
+    x, kept, keep_probability = vary_together(x, kept, mask.keep_probability(real_dtype(x)))
+
+    def added(x: Array) -> Array:
+        return x + multiply(branch(x), 1 / keep_probability, where=jnp.ones_like(kept))
+
+    out = jax.typeof(x)
+    if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, fn may vary over more axes than x
+        out = jax.make_jaxpr(added)(x).out_avals[0]
+    return lax.cond(kept, added, lambda x: vary_like(x, out), x)
+
+
+def _keep(target: Target, mask: Mask) -> Array:
+    return mask.keep((), platform=target.platform)

@@ -1,0 +1,124 @@
+"""A keep mask that is never stored: each decision is a function of a seed and an index."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jdrop._bits import Bits, FastBits, bits_for
+from jdrop._errors import unsupported
+from jdrop._platform import GENERIC, Platform
+from jdrop._random.indexing import window_index
+from jdrop._random.threefry import U64
+from jdrop._types import Generator
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The decisions of a whole array, or of a tile of it."""
+
+    seed: Array
+    """uint32: the seed ([2], fast), or the data words of the key (jax)."""
+    rate: Array
+    """The drop rate: a scalar, or an array that broadcasts to the decisions."""
+    start: Array | None
+    """Where the tile starts, uint32 [ndim, 2] of ``(hi, lo)``; ``None`` for the whole array."""
+    shape: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
+    """Shape of the decisions of the whole array: 1 on shared axes."""
+    bits: Bits = dataclasses.field(metadata={"static": True})
+
+    def keep(
+        self, size: Sequence[Any], *, platform: Platform = GENERIC, sharding: NamedSharding | None = None
+    ) -> Array:
+        """Return which elements are kept, of a window at ``start``: a bool array with 1 on shared axes.
+
+        Args:
+          size: shape of the window.
+          platform: the forms of operations.
+          sharding: how the window is laid over an explicit mesh.
+        """
+        if self.bits.random_access:
+            return self.keep_at(self.index(size, sharding), platform=platform)
+        size, sharding = self._of_decisions(size, sharding)
+        return self.bits.keep_all(self.seed, self.rate, size, sharding)
+
+    def keep_at(self, index: Sequence[U64], *, platform: Platform = GENERIC) -> Array:
+        """Return which elements are kept, if the bits have random access.
+
+        ``index`` counts along each axis of the whole array: arrays of one rank that broadcast. It is not read on shared
+        axes.
+        """
+        return self.bits.keep_at(self.seed, self.rate, self.shape, self._zero_where_shared(index), platform)
+
+    def word_at(self, index: Sequence[U64], *, platform: Platform = GENERIC) -> Array:
+        """Return the uint32 words behind decisions and noise of ``generator="fast"``; ``index`` as for keep_at."""
+        assert isinstance(self.bits, FastBits)
+        return self.bits.word_at(self.seed, self.shape, self._zero_where_shared(index), platform)
+
+    def keep_probability(self, dtype: Any) -> Array:
+        """Return the probability that an element is really kept with; NaN where the rate is."""
+        return self.bits.keep_probability(self.rate, dtype)
+
+    def index(self, size: Sequence[Any], sharding: NamedSharding | None = None) -> list[U64]:
+        """Return the index along each axis of a window at ``start``, with size 1 on shared axes."""
+        size, sharding = self._of_decisions(size, sharding)
+        start = None if self.start is None else [U64(at[0], at[1]) for at in self.start]
+        return window_index(size, start, sharding)
+
+    def _of_decisions(self, size: Sequence[Any], sharding: NamedSharding | None) -> tuple[tuple[Any, ...], Any]:
+        """Return the size and the sharding of the decisions of a window: 1 and none on shared axes."""
+        if 1 not in self.shape:
+            return tuple(size), sharding
+        shared = [n == 1 for n in self.shape]
+        if sharding is not None:
+            spec = (None if one else s for one, s in zip(shared, sharding.spec))
+            sharding = sharding.update(spec=PartitionSpec(*spec))
+        return tuple(1 if one else n for one, n in zip(shared, size)), sharding
+
+    def _zero_where_shared(self, index: Sequence[U64]) -> Sequence[U64]:
+        if 1 not in self.shape:
+            return index
+        zero = U64(np.uint32(0), jnp.zeros((1,) * np.ndim(index[0].lo), jnp.uint32))
+        return [zero if n == 1 else at for n, at in zip(self.shape, index)]
+
+
+def draw_mask(
+    function: str,
+    key: Array,
+    rate: np.ndarray | Array,
+    shape: tuple[Any, ...],
+    generator: Generator = "fast",
+    *,
+    start: Array | None = None,
+    random_access: bool = False,
+    key_argument: str = "key",
+) -> Mask:
+    """Use a key up, and return the mask of checked arguments.
+
+    Args:
+      function: the caller, for errors.
+      key: one PRNG key.
+      rate: the drop rate.
+      shape: shape of the decisions of the whole array.
+      generator: where the bits come from.
+      start: where a tile starts.
+      random_access: whether decisions are drawn by index. Those of a tile always are.
+      key_argument: what the function calls the key.
+    """
+    bits = bits_for(function, key, generator, key_argument)
+    if not bits.random_access and (random_access or start is not None):
+        raise unsupported(
+            function,
+            "generator",
+            rule='must be "fast" for a part of a mask, unless the bits of the key can be drawn by index',
+            got=f"'jax' with {key.dtype} key",
+            fix='use generator="fast", or a threefry2x32 key with jax_threefry_partitionable',
+        )
+    bits.check_shape(function, shape)
+    return Mask(bits.seed(key), bits.rate(rate), start, shape, bits)

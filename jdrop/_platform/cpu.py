@@ -1,0 +1,170 @@
+"""The forms that XLA for CPU makes the fastest and smallest programs of.
+
+Each states its symptom, its gain, the JAX version where this was last seen, and the test that fails without it. Ratios
+are times against ``x * c`` on two cores (``scripts/bench_dropout.py``, ``scripts/bench_attention.py``).
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jdrop._platform import generic
+from jdrop._random import fast
+from jdrop._random.indexing import MIN_COLUMNS
+from jdrop._random.threefry import WORD, Pair
+
+_SHARING = 16  # how many elements have to share each byte that materialize stores
+_LONG, _WIDEST = 2**14, 1024  # elements of an axis that is folded, and of its rows
+_ONE, _MINUS_ZERO = 0x3F800000, 0x80000000  # bits of float32
+
+
+class Cpu(generic.Platform):
+    """Operations as XLA for CPU wants them."""
+
+    # Symptom: an operation on a block [1, 1, 1, T, S] never reuses its operand's buffer for its result.
+    # Gain: dropout adds no array of scores (before: one forward and two backward); 5 to 24% of the time at length 4096.
+    # Seen: jax 0.10.2, 0.12.0. Test: test_blockwise.py, test_dropout_takes_no_memory.
+    squeezes_blocks = True
+    # The best of a search over lengths 256 to 8192 and 1 to 8 heads. Seen: jax 0.10.2.
+    block_sizes = generic.BlockSizes(target_scores=2**21)
+
+    def row_key(self, seed: Pair, row: Pair) -> Pair:
+        """Hash rows outside the loop over columns.
+
+        Symptom: XLA fuses the 20 rounds of Threefry into the loop over elements and repeats them for each one. Gain:
+        about 70 operations per element. Seen: jax 0.10.2, 0.12.0. Test: test_primitive.py,
+        test_forward_is_one_loop_over_elements_with_the_row_hash_outside.
+        """
+        return _out_of_loops(fast.row_key(seed, row))
+
+    def materialize(self, x: Array, shape: tuple[Any, ...]) -> Array:
+        """Store decisions or noise, if enough elements share them, except along the last axis.
+
+        Symptom: XLA computes a shared decision again for each element that shares it; along the last axis, LLVM moves
+        it out of the loop. Gain: locked_dropout from 1.20 to 1.48 times ``x * c`` to 0.95 to 1.07. Seen: jax 0.10.2,
+        0.12.0. Test: test_primitive.py, test_shared_decisions_are_drawn_once_on_a_cpu.
+        """
+        size = math.prod(shape)
+        if not isinstance(size, int) or not shape or x.shape[-1] != shape[-1]:  # a symbolic size is not known
+            return x
+        few = x.size * x.dtype.itemsize * _SHARING <= size
+        return _stored(x) if few else x
+
+    def multiply(self, x: Array, factor: Array, *, where: Array, seed: Array) -> Array:
+        """Multiply by the factor times 1, and add -0.0, neither of which the compiler knows.
+
+        Symptom: LLVM makes load, single operation and selection one masked load, which waits for the mask. Gain: half
+        of the time where memory is fast. Seen: jax 0.10.2, 0.12.0. Test: test_platform_cpu.py,
+        test_a_product_hides_its_factor; the time by scripts/bench_dropout.py.
+        """
+        if jnp.iscomplexobj(x):
+            return generic.multiply(x, factor, where=where)
+        word = lax.optimization_barrier(seed)[0]  # or what the seed was made from would join the loop
+        one = _opaque_constant(word, _ONE).astype(factor.dtype)
+        minus_zero = _opaque_constant(word, _MINUS_ZERO).astype(factor.dtype)  # changes no number, nor the sign of 0
+        product = x.astype(factor.dtype) * (factor * one) + minus_zero
+        product = jnp.where(where, product, jnp.zeros((), factor.dtype))
+        return _round_to_bfloat16(product) if x.dtype == jnp.bfloat16 else product.astype(x.dtype)
+
+    def select(self, kept: Array, x: Array, y: Array, *, seed: Array) -> Array:
+        """Select bit by bit.
+
+        Symptom and gain: as for :meth:`multiply`, where a selection is all that is done. Seen: jax 0.10.2, 0.12.0.
+        Test: test_platform_cpu.py, test_a_selection_is_made_of_bits; the time by scripts/bench_dropout.py.
+        """
+        if jnp.iscomplexobj(x):
+            return jnp.where(kept, x, y)
+        bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        a, b = lax.bitcast_convert_type(x, bits), lax.bitcast_convert_type(y, bits)
+        zero = _opaque_zero(lax.optimization_barrier(seed)[0])
+        mask = jnp.where(kept, ~zero.astype(bits), jnp.zeros((), bits))
+        return lax.bitcast_convert_type(((a ^ b) & mask) ^ b, x.dtype)
+
+    def fold(self, size: int, devices: int) -> int:
+        """Loop over a long axis in rows: a power of two of columns that divides its size.
+
+        Symptom: in a loop over all of a long axis LLVM counts in 64 bits, in vectors twice as wide as the others, which
+        slows down all of them; over rows it counts in 32 bits. Gain: 2.05 to 1.46 times ``x * c``. On a mesh no device
+        could fold its part of an axis without the others. Seen: jax 0.10.2. Test: test_primitive.py,
+        test_a_long_axis_is_folded_on_one_cpu_and_keeps_its_bits.
+        """
+        width = min(size & -size, _WIDEST)  # size & -size is the largest power of two that divides size
+        return width if devices == 1 and _LONG <= size <= WORD and width >= MIN_COLUMNS else 0
+
+    def order_after(self, x: Array, dependency: Array | None) -> Array:
+        """Add a -0.0 that is made from the dependency, which changes no number.
+
+        Symptom: XLA orders only operations that depend on each other; it runs all segments of causal attention at once
+        and keeps their blocks, or makes the probabilities of the backward pass in the forward pass. Gain: 11 in place
+        of 68 MB at 8192 with a window; 3.2 in place of 7.4 MB per layer at 512. Seen: jax 0.10.2, 0.12.0. Test:
+        test_blockwise.py, test_segments_take_turns_in_memory and test_layers_hold_no_scores_for_the_backward_pass.
+
+        Where subnormal numbers count as 0, as for XLA on CPU, they do here.
+        """
+        if dependency is None:
+            return x
+        word = lax.bitcast_convert_type(dependency.astype(jnp.float32), jnp.uint32)
+        return x + _opaque_constant(word, _MINUS_ZERO).astype(x.dtype)
+
+    def separate(self, *arrays: Array) -> tuple[Array, ...]:
+        """Keep transposes out of matrix products.
+
+        Symptom: XLA has no fast kernel for a product that it fused a transpose of its operand into. Gain: 10 to 15% of
+        the products for the gradients of keys and values. Seen: jax 0.10.2. Test: test_blockwise.py,
+        test_transposes_stay_out_of_products_on_a_cpu; the time by scripts/bench_attention.py.
+        """
+        return lax.optimization_barrier(arrays)
+
+    def sum_of_products(self, x: Array, y: Array) -> Array:
+        """Contract by einsum.
+
+        Symptom: ``jnp.sum(x * y, -1)`` takes up to 30 times as long with a batch of one (YNNPACK's reduction). Gain: 24
+        of 740 ms at length 4096. Seen: jax 0.10.2. Test: test_blockwise.py,
+        test_the_sums_for_gradients_are_one_exact_product_on_a_cpu.
+        """
+        return jnp.einsum("...h,...h->...", x, y, precision="highest")
+
+
+def _out_of_loops(pair: Pair) -> Pair:
+    """Return two arrays of one shape so that XLA does not fuse what makes them into a loop that reads both.
+
+    XLA for CPU removes barriers before it fuses, but it does not fuse two arrays in one. The barrier keeps it from
+    taking these apart earlier.
+    """
+    both = lax.optimization_barrier(jnp.stack(pair))
+    return both[0], both[1]
+
+
+def _stored(x: Array) -> Array:
+    """Return x, bools or float32, so that a loop that reads it does not compute it again for each element."""
+    bits = x if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
+    bits, inverse = _out_of_loops((bits, ~bits))
+    bits = bits & ~inverse  # so that both halves are read, without which they would not stay together
+    return bits if x.dtype == bool else lax.bitcast_convert_type(bits, x.dtype)
+
+
+def _opaque_zero(word: Array) -> Array:
+    """Return 0, uint32, without the compiler's knowledge: ``w * (w + 1)`` is even."""
+    return word * (word + np.uint32(1)) & np.uint32(1)
+
+
+def _opaque_constant(word: Array, bits: int) -> Array:
+    """Return the float32 with these bits, in the shape of a uint32 word, without the compiler's knowledge."""
+    return lax.bitcast_convert_type(_opaque_zero(word) | np.uint32(bits), jnp.float32)
+
+
+def _round_to_bfloat16(x: Array) -> Array:
+    """Round float32 to the nearest bfloat16, ties to even, in five integer operations.
+
+    Symptom: XLA's own form takes eight. Gain: bfloat16 dropout from 1.3 to 1.1 times ``x * c``. Seen: jax 0.10.2. Test:
+    test_platform_cpu.py, test_bfloat16_is_rounded_as_xla_does_for_every_value; the time by scripts/bench_dropout.py.
+
+    It leaves out NaN with a payload only in the lower half, which no product with a bfloat16 has.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    half = np.uint32(16)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> half) & np.uint32(1))) >> half
+    return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)

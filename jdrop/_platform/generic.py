@@ -1,0 +1,83 @@
+"""What may be done in another way on each platform, here in the plain way: right for every compiler."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jdrop._random import fast
+from jdrop._random.threefry import Pair
+
+
+class BlockSizes(NamedTuple):
+    """How blockwise attention is cut. Scores are counted per device."""
+
+    queries: int = 512
+    """Queries per block and key head, over all groups."""
+    scores: int = 2**22
+    """A block takes in more queries while it has no more scores than this."""
+    segment: int = 256
+    """Least number of queries in a segment: a range of queries that sees a range of keys, if positions say so."""
+    segments: int = 4
+    """Number of segments where their size allows it; twice as many with a window."""
+    target_scores: int = 2**25
+    """A block takes in more heads up to this many scores. Segmented attention takes half, and up to twice in flight."""
+
+
+class Platform:
+    """The plain form of each operation. A platform overrides what its compiler makes slow or large."""
+
+    squeezes_blocks = False
+    """Whether attention leaves out the axes of a block that have one element."""
+    block_sizes = BlockSizes()
+
+    def row_key(self, seed: Pair, row: Pair) -> Pair:
+        """Return the keys of rows, for a loop over columns to share."""
+        return fast.row_key(seed, row)
+
+    def materialize(self, x: Array, shape: tuple[Any, ...]) -> Array:
+        """Return decisions or noise that broadcast to data of a shape, computed once for all data that share them."""
+        del shape
+        return x
+
+    def multiply(self, x: Array, factor: Array, *, where: Array, seed: Array) -> Array:
+        """Multiply by a real factor in float32 (float64 for float64 x), rounded once; exactly 0 elsewhere.
+
+        ``seed`` is any uint32 value that the compiler does not know.
+        """
+        del seed
+        return multiply(x, factor, where=where)
+
+    def select(self, kept: Array, x: Array, y: Array, *, seed: Array) -> Array:
+        """Return ``where(kept, x, y)``."""
+        del seed
+        return jnp.where(kept, x, y)
+
+    def fold(self, size: int, devices: int) -> int:
+        """Return the width of the rows in which to loop over the whole of a single axis, or 0 to leave it as it is."""
+        del size, devices
+        return 0
+
+    def order_after(self, x: Array, dependency: Array | None) -> Array:
+        """Return x, not computed from before a dependency is."""
+        del dependency
+        return x
+
+    def separate(self, *arrays: Array) -> tuple[Array, ...]:
+        """Return arrays that are not fused with what reads them."""
+        return arrays
+
+    def sum_of_products(self, x: Array, y: Array) -> Array:
+        """Return ``sum(x * y, axis=-1)`` in full precision."""
+        return jnp.sum(x * y, axis=-1)
+
+
+def multiply(x: Array, factor: Array, *, where: Array) -> Array:
+    """Multiply by a real factor in its dtype, rounded once to that of x; exactly 0 where ``where`` is false."""
+    if jnp.iscomplexobj(x):
+        return jnp.where(where, lax.complex(x.real * factor, x.imag * factor), jnp.zeros((), x.dtype))
+    product = jnp.where(where, x.astype(factor.dtype) * factor, jnp.zeros((), factor.dtype))
+    return product.astype(x.dtype)
+
+
+GENERIC = Platform()

@@ -1,0 +1,130 @@
+"""What every member does first: check its arguments, then decide by mode, then by rate, and only then draw a mask."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Required, TypedDict, Unpack
+
+import numpy as np
+from jax import Array
+
+from jdrop._axes import as_axes
+from jdrop._checks import as_bool, as_rate, check_choice, check_key, is_zero
+from jdrop._errors import type_error
+from jdrop._mask import Mask, draw_mask
+from jdrop._sharding import check_key_varies, tile_axes, whole_array
+from jdrop._types import GENERATORS, Generator, RateLike, Shard
+
+Shape = tuple[Any, ...]
+
+
+class Arguments(NamedTuple):
+    """The checked arguments of a call, for data of one shape."""
+
+    function: str
+    key: Array | None
+    shape: Shape
+    rate: np.ndarray | Array
+    train: bool
+    mask_shape: Callable[[Shape], Shape]
+    """Shape of the data to shape of the decisions."""
+    generator: Generator
+    shard: Shard
+    tile_axes: tuple[tuple[str, ...], ...]
+    """The mesh axes over which ``shard`` lays each axis of the data."""
+    key_argument: str
+    """What the function calls its key."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing random happens: in evaluation, or at a concrete rate of 0."""
+        return not self.train or is_zero(self.rate)
+
+    def draw(self, *, one_for_all_tiles: bool = False, random_access: bool = False) -> Mask:
+        """Use the key up, and return the mask.
+
+        Args:
+          one_for_all_tiles: whether ``shard`` only says that all tiles share decisions.
+          random_access: whether decisions are drawn by index.
+        """
+        key = require_key(self.function, self.key, self.key_argument)
+        check_key_varies(self.function, key, self.shard, self.key_argument)
+        shape, start = whole_array(self.shape, () if one_for_all_tiles else self.tile_axes)
+        return draw_mask(
+            self.function,
+            key,
+            self.rate,
+            self.mask_shape(shape),
+            self.generator,
+            start=start,
+            random_access=random_access,
+            key_argument=self.key_argument,
+        )
+
+
+def check_arguments(
+    function: str,
+    key: Array | None,
+    shape: Shape,
+    rate: RateLike,
+    *,
+    train: bool,
+    shared_axes: Any = (),
+    mask_shape: Callable[[Shape], Shape] | None = None,
+    generator: Generator = "fast",
+    shard: Shard = None,
+    rate_argument: str = "rate",
+    highest_rate: float = 1.0,
+    key_argument: str = "key",
+) -> Arguments:
+    """Check the arguments that members share.
+
+    The shape of the decisions is that of the data with 1 on shared axes, unless ``mask_shape`` returns another one.
+    ``rate_argument``, ``highest_rate`` and ``key_argument`` are for members whose arguments have other names.
+    """
+    train = as_bool(function, "train", train)
+    check_choice(function, "generator", generator, GENERATORS)
+    if mask_shape is None:
+        mask_shape = shared_shape(as_axes(function, "shared_axes", shared_axes, len(shape)))
+    checked_rate = as_rate(function, rate, mask_shape(shape), rate_argument, highest_rate)
+    axes = tile_axes(function, shape, shard)
+    if key is not None:
+        check_key(function, key, key_argument)
+    return Arguments(function, key, shape, checked_rate, train, mask_shape, generator, shard, axes, key_argument)
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of :func:`check_arguments`."""
+
+    train: Required[bool]
+    shared_axes: Any
+    mask_shape: Callable[[Shape], Shape] | None
+    generator: Generator
+    shard: Shard
+    rate_argument: str
+    highest_rate: float
+    key_argument: str
+
+
+def prepare(function: str, key: Array | None, shape: Shape, rate: RateLike, **options: Unpack[Options]) -> Mask | None:
+    """Check the arguments of :func:`check_arguments`, and return the mask, or ``None`` if nothing random happens."""
+    arguments = check_arguments(function, key, shape, rate, **options)
+    return None if arguments.is_identity else arguments.draw()
+
+
+def shared_shape(axes: tuple[int, ...]) -> Callable[[Shape], Shape]:
+    """Return the function from a shape to the same shape with 1 on some axes."""
+    if not axes:
+        return tuple
+    return lambda shape: tuple(1 if axis in axes else n for axis, n in enumerate(shape))
+
+
+def require_key(function: str, key: Array | None, argument: str = "key") -> Array:
+    """Require a key, because something is dropped."""
+    if key is None:
+        raise type_error(
+            function,
+            argument,
+            rule="must be a PRNG key when something is dropped",
+            got="None",
+            fix="pass a key, or train=False, or rate=0.",
+        )
+    return key

@@ -1,0 +1,94 @@
+"""``generator="fast"``: mask version 1, random-access words ``word(seed, row, col)`` and their thresholds.
+
+Threefry makes a key for each row of an array, and a mixing function of 13 integer operations makes a word for each
+column of that row. A word is a pure function of the seed and the index of an element, so any part of any mask can be
+computed anywhere, in any order, without the rest. ``_random/indexing.py`` says which row and column an element has.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jdrop._random.threefry import WORD, Pair, threefry2x32
+
+MASK_VERSION = 1
+"""Version of the bits that ``generator="fast"`` draws; the same version gives the same masks for ever."""
+
+TAG = 0x6A64726F  # "jdro": as the high word of a counter it is out of reach of jax.random
+USE_SEED, USE_DERIVE = 1, 2
+_GOLDEN = np.uint32(0x9E3779B9)
+
+
+def absorb(state: Pair, blocks: Iterable[Any]) -> Pair:
+    """Encrypt a state under each block ``(tag, a, b)`` in turn; the tag says what the block is."""
+    for tag, a, b in blocks:
+        state = threefry2x32((a, b), (state[0] ^ jnp.asarray(tag, jnp.uint32), state[1]))
+    return state
+
+
+def hash_key(words: Array, use: int) -> Pair:
+    """Hash the data words of a key, for one use: ``USE_SEED`` or ``USE_DERIVE``."""
+    n = words.shape[-1]
+    padded: list[Any] = [*(words[..., i] for i in range(n)), *[np.uint32(0)] * (n % 2)]
+    return absorb((np.uint32(TAG), np.uint32(use)), [(0, *padded[i : i + 2]) for i in range(0, n, 2)])
+
+
+def row_key(seed: Pair, row: Pair) -> Pair:
+    """Return the key of a row, or of an array of rows: ``threefry2x32(seed, row)``."""
+    return threefry2x32(seed, row)
+
+
+def mix(key: Pair, col: Array) -> Array:
+    """Mix the key of a row and a column into a word: two words feed each other, so no permutation of ``col``.
+
+    Multipliers: the golden ratio and three constants from C. Wellons' hash-prospector search.
+    """
+    x = col * _GOLDEN + key[0]
+    y = col ^ key[1]
+    x = x ^ (x >> np.uint32(16))
+    y = y + x * np.uint32(0x7FEB352D)
+    y = y ^ (y >> np.uint32(15))
+    x = x + y * np.uint32(0x846CA68B)
+    x = x ^ (x >> np.uint32(16))
+    y = y + x * np.uint32(0xAC4C1B51)
+    return y ^ (y >> np.uint32(15))
+
+
+def word(seed: Pair, row: Pair, col: Array) -> Array:
+    """Return the uint32 word of an element: ``mix(row_key(seed, row), col)``.
+
+    Args:
+      seed: two uint32 scalars, ``hash_key(words, USE_SEED)``.
+      row: ``(hi, lo)`` of the element's row.
+      col: the element's column, uint32; rows and columns broadcast against each other.
+    """
+    return mix(row_key(seed, row), col)
+
+
+def threshold(rate: Array) -> tuple[Array, Array]:
+    """Return ``t = round_half_even(rate * 2**32)`` of a float32 rate, and whether it drops all words.
+
+    Words below t are dropped. Rate 1 needs the second value, because its t exceeds uint32.
+    """
+    inside = (rate > 0) & (rate < 1)  # NaN is outside, and keeps
+    return jnp.round(jnp.where(inside, rate, jnp.zeros_like(rate)) * float(WORD)).astype(jnp.uint32), rate >= 1
+
+
+def keep(words: Array, rate: Array) -> Array:
+    """Decide for each word whether its element is kept."""
+    t, none = threshold(rate)
+    return (words >= t) & ~none
+
+
+def keep_probability(rate: Array, dtype: Any) -> Array:
+    """Return the probability that an element is really kept with, ``1 - t / 2**32``, rounded once to ``dtype``.
+
+    0 and 1 for rates of 1 and 0, NaN for NaN.
+    """
+    t, none = threshold(rate)
+    kept = jnp.where(t == 0, jnp.asarray(float(WORD), dtype), (np.uint32(0) - t).astype(dtype)) / float(WORD)
+    kept = jnp.where(none, jnp.zeros_like(kept), kept)
+    return jnp.where(jnp.isnan(rate), rate.astype(dtype), kept)

@@ -1,0 +1,56 @@
+"""``generator="jax"``: the bits of ``jax.random.bernoulli(key, 1 - rate, shape)``, by index where JAX draws them so.
+
+``bernoulli`` keeps where ``uniform(key) < p``, and ``uniform`` makes its numbers from the n bits that the mantissa of
+the dtype of p has. So it keeps where the integer of these bits is below ``ceil(p * 2**n)``, and the drop rate that is
+really used, ``1 - ceil(p * 2**n) / 2**n``, is exact in that dtype.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jdrop._random.threefry import Pair, threefry2x32
+
+
+def has_random_access(implementation: str) -> bool:
+    """Tell whether ``jax.random`` draws a bit of such a key from the index of its element alone."""
+    config: Any = jax.config
+    return implementation == "threefry2x32" and config.jax_threefry_partitionable
+
+
+def realized_rate(rate: np.ndarray | Array) -> Array:
+    """Return the drop rate that ``bernoulli(key, 1 - rate)`` really uses, in the dtype that JAX gives ``1 - rate``.
+
+    ``1 - rate`` is formed in the rate's own dtype, as a user would. Rates below 0 and above 1 act as 0 and 1.
+    """
+    concrete = isinstance(rate, np.ndarray)
+    xp: Any = np if concrete else jnp
+    p = xp.asarray(1 - rate, jax.dtypes.canonicalize_dtype(rate.dtype) if concrete else None)
+    steps = p.dtype.type(2.0 ** jnp.finfo(p.dtype).nmant)
+    clipped = xp.minimum(xp.maximum(p, p.dtype.type(0)), p.dtype.type(1))
+    return jnp.asarray(xp.where(xp.isnan(p), p, p.dtype.type(1) - xp.ceil(clipped * steps) / steps))
+
+
+def keep(bits: Array, rate: Array) -> Array:
+    """Decide for each integer of :func:`bits_at` whether its element is kept, by a realized rate."""
+    keep_all = jnp.isnan(rate)
+    p = jnp.where(keep_all, jnp.ones_like(rate), 1 - rate)
+    return bits < (p * rate.dtype.type(2.0 ** jnp.finfo(rate.dtype).nmant)).astype(bits.dtype)
+
+
+def keep_probability(rate: Array, dtype: Any) -> Array:
+    """Return the probability that an element is really kept with, exactly; NaN for NaN."""
+    return (1 - rate).astype(dtype)
+
+
+def bits_at(words: Pair, index: Pair, dtype: Any) -> Array:
+    """Return the integer that ``jax.random.uniform`` makes a number of ``dtype`` from, at a flat index."""
+    info = jnp.finfo(dtype)
+    high, low = threefry2x32(words, index)
+    if info.bits == 64:
+        return ((high.astype(jnp.uint64) << np.uint64(32)) | low.astype(jnp.uint64)) >> np.uint64(64 - info.nmant)
+    drawn = 8 if info.nmant < 8 else info.bits
+    return ((high ^ low) & np.uint32(2**drawn - 1)) >> np.uint32(drawn - info.nmant)

@@ -1,0 +1,23 @@
+"""Types of public arguments, and the dtypes that they may have."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec
+
+RateLike = float | np.ndarray | Array
+Generator = Literal["fast", "jax"]
+Shard = PartitionSpec | None
+Window = Sequence[tuple[int | Array, int]]
+
+GENERATORS = ("fast", "jax")
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+INEXACT = (*FLOATS, "complex64", "complex128")
+
+
+def real_dtype(x: Array) -> Any:
+    """Return the dtype that x is scaled in: float64 for float64 and complex128, else float32."""
+    return jnp.float64 if x.dtype in (jnp.float64, jnp.complex128) else jnp.float32

@@ -1,0 +1,346 @@
+"""Attention in blocks: of the scores, forward and backward, only a few blocks exist at a time.
+
+The method of FlashAttention-2 (Dao 2024, ICLR) in plain JAX. A softmax takes one pass, since a block holds all keys of
+its queries. The backward pass recomputes the probabilities from the maximum of their logits and the logarithm of the
+sum of their exponentials, and the mask from its seed. The two stay apart: in their sum, the logsumexp, a maximum of
+large size would swallow the logarithm.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from jdrop._bits import bits_for
+from jdrop._platform import BlockSizes, Target, at_lowering
+from jdrop._prepare import Arguments
+from jdrop._random.threefry import U64
+from jdrop._sharding import explicit_sharding, tile_axes, vary_like, vary_together, whole_array
+from jdrop._types import real_dtype
+from jdrop.attention import _blocking
+from jdrop.attention._blocking import Block, Plan, Segment
+from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, visible_logits
+
+
+def refusal(arguments: Arguments, *arrays: Array) -> str | None:
+    """Return why this implementation cannot serve a call, or ``None``."""
+    sizes = [n for x in arrays for n in x.shape]
+    if not all(isinstance(n, int) for n in sizes) or 0 in sizes:
+        return "sizes that are 0 or symbolic"
+    explicit = [s.spec for x in arrays if (s := explicit_sharding(jax.typeof(x).sharding)) is not None]
+    if any(spec != explicit[0] for spec in explicit):
+        return "an explicit mesh that shards more than batch and heads, or query, key and value differently"
+    if arguments.is_identity:
+        return None
+    if arguments.rate.ndim and arguments.rate.shape[-1] > 1:
+        return "a rate that differs from key to key"
+    name, key, generator = arguments.function, arguments.key, arguments.generator
+    if key is not None and not bits_for(name, key, generator, arguments.key_argument).random_access:
+        return "a key whose bits do not go by index"
+    return None
+
+
+# ---------------------------------------------------------------------------------- one block
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The scores of a block, and the block's part of what makes them."""
+
+    block: Block
+    spec: AttentionSpec
+    bias: Array | None
+    inputs: AttentionInputs
+    index: list[U64] | None
+    """The index of the scores in the whole array, if there is dropout."""
+
+    @classmethod
+    def of(cls, block: Block, spec: AttentionSpec, bias: Array | None, inputs: AttentionInputs) -> "Scores":
+        """Slice arrays from :func:`_blocking.split_scores` for a block."""
+        bias, inputs = block.slice_scores((bias, inputs))
+        return cls(block, spec, bias, inputs, None if inputs.dropout is None else block.index(inputs.start))
+
+    def logits(self, q: Array, k: Array) -> Array:
+        """Return the logits, -inf where a key is hidden."""
+        products = self.block.einsum("bkgqh,bksh->bkgqs", q, k, real_dtype(q))
+        queries, keys = self.block.positions()
+        queries = first_query(self.spec, self.inputs) + queries
+        return visible_logits(self.spec, products, self.bias, self.inputs, queries, keys)[0]
+
+    def drop(self, x: Array, after: Array | None = None) -> Array:
+        """Return x where it is kept, else 0; not scaled. It may replace x in memory if it comes after other reads."""
+        if self.inputs.dropout is None or self.index is None:
+            return x
+        platform = self.block.plan.platform
+        keep = self.inputs.dropout.keep_at(self.index, platform=platform)
+        return jnp.where(keep, platform.order_after(x, after), 0.0)
+
+    def scale_kept(self, rows: Array) -> Array:
+        """Divide rows, which are linear in kept values, by the keep probability; 0 where nothing is kept."""
+        if self.inputs.dropout is None:
+            return rows
+        keep = self.inputs.dropout.keep_probability(real_dtype(rows))
+        return rows * jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
+
+
+def _forward_block(scores: Scores, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Return the output of a block's queries, the maximum of their logits, and the log of the sum of exponentials.
+
+    The exponentials are those of the differences from the maximum. Queries that see no key have 0 and +inf.
+    """
+    block = scores.block
+    q, k, v = block.queries(q), block.keys(k), block.keys(v)
+    logits = scores.logits(q, k)
+    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))  # it cancels in everything that is returned
+    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
+    e = jnp.exp(logits - peak)
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    kept = scores.drop(e, after=total)
+    out = block.einsum("bkgqs,bksh->bkgqh", kept.astype(v.dtype), v, logits.dtype)
+    nonzero = jnp.where(total == 0, 1.0, total)
+    out = scores.scale_kept(out / nonzero).astype(q.dtype)
+    log_sum = jnp.where(total == 0, jnp.inf, jnp.log(nonzero))
+    out, peak, log_sum = (jnp.expand_dims(x, block.plan.unit_axes) for x in (out, peak, log_sum))
+    return out, peak, log_sum
+
+
+def _backward_block(
+    scores: Scores, q: Array, k: Array, v: Array, do: Array, peak: Array, log_sum: Array, *delta: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Return a block's part of the gradients: of q times scale, of k and v as [.., H, S], and of its logits.
+
+    The gradient of k is not yet multiplied by ``scale``. ``delta``, if there is one, is the sum over keys of p times
+    its gradient.
+    """
+    block = scores.block
+    q, do, peak, log_sum, *delta = (block.queries(x) for x in (q, do, peak, log_sum, *delta))  # type: ignore[assignment]
+    k, v = block.keys(k), block.keys(v)
+    p = jnp.exp(scores.logits(q, k) - peak - log_sum)
+    if q.dtype == jnp.float16:  # its range is too small for gradients over a keep probability
+        q, k, v = (x.astype(p.dtype) for x in (q, k, v))
+    do = scores.scale_kept(do.astype(p.dtype)).astype(q.dtype)
+    # The mask is drawn twice, which takes no longer than to hold it.
+    dp = scores.drop(block.einsum("bkgqh,bksh->bkgqs", do, v, p.dtype))
+    ds = p * (dp - (delta[0] if delta else jnp.sum(p * dp, axis=-1, keepdims=True)))
+    kept = scores.drop(p, after=ds[..., :1])
+    # The sums over queries as [H, S]: as [S, H] they would transpose a block of scores first.
+    do_t, q_t = block.plan.platform.separate(do.swapaxes(-1, -2), q.swapaxes(-1, -2))
+    dv = block.einsum("bkghq,bkgqs->bkhs", do_t, kept.astype(q.dtype), p.dtype)
+    dk = block.einsum("bkghq,bkgqs->bkhs", q_t, ds.astype(q.dtype), p.dtype)
+    dq = block.einsum("bkgqs,bksh->bkgqh", ds.astype(q.dtype), k, p.dtype)
+    unit_axes = block.plan.unit_axes
+    dk, dv = (jnp.expand_dims(x, [axis for axis in unit_axes if axis < 2]) for x in (dk, dv))
+    return jnp.expand_dims(dq, unit_axes), dk, dv, jnp.expand_dims(ds, unit_axes)
+
+
+# ---------------------------------------------------------------------------------- the loops
+
+
+def _plan(target: Target, spec: AttentionSpec, sizes: BlockSizes | None, query: Array, key: Array) -> Plan:
+    sizes = target.platform.block_sizes if sizes is None else sizes
+    return _blocking.make_plan(spec, query, key, target.platform, sizes, target.devices)
+
+
+def _scale_queries(spec: AttentionSpec, query: Array) -> tuple[AttentionSpec, Array]:
+    """Multiply the queries by the scale, instead of each logit, where that rounds no more than their products do."""
+    full_precision = query.dtype == real_dtype(query)
+    power_of_two = math.frexp(abs(spec.scale))[0] == 0.5
+    if not (full_precision or (query.dtype == jnp.bfloat16 and power_of_two)):
+        return spec, query
+    return spec._replace(scale=1.0), query * spec.scale
+
+
+def _dependency(plan: Plan, before: list[Array]) -> Array | None:
+    """Return an element of what an earlier segment returned, for the next one to wait for; on a mesh, per device."""
+    return before[-plan.max_in_flight][..., :1, :1] if len(before) >= plan.max_in_flight else None
+
+
+def _over_blocks(f: Callable[[Any, Array], tuple[Any, Any]], carry: Any, segment: Segment) -> tuple[Any, Any]:
+    """Scan over the blocks of a segment, and join the results along the queries, axis 3."""
+    if segment.blocks == 1:
+        return f(carry, jnp.int32(segment.first))
+    carry, results = lax.scan(f, carry, segment.first + segment.rows * jnp.arange(segment.blocks, dtype=jnp.int32))
+    return carry, jax.tree.map(_join_blocks, results)
+
+
+def _join_blocks(x: Array) -> Array:
+    x = jnp.moveaxis(x, 0, 3)
+    return x.reshape(*x.shape[:3], -1, *x.shape[5:])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forward:
+    """The output, the maxima of the logits, and the logarithms of the sums of exponentials, all [B, T, N, ...]."""
+
+    spec: AttentionSpec
+    sizes: BlockSizes | None
+
+    def __call__(
+        self, target: Target, query: Array, key: Array, value: Array, bias: Array | None, inputs: AttentionInputs
+    ) -> tuple[Array, ...]:
+        plan = _plan(target, self.spec, self.sizes, query, key)
+        spec, scaled = _scale_queries(self.spec, query)
+        bias, inputs = _blocking.split_scores((bias, inputs), plan)
+
+        def step(x: tuple[Any, ...]) -> tuple[Array, ...]:
+            batch, head, *arrays = x
+            results: list[tuple[Array, ...]] = []
+            for segment in plan.segments:
+                # Not on the outputs: under vmap there may be many of them where queries and keys are shared.
+                after = _dependency(plan, [log_sum for _, _, log_sum in results])
+
+                def block(carry: None, first: Array, segment: Segment = segment, after: Any = after) -> Any:
+                    at = Block(plan, segment, batch, head, first, after)
+                    return carry, _forward_block(Scores.of(at, spec, bias, inputs), *arrays)
+
+                results.append(_over_blocks(block, None, segment)[1])
+            return tuple(jnp.concatenate(parts, axis=3) for parts in zip(*results))
+
+        operands = [_blocking.split(x, plan) for x in (scaled, key, value)]
+        return tuple(_blocking.join(x, plan) for x in lax.map(step, (*_blocking.loop_indices(plan), *operands)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Backward:
+    """The gradients of query, key, value and bias."""
+
+    spec: AttentionSpec
+    sizes: BlockSizes | None
+
+    def __call__(self, target: Target, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
+        query, key, value, whole_bias, inputs, peak, log_sum, out = residuals
+        plan, platform = _plan(target, self.spec, self.sizes, query, key), target.platform
+        if plan.batch[1] * plan.heads[1] == 1:
+            # Without a loop that takes do, the probabilities could be made in the forward pass, and held until here.
+            # Under a vmap over PRNG keys they are then made for each.
+            query = platform.order_after(query, do[..., :1])
+        spec, scaled = _scale_queries(self.spec, query)
+        bias, inputs = _blocking.split_scores((whole_bias, inputs), plan)
+        # The sum over keys of p times its gradient is that over H of out times its own, but not with 16 bits of out.
+        delta = [] if out is None else [platform.sum_of_products(do, out)[..., None]]
+        peak, log_sum, do, *delta = (_blocking.split(x, plan) for x in (peak, log_sum, do, *delta))
+        # Queries that see no key have no gradient, whatever comes in.
+        do, *delta = (jnp.where(log_sum == jnp.inf, 0, x) for x in (do, *delta))
+
+        def zeros(*shape: int) -> Array:
+            return vary_like(jnp.zeros(shape, peak.dtype), jax.typeof(query))
+
+        def step(dbias: Any, x: tuple[Any, ...]) -> tuple[Any, tuple[Array, Array, Array]]:
+            batch, head, *arrays = x
+            dk = dv = zeros(plan.batch[0], plan.heads[0], key.shape[3], key.shape[1])
+            dqs: list[Array] = []
+            for segment in plan.segments:
+                after = _dependency(plan, dqs)
+
+                def block(carry: Any, first: Array, segment: Segment = segment, after: Any = after) -> Any:
+                    (dk, dv, dbias), at = carry, Block(plan, segment, batch, head, first, after)
+                    dq, more_dk, more_dv, ds = _backward_block(Scores.of(at, spec, bias, inputs), *arrays)
+                    return (dk + more_dk, dv + more_dv, _add(dbias, ds, at)), dq
+
+                seen = (..., slice(segment.low, segment.high))
+                (dk_seen, dv_seen, dbias), dq = _over_blocks(block, (dk[seen], dv[seen], dbias), segment)
+                dk, dv = dk.at[seen].set(dk_seen), dv.at[seen].set(dv_seen)
+                dqs.append(dq)
+            dq, dk = jnp.concatenate(dqs, axis=3) * self.spec.scale, dk * spec.scale
+            return dbias, (dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype))
+
+        dbias: Any = None if bias is None else zeros(*bias.shape)
+        operands = [_blocking.split(x, plan) for x in (scaled, key, value)] + [do, peak, log_sum, *delta]
+        dbias, gradients = lax.scan(step, dbias, (*_blocking.loop_indices(plan), *operands))
+        dq, dk, dv = gradients
+        dk, dv = (jnp.expand_dims(x.swapaxes(-1, -2), 3) for x in (dk, dv))  # all at once
+        dq, dk, dv = (_blocking.join(x, plan) for x in (dq, dk, dv))
+        return dq, dk, dv, None if bias is None else dbias.reshape(whole_bias.shape).astype(bias.dtype)
+
+
+def _add(dbias: Array | None, ds: Array, block: Block) -> Array | None:
+    """Add the gradient of a block's logits to that of the bias, summed where the bias broadcasts."""
+    if dbias is None:
+        return None
+    starts, sizes = block.window(dbias.shape)
+    of_block = [n for axis, n in enumerate(sizes) if axis not in (1, 3)]
+    ds = ds.sum([axis for axis, n in enumerate(of_block) if n == 1], keepdims=True).reshape(sizes)
+    return lax.dynamic_update_slice(dbias, lax.dynamic_slice(dbias, starts, sizes) + ds, starts)
+
+
+# ---------------------------------------------------------------------------------- its derivative
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(spec: AttentionSpec, sizes: BlockSizes | None, *operands: Any) -> Array:
+    return _attend_forward(spec, sizes, *operands)[0]
+
+
+def _attend_forward(spec: AttentionSpec, sizes: BlockSizes | None, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
+    out_type = jax.typeof(operands[0])
+    row_type = out_type.update(shape=(*out_type.shape[:-1], 1), dtype=jnp.dtype(real_dtype(out_type)))
+    types = (out_type, row_type, row_type)
+    out, peak, log_sum = at_lowering(_Forward(spec, sizes), *operands, types=types)
+    return out, (*operands, peak, log_sum, out if out.dtype == peak.dtype else None)
+
+
+def _attend_backward(
+    spec: AttentionSpec, sizes: BlockSizes | None, residuals: tuple[Any, ...], do: Array
+) -> tuple[Any, ...]:
+    query, key, value, bias, *_ = residuals
+    types = tuple(None if x is None else jax.typeof(x) for x in (query, key, value, bias))
+    return *at_lowering(_Backward(spec, sizes), residuals, do, types=types), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+# ---------------------------------------------------------------------------------- one device, or a mesh
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="sizes")
+def attend(
+    spec: AttentionSpec,
+    query: Array,
+    key: Array,
+    value: Array,
+    bias: Array | None,
+    inputs: AttentionInputs,
+    *,
+    sizes: BlockSizes | None = None,
+) -> Array:
+    """Return ``dropout(softmax(query @ key.T * scale + bias)) @ value``.
+
+    Args:
+      spec: what is static.
+      query: [B, T, N, H]; an explicit mesh shards only batch and heads, and those of key and value in the same way.
+      key: [B, S, K, H].
+      value: [B, S, K, H].
+      bias: ``None``, or an array with four axes that broadcasts to [B, N, T, S].
+      inputs: what no gradient flows to.
+      sizes: sizes of the blocks; ``None`` for those of the platform.
+    """
+    sharding = explicit_sharding(jax.typeof(query).sharding)
+    if sharding is None or not any(sharding.spec):
+        return _attend_on_device(spec, sizes, query, key, value, bias, inputs)
+    batch, _, heads, _ = sharding.spec
+
+    def spec_of(x: Array) -> PartitionSpec:
+        return PartitionSpec(*(s if n > 1 else None for s, n in zip((batch, heads), x.shape if x.ndim == 4 else ())))
+
+    def on_device(query: Array, key: Array, value: Array, bias: Array | None, inputs: AttentionInputs) -> Array:
+        shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        _, start = whole_array(shape, tile_axes("attend", shape, PartitionSpec(batch, heads)))
+        return _attend_on_device(spec, sizes, query, key, value, bias, inputs._replace(start=start))
+
+    specs = jax.tree.map(spec_of, (bias, inputs))
+    bias, inputs = jax.tree.map(jax.sharding.reshard, (bias, inputs), specs)
+    specs = (*(PartitionSpec(batch, None, heads),) * 3, *specs)
+    return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(query, key, value, bias, inputs)
+
+
+def _attend_on_device(spec: AttentionSpec, sizes: BlockSizes | None, *operands: Any) -> Array:
+    """Attend on one device, on an auto mesh, or on a device's part of a manual one."""
+    arrays, tree = jax.tree.flatten(operands)
+    return _attend(spec, sizes, *jax.tree.unflatten(tree, vary_together(*arrays)))

@@ -1,0 +1,134 @@
+"""The argument rules of attention."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jdrop._checks import as_count, as_number, check_array, check_broadcastable, check_integers
+from jdrop._errors import describe, type_error, value_error
+from jdrop._prepare import Arguments
+from jdrop._sharding import explicit_sharding
+from jdrop._types import FLOATS, real_dtype
+
+NAME = "dot_product_attention"
+
+
+def check_data(query: Array, key: Array, value: Array) -> None:
+    for argument, x in (("query", query), ("key", key), ("value", value)):
+        check_array(NAME, argument, x, FLOATS)
+        if x.ndim not in (3, 4):
+            raise value_error(
+                NAME,
+                argument,
+                rule="must be [batch, length, heads, width] or [length, heads, width]",
+                got=describe(x),
+                fix="reshape it",
+            )
+    if key.dtype != query.dtype or value.dtype != query.dtype:
+        raise type_error(
+            NAME,
+            "query, key and value",
+            rule="must have one dtype",
+            got=f"{query.dtype}, {key.dtype} and {value.dtype}",
+            fix="convert them",
+        )
+    if value.shape != key.shape:
+        raise value_error(
+            NAME,
+            "value",
+            rule=f"must have the shape of key, {key.shape}",
+            got=value.shape,
+            fix="give each key a value of the same width",
+        )
+    if query.ndim != key.ndim or query.shape[:-3] != key.shape[:-3] or query.shape[-1] != key.shape[-1]:
+        raise value_error(
+            NAME,
+            "key",
+            rule=f"must have batch and width of query, {query.shape}",
+            got=key.shape,
+            fix="project them alike",
+        )
+    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
+        raise value_error(
+            NAME,
+            "key",
+            rule="must have a number of heads that divides query's",
+            got=f"{key.shape[-2]} for {query.shape[-2]}",
+            fix="group query heads evenly",
+        )
+
+
+def check_sharding(query: Array, key: Array, value: Array) -> None:
+    """On an explicit mesh, require keys and width whole: sums over them would need communication."""
+    for argument, x, axes in (("query", query, (3,)), ("key", key, (1, 3)), ("value", value, (1, 3))):
+        sharding = explicit_sharding(jax.typeof(x).sharding)
+        if sharding is not None and any(sharding.spec[axis] for axis in axes):
+            raise value_error(
+                NAME,
+                argument,
+                rule="must be whole along width" if argument == "query" else "must be whole along keys and width",
+                got=jax.typeof(x),
+                fix="use jax.sharding.reshard first",
+            )
+
+
+def as_scores(argument: str, x: Array | None, shape: tuple[int, ...], dtypes: Sequence[str]) -> Array | None:
+    """Require an array that broadcasts to [B, N, T, S], and give it four axes."""
+    if x is None:
+        return None
+    check_broadcastable(NAME, argument, x, shape, "[batch, heads, queries, keys] =")
+    if x.dtype.name not in dtypes:
+        to_bool = dtypes == ("bool",)
+        raise type_error(
+            NAME,
+            argument,
+            rule="must be bool" if to_bool else "must be floating",
+            got=describe(x),
+            fix="pass x != 0" if to_bool else "convert it",
+        )
+    return jnp.reshape(x, (1,) * (4 - x.ndim) + x.shape)
+
+
+def as_lengths(argument: str, x: Array | None, batch: int) -> Array | None:
+    """Require one length an example, and give them four axes."""
+    if x is None:
+        return None
+    check_integers(NAME, argument, x)
+    if x.shape != (batch,):
+        raise value_error(NAME, argument, rule=f"must have shape {(batch,)}", got=x.shape, fix="pass one an example")
+    return jnp.reshape(x, (batch, 1, 1, 1)).astype(jnp.int32)
+
+
+def as_window(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = size if isinstance(size, tuple) and len(size) == 2 else (size, size)
+    left, right = (min(as_count(NAME, "local_window_size", n, low=0), 2**31 - 1) for n in pair)
+    return left, right
+
+
+def as_scaled(query: Array, scale: Any) -> tuple[Array, float]:
+    """Return the query, and the number that logits are multiplied by; an array's factor goes into the query."""
+    if scale is None:
+        return query, query.shape[-1] ** -0.5
+    if isinstance(scale, Array):
+        check_array(NAME, "scale", scale, FLOATS)
+        check_broadcastable(NAME, "scale", scale, ())
+        return (query * scale.astype(real_dtype(query))).astype(query.dtype), 1.0
+    return query, as_number(NAME, "scale", scale, -np.inf, np.inf)
+
+
+def check_whole_keys(arguments: Arguments) -> None:
+    """Require ``shard=`` not to split the keys."""
+    if any(arguments.tile_axes[3:]):
+        raise value_error(
+            NAME,
+            "shard",
+            rule="must not spread the keys",
+            got=arguments.shard,
+            fix="gather keys and values first: a softmax needs all of them",
+        )

@@ -1,0 +1,74 @@
+"""The implementations of attention, and which one serves a call."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jax import Array, lax
+
+from jdrop._checks import check_choice
+from jdrop._errors import unsupported
+from jdrop._prepare import Arguments
+from jdrop.attention import _blockwise, _reference
+
+
+class Implementation(NamedTuple):
+    """One way to compute attention."""
+
+    refusal: Callable[..., str | None]
+    """``(arguments, query, key, value)`` to the reason why it cannot serve a call, or ``None``."""
+    attend: Callable[..., Array]
+    """``(spec, query, key, value, bias, inputs)`` to the output, [B, T, N, H]."""
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(_reference.refusal, _reference.attend),
+    "chunked": Implementation(_blockwise.refusal, _blockwise.attend),
+}
+# By platform: the implementations in the order in which they are tried, each from a number of scores per head on. On
+# CPU "chunked" is no slower from 2**16 scores on (scripts/bench_attention.py, jax 0.10.2).
+PREFERENCES = {"cpu": (("chunked", 2**16), ("reference", 0))}
+DEFAULT_PREFERENCE = (("chunked", 2**16), ("reference", 0))
+
+
+def choose(arguments: Arguments, implementation: str | None, *arrays: Array) -> Callable[..., Array]:
+    """Return the function of the implementation that serves a call.
+
+    An explicit one raises with its reason if it cannot serve. Otherwise each platform takes the first in its order that
+    can, when the program is lowered.
+    """
+    if implementation is not None:
+        check_choice(arguments.function, "implementation", implementation, tuple(IMPLEMENTATIONS))
+        reason = IMPLEMENTATIONS[implementation].refusal(arguments, *arrays)
+        if reason:
+            raise unsupported(
+                arguments.function,
+                "implementation",
+                rule=f'must be "reference" for {reason}',
+                got=repr(implementation),
+                fix='pass "reference"',
+            )
+        return IMPLEMENTATIONS[implementation].attend
+    preferred = functools.partial(_preferred, arguments, arrays)
+    default, by_platform = preferred(DEFAULT_PREFERENCE), {p: preferred(order) for p, order in PREFERENCES.items()}
+    if set(by_platform.values()) == {default}:
+        return IMPLEMENTATIONS[default].attend
+    functions = {platform: IMPLEMENTATIONS[name].attend for platform, name in by_platform.items()}
+    return functools.partial(_attend_by_platform, functions, IMPLEMENTATIONS[default].attend)
+
+
+def _preferred(arguments: Arguments, arrays: tuple[Array, ...], order: tuple[tuple[str, int], ...]) -> str:
+    """Return the name of the first implementation that can serve a call."""
+    *_, queries, keys = arguments.shape
+    for name, least in order:
+        refusal = IMPLEMENTATIONS[name].refusal(arguments, *arrays)
+        if refusal is None and (least == 0 or queries * keys >= least):
+            return name
+    raise AssertionError("the last implementation serves all calls")
+
+
+def _attend_by_platform(
+    functions: dict[str, Callable[..., Array]], default: Callable[..., Array], spec: Any, *operands: Any
+) -> Array:
+    bound = {platform: functools.partial(f, spec) for platform, f in functions.items()}
+    return lax.platform_dependent(*operands, default=functools.partial(default, spec), **bound)

@@ -1,0 +1,68 @@
+"""What the implementations of attention share: the static specification, the inputs, and the logits that are visible.
+
+Scores have the axes [batch, head, query, key], or finer ones that split batch and head, with 1 where they broadcast.
+"""
+
+import functools
+import operator
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from jdrop._mask import Mask
+
+
+class AttentionSpec(NamedTuple):
+    """What is static about a call."""
+
+    scale: float
+    causal: bool
+    window: tuple[int, int] | None
+    """How many keys a query sees to its left and to its right."""
+    queries_are_tiled: bool
+    """Whether the queries are a tile of those of the whole array, so that their positions count from its start."""
+
+
+class AttentionInputs(NamedTuple):
+    """The inputs that no gradient flows to. Those that broadcast to scores have four axes."""
+
+    visible: Array | None = None
+    query_lengths: Array | None = None
+    key_lengths: Array | None = None
+    start: Array | None = None
+    """Where a tile of ``jax.shard_map`` starts: uint32 [4, 2], ``(hi, lo)`` for each axis of the scores."""
+    dropout: Mask | None = None
+    """The mask of the scores; ``None`` if nothing is dropped."""
+
+
+def first_query(spec: AttentionSpec, inputs: AttentionInputs) -> Array | int:
+    """Return the position of the first query in the whole array, int32."""
+    if not spec.queries_are_tiled or inputs.start is None:
+        return 0
+    return inputs.start[2, 1].astype(jnp.int32)
+
+
+def visible_logits(
+    spec: AttentionSpec, products: Array, bias: Array | None, inputs: AttentionInputs, queries: Array, keys: Array
+) -> tuple[Array, bool]:
+    """Return ``products * scale + bias`` with -inf where a key is hidden, and whether a query may see no key.
+
+    ``queries`` and ``keys`` are positions; ``bias`` and ``inputs`` broadcast to the products.
+    """
+    logits = products * spec.scale
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)
+    conditions = [] if inputs.visible is None else [inputs.visible]
+    if spec.causal:
+        conditions.append(keys <= queries)
+    if spec.window is not None:
+        left, right = spec.window
+        conditions += [queries - keys <= left, keys - queries <= right]
+    if inputs.query_lengths is not None:
+        conditions.append(queries < inputs.query_lengths)
+    if inputs.key_lengths is not None:
+        conditions.append(keys < inputs.key_lengths)
+    if conditions:
+        logits = jnp.where(functools.reduce(operator.and_, conditions), logits, -jnp.inf)
+    return logits, bool(conditions) or bias is not None

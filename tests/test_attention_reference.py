@@ -1,0 +1,20 @@
+"""The reference implementation of attention: what it stores."""
+
+import jax
+import jax.numpy as jnp
+from attention_suite import KEY, data
+
+import jdrop
+
+
+def test_no_mask_is_kept_for_the_backward_pass():
+    """Of the mask, its seed and rate; of the scores, at most the probabilities on both sides of dropout."""
+    q, k, v, _ = data(batch=1, queries=6, keys=6, heads=2, key_heads=1, width=8)
+
+    def residuals(train):
+        f = lambda *x: jdrop.dot_product_attention(KEY, *x, 0.5, train=train, implementation="reference")
+        return jax.tree.leaves(jax.eval_shape(lambda *x: jax.vjp(f, *x)[1], q, k, v))
+
+    assert not any(x.dtype == jnp.bool_ and x.size > 1 for x in residuals(True))
+    size = lambda leaves: sum(x.size * x.dtype.itemsize for x in leaves)
+    assert size(residuals(True)) - size(residuals(False)) <= 2 * 4 + 4 + 4 * 2 * 6 * 6

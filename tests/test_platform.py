@@ -1,0 +1,123 @@
+"""The forms of a platform are chosen when a program is lowered, and reach no other platform."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from members import MEMBERS
+
+import jdrop
+from jdrop._platform import GENERIC, PLATFORMS, Target, at_lowering
+
+KEY = jax.random.key(7)
+X = jnp.asarray(((np.arange(2 * 3 * 8 * 128) % 61 - 29.5) / 16).astype(np.float32).reshape(2, 3, 8, 128))
+
+
+def text_for(platform, f, *args):
+    """The StableHLO of a program, without what names the platform."""
+    text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return re.sub(r"module @\S+ attributes \{[^}]*\}", "module", text)
+
+
+def step_of(name):
+    member = MEMBERS[name]
+
+    def step(key, x):
+        return jax.value_and_grad(lambda x: jnp.sum(member(key, x, 0.3, train=True).astype("float32")))(x)
+
+    return step
+
+
+@pytest.fixture
+def no_forms_for_cpu(monkeypatch):
+    """CPU takes the plain forms, too."""
+    jax.clear_caches()
+    monkeypatch.delitem(PLATFORMS, "cpu")
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """The programs of all members for two platforms without forms of their own."""
+    return {name: [text_for(p, step_of(name), KEY, X) for p in ("cuda", "tpu")] for name in MEMBERS}
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_forms_for_cpu_reach_no_other_platform(name, texts, no_forms_for_cpu):
+    plain = text_for("cpu", step_of(name), KEY, X)
+    assert texts[name] == [plain, plain]
+
+
+def test_the_forms_for_cpu_reach_the_cpu(texts):
+    """Without them the test above would compare nothing. token_dropout and the rest share the same few operations."""
+    own = {name for name in MEMBERS if text_for("cpu", step_of(name), KEY, X) != texts[name][0]}
+    assert own == set(MEMBERS)
+
+
+def test_blockwise_attention_lowers_for_each_platform_in_its_own_form():
+    q = jnp.ones((1, 600, 1, 16))
+    f = lambda k, q: jdrop.dot_product_attention(k, q, q, q, 0.3, train=True, is_causal=True, implementation="chunked")
+    cuda, tpu, cpu = (text_for(p, f, KEY, q) for p in ("cuda", "tpu", "cpu"))
+    assert cuda == tpu != cpu
+    squeezed = lambda text: bool(re.search(r"tensor<1x1x1x\d+x600xf32>", text))
+    assert squeezed(cuda) and not squeezed(cpu)
+
+
+def test_a_program_for_two_platforms_holds_both_forms():
+    f = jax.jit(lambda k, x: jdrop.dropout(k, x, 0.3, train=True))
+    exported = jax.export.export(f, platforms=("cpu", "tpu"))(jax.random.PRNGKey(0), X)
+    np.testing.assert_array_equal(exported.call(jax.random.PRNGKey(0), X), f(jax.random.PRNGKey(0), X))
+
+
+# ---------------------------------------------------------------------------------- at_lowering
+
+
+def times_two_on_cpu(target, x, scale):
+    return {"y": x * (2 * scale if target.name == "cpu" else scale)}
+
+
+def product(x, scale=1.5):
+    return at_lowering(times_two_on_cpu, x, jnp.float32(scale))["y"]
+
+
+def test_a_function_of_the_target_sees_what_the_program_is_lowered_for():
+    x = jnp.arange(3.0)
+    for f in (product, jax.jit(product), jax.vmap(product), jax.jit(jax.vmap(product))):
+        np.testing.assert_array_equal(f(x), 3 * x)
+    mapped = jax.vmap(product, in_axes=(1, 0), out_axes=1)(jnp.ones((3, 2)), jnp.arange(2.0))
+    np.testing.assert_array_equal(mapped, np.ones((3, 2)) * np.array([0.0, 2.0]))
+
+
+def test_its_derivatives_are_those_of_the_plain_form():
+    """Callers have derivatives of their own; only second ones get here."""
+    y, slope = jax.jvp(product, (jnp.float32(1),), (jnp.float32(1),))
+    assert (y, slope) == (1.5, 1.5) and jax.grad(product)(jnp.float32(1)) == 1.5
+    assert jax.jvp(lambda x: product(jnp.float32(1)) * x, (1.0,), (1.0,)) == (3, 3)
+
+
+def test_types_of_results_may_be_given():
+    x = jnp.arange(3.0)
+    f = lambda x: at_lowering(times_two_on_cpu, x, jnp.float32(1), types={"y": jax.typeof(x)})["y"]
+    np.testing.assert_array_equal(f(x), 2 * x)
+    np.testing.assert_array_equal(jax.jit(f)(x), 2 * x)
+
+
+def number_of_devices(target, x):
+    return x * 0 + target.devices
+
+
+def test_the_target_knows_how_many_devices_share_an_array():
+    x, devices = jnp.ones(8), lambda x: at_lowering(number_of_devices, x)
+    assert devices(x)[0] == 1 and Target().devices == 1 and Target().platform is GENERIC
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.sharding.PartitionSpec("a")
+    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    assert jax.jit(devices)(placed)[0] == 8
+    whole, part = (
+        jax.jit(jax.shard_map(devices, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=names))(placed)
+        for names in ({"a", "b"}, {"a"})
+    )
+    assert whole[0] == 1 and part[0] == 2
