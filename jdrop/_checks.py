@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jdrop._errors import describe, type_error, value_error
-from jdrop._types import FLOATS, INEXACT
+from jdrop._types import FLOATS, INEXACT, RATE_DTYPES
 
 KEY_WORDS = (1, 2, 4)  # lengths of the key data of JAX's PRNG implementations
 
@@ -129,7 +129,7 @@ def as_rate(
     concrete = not isinstance(value, jax.Array)
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
     rate: Any = np.asarray(_as_float(value) if integer else value) if concrete else value
-    if rate.dtype.name not in FLOATS:
+    if rate.dtype.name not in RATE_DTYPES:
         raise type_error(
             function,
             argument,

@@ -16,6 +16,7 @@ Window = Sequence[tuple[int | Array, int]]
 GENERATORS = ("fast", "jax")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INEXACT = (*FLOATS, "complex64", "complex128")
+RATE_DTYPES = FLOATS
 
 
 def real_dtype(x: Array) -> Any:

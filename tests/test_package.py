@@ -25,7 +25,7 @@ LAYERS = [
     ["_errors", "_types", "_random.threefry", "_random.normal"],
     ["_checks", "_axes", "_random.indexing", "_random.fast", "_random.jax_bits", "_sharding"],
     ["_random.key_words", "_platform.generic", "keys", "schedules"],
-    ["_platform.cpu"],
+    ["_platform.cpu", "_platform.gpu", "_platform.tpu"],
     ["_platform"],
     ["_bits"],
     ["_mask"],

@@ -1,7 +1,7 @@
 """One place for what exists only because of a compiler, chosen when a program is lowered.
 
-``generic.py`` has each operation in its plain form, and ``cpu.py`` the forms that XLA for CPU wants. GPU and TPU take
-the plain forms until a measurement there says otherwise; then they get a file here.
+``generic.py`` has each operation in its plain form, and there is one file per platform for forms of its own. GPUs and
+TPUs take the plain forms until a measurement says otherwise.
 """
 
 import dataclasses
@@ -16,17 +16,19 @@ from jax.interpreters import ad, batching, mlir
 
 from jdrop._platform.cpu import Cpu
 from jdrop._platform.generic import GENERIC, BlockSizes, Platform
+from jdrop._platform.gpu import Gpu
+from jdrop._platform.tpu import Tpu
 
 __all__ = ["GENERIC", "PLATFORMS", "BlockSizes", "Platform", "Target", "at_lowering", "register_lowerings"]
 
-PLATFORMS: dict[str, Platform] = {"cpu": Cpu()}
+PLATFORMS: dict[str, Platform] = {"cpu": Cpu(), "cuda": Gpu(), "rocm": Gpu(), "tpu": Tpu()}
 
 
 class Target(NamedTuple):
     """What a program is lowered for."""
 
     name: str | None = None
-    """JAX's name of the platform; ``None`` if it has no entry in ``PLATFORMS``."""
+    """JAX's name of the platform; ``None`` for one without an entry in ``PLATFORMS``."""
     devices: int = 1
     """How many devices may share each array: inside ``jax.shard_map``, those along axes of the mesh that are auto."""
 
