@@ -1,7 +1,7 @@
 """Blockwise attention: one block, the loops over blocks, and what the compiler makes of them.
 
-Its values, gradients and masks: the rows "chunked" of attention_suite.py. Flags for LLVM change neither the compiled
-text nor the sizes of buffers, so nothing here depends on how the tests are compiled.
+Its values, gradients and masks: the rows "chunked" of attention_suite.py. Neither flags for LLVM nor the choice of
+emitters change sizes of buffers (jax 0.10.2), so memory does not depend on how the tests are compiled.
 """
 
 import functools
@@ -27,7 +27,6 @@ from attention_suite import (
     visible,
 )
 
-import jdrop
 from jdrop._mask import draw_mask
 from jdrop._platform import GENERIC, PLATFORMS, BlockSizes
 from jdrop.attention import _blockwise
@@ -64,10 +63,8 @@ def with_sizes(monkeypatch):
     [
         (1, 1, 1, 0.25, CPU),
         (2, 1, 2, 0.25, CPU),
-        (1, 2, 1, 0.25, CPU),
-        (2, 2, 2, 0.0, CPU),
-        (1, 1, 2, 0.0, CPU),
-        (1, 2, 1, 0.25, GENERIC),
+        (1, 2, 1, 0.0, CPU),
+        (1, 2, 2, 0.25, GENERIC),
     ],
 )
 def test_a_block_agrees_with_the_formula(batch, key_heads, groups, rate, platform):
@@ -160,7 +157,7 @@ def test_more_than_a_thousand_queries(with_sizes):
 def compiled_gradient(length, dtype="float32", rate=0.5, backward=True, causal=False, window=None):
     x = jax.ShapeDtypeStruct((1, length, 2, 16), dtype)
     f = lambda q, k, v: attend(q, k, v, rate, is_causal=causal, local_window_size=window).sum()
-    return jax.jit(jax.grad(f, (0, 1, 2)) if backward else f).lower(x, x, x).compile()
+    return quick(jax.grad(f, (0, 1, 2)) if backward else f).lower(x, x, x).compile()
 
 
 @pytest.mark.compiled
@@ -193,24 +190,20 @@ def test_dropout_takes_no_memory(length, dtype, backward, most):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("length", "scores", "most"), [(4096, 9.4e6, 1.3), (8192, 36e6, 2)])
-def test_segments_take_turns_in_memory(length, scores, most):
-    """Those in flight have at most as many scores as a block without hidden keys, but may overlap with the next."""
-    full = temp_bytes(compiled_gradient(length))
-    causal, window = ({"causal": True}, {"window": (length // 8, length // 8)})
-    assert temp_bytes(compiled_gradient(length, **causal)) <= most * full < 3 * 4 * scores / 2  # 3 arrays of all
-    assert temp_bytes(compiled_gradient(length, **window)) <= 1.5 * full
+def test_segments_take_turns_in_memory():
+    """Those in flight have at most 2**22 scores, in three arrays of four bytes each.
+
+    That is no more than a block without hidden keys, but segments may overlap with the next.
+    """
+    full, in_flight = temp_bytes(compiled_gradient(4096)), 3 * 4 * 2**22
+    causal, window = (compiled_gradient(4096, **hidden) for hidden in ({"causal": True}, {"window": (512, 512)}))
+    all_at_once = 3 * 4 * 9.4e6
+    assert temp_bytes(causal) <= min(1.3 * full, 1.1 * in_flight) and full < all_at_once / 2
+    assert temp_bytes(window) <= min(1.1 * full, 1.1 * in_flight)
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("hidden", [{"causal": True}, {"window": (256, 256)}], ids=str)
-def test_few_segments_are_in_flight(hidden):
-    """They have 2**22 scores, in three arrays of four bytes each."""
-    assert temp_bytes(compiled_gradient(2048, **hidden)) <= 1.1 * 3 * 4 * 2**22
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(("rate", "causal"), [(0.0, False), (0.5, False), (0.5, True)])
+@pytest.mark.parametrize(("rate", "causal"), [(0.0, True), (0.5, False)])
 def test_layers_hold_no_scores_for_the_backward_pass(rate, causal):
     """If no loop is left that takes the gradient of the output, nothing else keeps XLA from making them early."""
     x = jax.ShapeDtypeStruct((1, 512, 2, 32), jnp.float32)
@@ -224,7 +217,7 @@ def test_layers_hold_no_scores_for_the_backward_pass(rate, causal):
         return temp_bytes(quick(jax.grad(f)).lower(x).compile())
 
     scores, one = 2 * 512 * 512 * 4, 512 * 2 * 32 * 4
-    assert (bytes_of(4) - bytes_of(2)) / 2 <= 6 * one < scores / 2
+    assert (bytes_of(3) - bytes_of(1)) / 2 <= 6 * one < scores / 2
 
 
 def test_what_is_kept_for_the_backward_pass():
@@ -278,7 +271,7 @@ def test_layers_of_a_scan_keep_neither_mask_nor_index():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("causal", "backward"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("causal", "backward"), [(True, False), (False, True)])
 def test_many_masks_over_the_same_scores_share_them(with_sizes, causal, backward):
     """Logits and exponentials are made once for all keys of a vmap.
 
@@ -312,23 +305,20 @@ def test_the_sums_for_gradients_are_one_exact_product_on_a_cpu():
     assert not sums(lowered_gradient("cuda")) and not sums(lowered_gradient("tpu"))
 
 
-def products(lowered):
-    """Return the left-hand contracting axes of the products in compiled text."""
-    return set(re.findall(r" dot\(.*lhs_batch_dims={0}, lhs_contracting_dims={(\d)}", lowered.compile().as_text()))
-
-
 @pytest.mark.compiled
 def test_transposes_stay_out_of_products_on_a_cpu(monkeypatch):
     """All products [batch, m, k] x [batch, k, n] have k last on the left, which XLA has fast kernels for."""
 
-    def lowered():
+    def contracting(scale):  # another number makes another program
         x = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.float32)
-        return jax.jit(jax.grad(lambda q, k, v: attend(q, k, v).sum(), (0, 1, 2))).lower(x, x, x)
+        f = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, scale=scale).sum(), (0, 1, 2)))
+        return set(re.findall(product, f.lower(x, x, x).compile().as_text()))
 
-    assert products(lowered()) == {"2"}
+    product = r" dot\(.*lhs_batch_dims=\{0\}, lhs_contracting_dims=\{(\d)\}"
+    assert contracting(0.25) == {"2"}
 
     class WithoutSeparate(type(CPU)):
         separate = type(GENERIC).separate
 
     monkeypatch.setitem(PLATFORMS, "cpu", WithoutSeparate())
-    assert products(lowered()) == {"1", "2"}
+    assert contracting(0.125) == {"1", "2"}
