@@ -14,6 +14,7 @@ import jax
 import peers
 import pytest
 
+os.environ.setdefault("KERAS_BACKEND", "jax")  # read when Keras is imported
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -86,6 +87,12 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_setup(item):
     if QUICK[0] in os.environ["XLA_FLAGS"].split() and item.get_closest_marker("compiled"):
         pytest.fail("this process compiles without LLVM's expensive passes: run the test with -m compiled")
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Let the programs of a file go with its last test: kept, those of all files are gigabytes."""
+    if nextitem is not None and nextitem.path != item.path:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import ast
 import doctest
 import inspect
 import operator
-import os
 import pathlib
 import re
 import subprocess
@@ -18,7 +17,6 @@ from members import MEMBERS, SHAPE, Bench, function_of, readme_line
 
 import jdrop
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ["_checks", "bits"],
