@@ -1,4 +1,4 @@
-"""The members of the family, each compared with its own floor (``tests/members.py``), for ``bench_dropout.py --family``."""
+"""The members of the family, each compared with its own floor, for ``bench_dropout.py --family`` (tests/members.py)."""
 
 import functools
 import os

@@ -22,30 +22,6 @@ TIERS = ("unit", "compiled", "examples", "benchmarks", "long")
 DEVICES = "--xla_force_host_platform_device_count=8"
 LEVEL = "--xla_backend_optimization_level"
 QUICK = (f"{LEVEL}=0", "--xla_llvm_disable_expensive_passes=true")
-COMPILED = {  # by file, tests that have no mark of their own
-    "test_attention": {"test_jit_is_eager"},
-    "test_attention_sharding": {"test_jit_over_a_mesh", "test_segments_that_wait_for_others_exchange_nothing"},
-    "test_chunked": {
-        "test_memory_is_linear_in_length",
-        "test_dropout_takes_no_memory",
-        "test_segments_take_turns_in_memory",
-        "test_segments_abreast_are_few",
-        "test_layers_hold_no_scores_for_the_backward_pass",
-        "test_many_masks_over_the_same_scores_share_them",
-        "test_the_gradient_of_bias_is_made_on_demand",
-        "test_layers_of_a_scan_keep_no_mask",
-        "test_layers_of_a_scan_keep_no_index_for_the_bits_of_jax",
-    },
-    "test_linear": {
-        "test_temporary_bytes_are_those_of_a_plain_scale",
-        "test_forward_is_one_loop_over_elements_with_the_row_hash_outside",
-        "test_shared_decisions_are_drawn_once_on_a_cpu",
-        "test_decisions_that_few_elements_share_are_drawn_again",
-        "test_a_long_axis_is_cut_on_one_cpu_and_keeps_its_bits",
-        "test_a_long_axis_on_a_mesh",
-    },
-    "test_tokens": {"test_token_tiles_and_meshes"},
-}
 
 
 def pytest_configure(config):
@@ -80,8 +56,7 @@ def pytest_collection_modifyitems(items):
     """What is in no other tier is in ``unit``."""
     for item in items:
         if not any(item.get_closest_marker(tier) for tier in TIERS):
-            reads = getattr(item, "originalname", None) in COMPILED.get(item.path.stem, ())
-            item.add_marker("compiled" if reads else "unit")
+            item.add_marker("unit")
 
 
 def pytest_runtest_setup(item):

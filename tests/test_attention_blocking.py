@@ -174,7 +174,7 @@ SIZES = [  # batch, heads, key heads
 def test_join_is_the_inverse_of_split(batch, heads, key_heads):
     p = plan(4, 5, batch=batch, heads=heads, key_heads=key_heads, sizes=ONE_HEAD, devices=8)
     for n in (heads, key_heads):
-        x = jnp.arange(batch * 4 * n * 8).reshape(batch, 4, n, 8)
+        x = np.arange(batch * 4 * n * 8).reshape(batch, 4, n, 8)
         groups = n // key_heads
         assert split(x, p).shape[1:] == (p.batch[0], p.heads[0], groups, 4, 8)
         if groups == p.groups:
