@@ -51,7 +51,6 @@ SPREADS = {  # kind of mesh, axes of batch and of heads, options
     "auto, batch and heads": (AUTO, "a", "b", STATIC),
     "explicit, batch and heads": (EXPLICIT, "a", "b", STATIC),
     "auto, batch": (AUTO, ("a", "b"), None, {}),
-    "explicit, heads": (EXPLICIT, None, "b", {}),
 }
 
 
