@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import jet
 
 from jdrop._checks import check_array, is_array
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe, type_error, unsupported, value_error
 from jdrop._mask import Mask
 from jdrop._platform import Target, at_lowering
 from jdrop._platform.generic import multiply
@@ -93,6 +94,14 @@ def stochastic_depth(
     def added(x: Array) -> Array:
         return x + multiply(branch(x), 1 / keep_probability, where=jnp.ones_like(kept))
 
+    if isinstance(x, jet.JetTracer):
+        raise unsupported(
+            name,
+            "x",
+            rule="must not be traced by jax.experimental.jet, which has no rule for lax.cond",
+            got=describe(x),
+            fix="use x + jdrop.drop_path(key, fn(x), rate, train=train, batch_axes=())",
+        )
     if not isinstance(kept, jax.core.Tracer):  # lax.cond would compile new functions at every call
         return added(x) if jax.device_get(kept) else x
     out = jax.typeof(x)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -132,12 +134,21 @@ def _jvp(primals: Any, tangents: Any, *, f: Function, avals: Any) -> Any:
     moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
     if not moving:
         return _at_lowering_p.bind(*primals, f=f, avals=avals), [ad.Zero(aval.to_tangent_aval()) for aval in avals]
+    plain = functools.partial(_plain, f, primals, moving)
+    return jax.jvp(plain, [primals[i] for i in moving], [tangents[i] for i in moving])
 
-    def of_moving(*values: Any) -> list[Any]:
-        changed = dict(zip(moving, values))
-        return jax.tree.leaves(f(Target(), *(changed.get(i, x) for i, x in enumerate(primals))))
 
-    return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+def _jet(primals: Any, series: Any, *, f: Function, avals: Any) -> Any:
+    del avals
+    moving = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    plain = functools.partial(_plain, f, primals, moving)
+    return jet.jet(plain, [primals[i] for i in moving], [series[i] for i in moving])
+
+
+def _plain(f: Function, operands: Sequence[Any], moving: Sequence[int], *values: Any) -> list[Any]:
+    """Return the results of the plain form with some of the operands replaced."""
+    changed = dict(zip(moving, values))
+    return jax.tree.leaves(f(Target(), *(changed.get(i, x) for i, x in enumerate(operands))))
 
 
 _bind_jit = jax.jit(_at_lowering_p.bind, static_argnames=("f", "avals"))
@@ -146,3 +157,4 @@ _at_lowering_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
 register_lowerings(_at_lowering_p, _call_flat, multiple_results=True)
 batching.primitive_batchers[_at_lowering_p] = _batch
 ad.primitive_jvps[_at_lowering_p] = _jvp
+jet.jet_rules[_at_lowering_p] = _jet
