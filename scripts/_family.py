@@ -1,7 +1,8 @@
-"""The members of the family, each compared with its own floor, for ``bench_dropout.py --family``."""
+"""The members of the family, each compared with its own floor, for ``bench_dropout.py --family`` (tests/members.py)."""
 
 import functools
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -15,111 +16,34 @@ import jax.numpy as jnp
 
 import jdrop
 
-RATE = 0.1
-SCALE = 1 / (1 - RATE)
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from members import MEMBERS, RATE, Bench
 
 
 class Case(NamedTuple):
-    """One row of the table."""
+    """One line of the table."""
 
     member: str
     direction: str
     contender: str
 
 
-class Member(NamedTuple):
-    """A member, its floor and limit, and its equivalents in other libraries."""
-
-    name: str
-    shape: tuple[int, ...]
-    limit: float
-    floor_name: str
-    floor: _bench.Drop
-    drop: _bench.Drop
-    torch: Callable[[Any, Any], Any] | None = None  # (torch.nn.functional, x) -> y
-    timm: Callable[[Any, Any], Any] | None = None  # (timm.layers.drop, x) -> y
-    keras: Callable[[Any], Any] | None = None  # keras.layers -> layer
-    linen_broadcast: tuple[int, ...] | None = None  # broadcast_dims of Flax's Dropout
+def shapes(small: bool) -> dict[str, tuple[int, ...]]:
+    """Return shapes of 4 M float32 elements each, or tiny ones."""
+    if small:
+        return {"flat": (64, 128), "steps": (4, 8, 64), "image": (2, 16, 16, 8)}
+    return {"flat": (4096, 1024), "steps": (64, 64, 1024), "image": (32, 32, 64, 64)}
 
 
-def scale(key: Any, x: jax.Array) -> jax.Array:
-    return x * SCALE
+def drops(name: str, shape: tuple[int, ...]) -> tuple[_bench.Drop, _bench.Drop]:
+    """Return floor and member as functions of a key and x. Their other operands are made here, outside the program."""
+    member, bench = MEMBERS[name], MEMBERS[name].bench
+    operands = bench.operands(shape)
+    ours = bench.drop or (lambda key, x: member(key, x, RATE, train=True))
+    return lambda key, x: bench.floor(key, x, *operands), lambda key, x: ours(key, x, *operands)
 
 
-def members(small: bool) -> list[Member]:
-    """Return the members, with 4 M float32 elements each, or with tiny arrays."""
-    flat = (64, 128) if small else (4096, 1024)
-    steps = (4, 8, 64) if small else (64, 64, 1024)
-    image = (2, 16, 16, 8) if small else (32, 32, 64, 64)
-    channels_first = (image[0], image[3], *image[1:3])
-    vector, matrix = jnp.ones(flat[-1:]), jnp.ones(flat)
-    ids = jnp.arange(steps[0] * steps[1]).reshape(steps[:2]) % 1000
-    train = {"train": True}
-
-    def plain(
-        name: str, f: Callable[..., Any], shape: tuple[int, ...] = flat, limit: float = 1.2, **peers: Any
-    ) -> Member:
-        drop = lambda key, x: f(key, x, RATE, **train)
-        return Member(name, shape, limit, "x * c", scale, drop, **peers)
-
-    def pool(key: Any, x: jax.Array) -> jax.Array:
-        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 7, 7, 1), (1, 1, 1, 1), "SAME")
-
-    tokens = lambda key, x: jdrop.token_dropout(key, jax.lax.bitcast_convert_type(x, jnp.int32), RATE, 3, **train)
-    return [
-        plain("dropout", jdrop.dropout, torch=lambda f, x: f.dropout(x, RATE), keras=lambda k: k.Dropout(RATE)),
-        plain(
-            "alpha_dropout",
-            jdrop.alpha_dropout,
-            torch=lambda f, x: f.alpha_dropout(x, RATE, training=True),
-            keras=lambda k: k.AlphaDropout(RATE),
-        ),
-        plain("gaussian_dropout", jdrop.gaussian_dropout, limit=3.0, keras=lambda k: k.GaussianDropout(RATE)),
-        plain("gaussian_noise", jdrop.gaussian_noise, limit=3.0, keras=lambda k: k.GaussianNoise(RATE)),
-        plain(
-            "channel_dropout",
-            jdrop.channel_dropout,
-            image,
-            keras=lambda k: k.SpatialDropout2D(RATE),
-            linen_broadcast=(1, 2),
-        ),
-        plain(
-            "drop_path", jdrop.drop_path, linen_broadcast=(1,), timm=lambda d, x: d.drop_path(x, RATE, training=True)
-        ),
-        plain("drop_connect", jdrop.drop_connect),
-        plain("embedding_dropout", jdrop.embedding_dropout, linen_broadcast=(1,)),
-        plain("embedding_dropout, ids", functools.partial(jdrop.embedding_dropout, ids=ids), steps),
-        plain("locked_dropout", functools.partial(jdrop.locked_dropout, time_axis=1), steps, linen_broadcast=(1,)),
-        Member("token_dropout", flat, 1.2, "x + 1", lambda k, x: x + 1, tokens),
-        Member(
-            "zoneout",
-            flat,
-            1.2,
-            "c x + d old",
-            lambda k, x: (1 - RATE) * x + RATE * matrix,
-            lambda k, x: jdrop.zoneout(k, x, RATE, matrix, **train),
-        ),
-        Member(
-            "bias_dropout_add",
-            flat,
-            1.2,
-            "c (x + b) + r",
-            lambda k, x: (x + vector[None]) * SCALE + matrix,
-            lambda k, x: jdrop.bias_dropout_add(k, x, RATE, vector, matrix, **train),
-        ),
-        Member(
-            "drop_block",
-            image,
-            1.5,
-            "7 x 7 max-pool",
-            pool,
-            lambda k, x: jdrop.drop_block(k, x, RATE, 7, spatial_axes=(1, 2), **train),
-            timm=lambda d, x: d.drop_block_2d(x.view(channels_first), RATE, 7, couple_channels=False).view_as(x),
-        ),
-    ]
-
-
-def peers_of(member: Member, peers: Sequence[str]) -> dict[str, _bench.Drop]:
+def peers_of(member: Bench, peers: Sequence[str]) -> dict[str, _bench.Drop]:
     """Return the equivalents of a member in other JAX libraries."""
     found: dict[str, _bench.Drop] = {}
     if member.linen_broadcast is not None and "linen" in peers and find_spec("flax"):
@@ -140,7 +64,7 @@ def peers_of(member: Member, peers: Sequence[str]) -> dict[str, _bench.Drop]:
     return found
 
 
-def torch_peers_of(member: Member, peers: Sequence[str]) -> dict[str, Callable[[Any, Any], Any]]:
+def torch_peers_of(member: Bench, peers: Sequence[str]) -> dict[str, Callable[[Any, Any], Any]]:
     """Return the equivalents of a member in PyTorch and timm."""
     found: dict[str, Callable[[Any, Any], Any]] = {}
     if member.torch and "torch" in peers:
@@ -151,7 +75,7 @@ def torch_peers_of(member: Member, peers: Sequence[str]) -> dict[str, Callable[[
 
 
 def timm_layers() -> Any:
-    """Import only the file ``timm.layers.drop``, which needs torch but not torchvision as the package does; or None."""
+    """The file ``timm.layers.drop`` by itself, or None: it needs torch alone, the package around it torchvision."""
     package = find_spec("timm")
     if package is None or find_spec("torch") is None:
         return None
@@ -162,36 +86,37 @@ def timm_layers() -> Any:
     return layers
 
 
-def clocks(member: Member, peers: Sequence[str], calls: int) -> dict[Case, _clocks.Clock]:
-    """Return the clocks of a member, forward only for integers, which have no gradient."""
-    directions = _clocks.DIRECTIONS[:1] if member.name == "token_dropout" else _clocks.DIRECTIONS
-    data = _clocks.draws(member.shape, 4)
+def clocks(name: str, peers: Sequence[str], calls: int, *, small: bool) -> dict[Case, _clocks.Clock]:
+    """What to time for a member."""
+    bench = MEMBERS[name].bench
+    shape = shapes(small)[bench.shape]
+    data = _clocks.draws(shape, 4)
     inputs = _clocks.jax_inputs(data, "float32")
+    floor, ours = drops(name, shape)
     found: dict[Case, _clocks.Clock] = {}
-    for direction in directions:
-        drops = {member.floor_name: member.floor, "jdrop": member.drop, **peers_of(member, peers)}
-        for name, drop in drops.items():
+    for direction in bench.directions:
+        for contender, drop in {bench.floor_name: floor, "jdrop": ours, **peers_of(bench, peers)}.items():
             step = _clocks.jax_step(drop, direction)
-            found[Case(member.name, direction, name)] = _clocks.Clock(step, inputs, calls, jax.block_until_ready)
-        for name, drop in torch_peers_of(member, peers).items():
+            found[Case(name, direction, contender)] = _clocks.Clock(step, inputs, calls, jax.block_until_ready)
+        for contender, drop in torch_peers_of(bench, peers).items():
             clock = _clocks.torch_clock(drop, data, "float32", direction, calls)
             if isinstance(clock, _clocks.Clock):
-                found[Case(member.name, direction, name)] = clock
+                found[Case(name, direction, contender)] = clock
     return found
 
 
 def measure(peers: Sequence[str], rounds: int, calls: int, *, small: bool) -> list[dict[str, Any]]:
     """Time all members, and print a table."""
     rows: list[dict[str, Any]] = []
-    for member in members(small):
-        block = clocks(member, peers, calls)
+    for name, bench in ((name, member.bench) for name, member in MEMBERS.items() if isinstance(member.bench, Bench)):
+        block = clocks(name, peers, calls, small=small)
         for clock in block.values():
             clock(), clock()
         times = _bench.interleave([block], rounds)
         for case, values in times.items():
-            floor = times[case._replace(contender=member.floor_name)]
+            floor = times[case._replace(contender=bench.floor_name)]
             ratio, low, high = _bench.ratios(values, floor)
-            limit = member.limit if case.contender == "jdrop" else None
+            limit = bench.limit if case.contender == "jdrop" else None
             line = {"milliseconds": 1e3 * _bench.median(values), "ratio": ratio, "ratio_25": low, "ratio_75": high}
             rows.append({**case._asdict(), **line, "limit": limit})
     rows += depth(rounds, small=small)
@@ -201,7 +126,7 @@ def measure(peers: Sequence[str], rounds: int, calls: int, *, small: bool) -> li
 
 
 def depth(rounds: int, *, small: bool) -> list[dict[str, Any]]:
-    """Measure the mean time of a layer under stochastic_depth relative to a layer that always runs."""
+    """The mean time of a layer under stochastic_depth, as a ratio to the layer that always runs."""
     width = 64 if small else 1024
     w = jnp.ones((width, width)) / width
     x = jnp.ones((width, width))

@@ -1,21 +1,103 @@
-"""Every member of the family on one array, for the tests that walk the whole API."""
+"""One row for every member of the family: how to call it, what it is exempt from, its benchmark, its README row.
 
+All tests that walk the API read this table, and so does ``scripts/bench_dropout.py --family``. A new member needs one
+row here; a line of the table in the README is made of it, and a test says which.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 
 import jdrop
 
 SHAPE = (8, 6, 10, 40)  # [batch, height, width, channel]
+RATE = 0.1  # of the benchmarks
+SCALE = 1 / (1 - RATE)
 # As the compiled text has them.
 COLLECTIVES = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
+
+
+@dataclass(frozen=True)
+class Exempt:
+    """Why a member does not pass a check, and how the check fails for it."""
+
+    why: str
+    fails: str
+    """A pattern of the error's text. Every assertion of a check has a text of its own."""
+    error: type[Exception] = AssertionError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What a member is measured by, and the same in other libraries."""
+
+    floor_name: str = "x * c"
+    floor: Callable[..., Any] = lambda key, x, *operands: x * SCALE
+    drop: Callable[..., Any] | None = None
+    """``(key, x, *operands) -> y``; without one, the member's call at ``RATE``."""
+    operands: Callable[..., tuple[Any, ...]] = lambda shape: ()
+    """Arrays for floor and member, from the shape of x."""
+    shape: str = "flat"
+    """Of x: ``flat`` [batch, feature], ``steps`` [batch, time, feature] or ``image`` [batch, height, width, channel]."""
+    limit: float = 1.2
+    """The largest time, as a multiple of the floor's."""
+    directions: tuple[str, ...] = ("forward", "forward+backward")
+    torch: Callable[[Any, Any], Any] | None = None  # (torch.nn.functional, x) -> y
+    timm: Callable[[Any, Any], Any] | None = None  # (timm.layers.drop, x) -> y
+    keras: Callable[[Any], Any] | None = None  # keras.layers -> layer
+    linen_broadcast: tuple[int, ...] | None = None  # broadcast_dims of Flax's Dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of the README's table of the family."""
+
+    shares: str
+    equation: str
+    paper: str
+    also_in: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """All that the tests and the benchmark know about a member."""
+
+    call: Callable[..., Any]
+    """``(key, x, rate, **options) -> y`` for x of ``SHAPE``, an array of floating point numbers."""
+    one: Callable[..., Any] | None = None
+    """The same for one example, [height, width, channel], where that is another call."""
+    bench: Bench | str
+    """Or why there is none."""
+    readme: Row | None
+    """None for another use of a function that has a row."""
+    exempt: Mapping[str, Exempt] = field(default_factory=dict)
+    """By the name of the check in test_members."""
+    by_channel: bool = False
+    """Whether decisions along channels are independent too."""
+    rounds: str = ""
+    """Why results of two programs may differ in rounding, where they may."""
+    first: tuple[str, ...] = ("key", "x", "rate")
+    """How the signature starts."""
+    positional_only: bool = False
+    """Whether what comes before ``train`` is passed by position alone."""
+    generator: bool = True
+    """Whether it draws a mask, and so takes ``generator=``."""
+
+    def __call__(self, key, x, rate, **options):
+        return self.call(key, x, rate, **options)
 
 
 def ids_like(x):
     return jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape)
 
 
-def words(x):
-    """Ids for embeddings [batch, height, width, channel] that name some words more than once."""
-    return jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32).reshape(x.shape[:2]) % 17
+def words(x, count=17):
+    """Ids for embeddings [batch, time, ...] that name some words more than once."""
+    return jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32).reshape(x.shape[:2]) % count
 
 
 def bias_dropout_add(key, x, rate, **options):
@@ -28,32 +110,299 @@ def attention(key, x, rate, **options):
     return jdrop.dot_product_attention(key, x, jnp.cos(x), x, rate, **options)
 
 
+def max_pool(key, x):
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 7, 7, 1), (1, 1, 1, 1), "SAME")
+
+
+def timm_drop_block(layers, x):
+    batch, height, width, channels = x.shape
+    return layers.drop_block_2d(x.view(batch, channels, height, width), RATE, 7, couple_channels=False).view_as(x)
+
+
+# How a check fails: the text of the assertion that does not hold.
+X_ITSELF, ZERO_AT_ONE, SAME_TYPE = "evaluation returns x itself", "nothing is left at rate 1", "dtype and shape stay"
+DROPPED_IS_ZERO, NOTHING_LEAKS = "about half of the results are 0", "no NaN or Inf leaks out of a dropped slot"
+SEED_AND_RATE, NOT_STACKED = "a seed and a rate are all that stays", "a scan stacks no array of the size of x"
+HAS_SLOPE, ON_ONE_DEVICE = "there is a derivative", "the bits of one device"
+
+NO_COMPLEX = Exempt("integers stay integers", SAME_TYPE)
+FEWER_TOKENS = Exempt("the number of tokens is what changes", SAME_TYPE)
+STATIC = Exempt("the rate sets a shape", "patch_dropout: rate must be", TypeError)
+NOTHING_DROPPED = Exempt("noise: nothing is dropped", DROPPED_IS_ZERO)
+
 MEMBERS = {
-    "dropout": jdrop.dropout,
-    "alpha_dropout": jdrop.alpha_dropout,
-    "gaussian_dropout": jdrop.gaussian_dropout,
-    "gaussian_noise": jdrop.gaussian_noise,
-    "channel_dropout": jdrop.channel_dropout,
-    "drop_block": lambda key, x, rate, **o: jdrop.drop_block(key, x, rate, (3, 2), spatial_axes=(1, 2), **o),
-    "drop_path": jdrop.drop_path,
-    "stochastic_depth": lambda key, x, rate, **o: jdrop.stochastic_depth(key, x, rate, lambda v: v * v, **o),
-    "drop_connect": lambda key, x, rate, **o: jdrop.drop_connect(key, {"w": x}, rate, **o)["w"],
-    "embedding_dropout": jdrop.embedding_dropout,
-    "embedding_dropout of ids": lambda key, x, rate, **o: jdrop.embedding_dropout(key, x, rate, ids=words(x), **o),
-    "token_dropout": lambda key, x, rate, **o: jdrop.token_dropout(key, ids_like(x), rate, -1, **o),
-    "patch_dropout": lambda key, x, rate, **o: jdrop.patch_dropout(key, x, rate, token_axis=1, num_prefix=1, **o)[0],
-    "locked_dropout": lambda key, x, rate, **o: jdrop.locked_dropout(key, x, rate, time_axis=1, **o),
-    "zoneout": lambda key, x, rate, **o: jdrop.zoneout(key, x, rate, jnp.full_like(x, 3), **o),
-    "multi_sample_dropout": lambda key, x, rate, **o: jdrop.multi_sample_dropout(key, x, rate, lambda h: h, 3, **o),
-    "bias_dropout_add": bias_dropout_add,
-    "dot_product_attention": attention,
-}
-UNBATCHED = {  # the same members for one example, [height, width, channel]
-    "channel_dropout": lambda key, x, rate, **o: jdrop.channel_dropout(key, x, rate, batch_axes=(), **o),
-    "drop_block": lambda key, x, rate, **o: jdrop.drop_block(
-        key, x, rate, (3, 2), spatial_axes=(0, 1), batch_axes=(), **o
+    "dropout": Member(
+        call=jdrop.dropout,
+        by_channel=True,
+        bench=Bench(torch=lambda f, x: f.dropout(x, RATE), keras=lambda k: k.Dropout(RATE)),
+        readme=Row(
+            shares="nothing, or `shared_axes`",
+            equation="`x m / q`",
+            paper="Srivastava et al. 2014",
+            also_in="PyTorch, Keras, Flax, Equinox, Haiku",
+        ),
     ),
-    "drop_path": lambda key, x, rate, **o: jdrop.drop_path(key, x, rate, batch_axes=(), **o),
-    "locked_dropout": lambda key, x, rate, **o: jdrop.locked_dropout(key, x, rate, time_axis=0, **o),
-    "patch_dropout": lambda key, x, rate, **o: jdrop.patch_dropout(key, x, rate, token_axis=0, num_prefix=1, **o)[0],
+    "channel_dropout": Member(
+        call=jdrop.channel_dropout,
+        one=lambda key, x, rate, **o: jdrop.channel_dropout(key, x, rate, batch_axes=(), **o),
+        by_channel=True,
+        bench=Bench(shape="image", keras=lambda k: k.SpatialDropout2D(RATE), linen_broadcast=(1, 2)),
+        readme=Row(
+            shares="a feature map",
+            equation="`x m / q`",
+            paper="Tompson et al. 2015",
+            also_in="PyTorch, Keras; Flax and Haiku by `broadcast_dims`",
+        ),
+    ),
+    "drop_block": Member(
+        call=lambda key, x, rate, **o: jdrop.drop_block(key, x, rate, (3, 2), spatial_axes=(1, 2), **o),
+        one=lambda key, x, rate, **o: jdrop.drop_block(key, x, rate, (3, 2), spatial_axes=(0, 1), batch_axes=(), **o),
+        bench=Bench(
+            floor_name="7 x 7 max-pool",
+            floor=max_pool,
+            drop=lambda key, x: jdrop.drop_block(key, x, RATE, 7, spatial_axes=(1, 2), train=True),
+            shape="image",
+            limit=1.5,
+            timm=timm_drop_block,
+        ),
+        readme=Row(
+            shares="blocks of a feature map",
+            equation="`x m size(m) / sum(m)`",
+            paper="Ghiasi et al. 2018",
+            also_in="timm",
+        ),
+    ),
+    "drop_path": Member(
+        call=jdrop.drop_path,
+        one=lambda key, x, rate, **o: jdrop.drop_path(key, x, rate, batch_axes=(), **o),
+        bench=Bench(linen_broadcast=(1,), timm=lambda layers, x: layers.drop_path(x, RATE, training=True)),
+        readme=Row(
+            shares="an example",
+            equation="`x m / q`",
+            paper="Huang et al. 2016",
+            also_in="timm; Keras by `noise_shape`, Flax and Haiku by `broadcast_dims`",
+        ),
+    ),
+    "stochastic_depth": Member(
+        call=lambda key, x, rate, **o: jdrop.stochastic_depth(key, x, rate, lambda v: v * v, **o),
+        exempt={
+            "identity": Exempt("evaluation adds the branch", X_ITSELF),
+            "traced at one": Exempt("x stays where the branch is dropped", ZERO_AT_ONE),
+            "contained": Exempt("x stays where the branch is dropped", DROPPED_IS_ZERO),
+            "residuals": Exempt("the branch keeps what its own derivative needs", SEED_AND_RATE),
+        },
+        bench="measured by the time of a layer: depth() in scripts/_family.py",
+        readme=Row(
+            shares="everything; a dropped branch is not computed",
+            equation="`x + fn(x) m / q`",
+            paper="Huang et al. 2016, Fan et al. 2020",
+        ),
+    ),
+    "locked_dropout": Member(
+        call=lambda key, x, rate, **o: jdrop.locked_dropout(key, x, rate, time_axis=1, **o),
+        one=lambda key, x, rate, **o: jdrop.locked_dropout(key, x, rate, time_axis=0, **o),
+        by_channel=True,
+        bench=Bench(shape="steps", linen_broadcast=(1,)),
+        readme=Row(
+            shares="time steps",
+            equation="`x m / q`",
+            paper="Gal and Ghahramani 2016",
+            also_in="Keras in its RNN layers and by `noise_shape`, Flax and Haiku by `broadcast_dims`",
+        ),
+    ),
+    "zoneout": Member(
+        call=lambda key, x, rate, **o: jdrop.zoneout(key, x, rate, jnp.full_like(x, 3), **o),
+        by_channel=True,
+        first=("key", "new", "rate"),
+        exempt={
+            "identity": Exempt("evaluation gives the expectation", X_ITSELF),
+            "traced at one": Exempt("the old state stays", ZERO_AT_ONE),
+            "contained": Exempt("the old state stays; its gradient is tested in test_recurrent", DROPPED_IS_ZERO),
+        },
+        bench=Bench(
+            floor_name="c x + d old",
+            floor=lambda key, x, old: (1 - RATE) * x + RATE * old,
+            drop=lambda key, x, old: jdrop.zoneout(key, x, RATE, old, train=True),
+            operands=lambda shape: (jnp.ones(shape),),
+        ),
+        readme=Row(shares="nothing", equation="`new m + old (1 - m)`", paper="Krueger et al. 2017"),
+    ),
+    "embedding_dropout": Member(
+        call=jdrop.embedding_dropout,
+        bench=Bench(linen_broadcast=(1,)),
+        readme=Row(
+            shares="a word",
+            equation="`x m[id] / q`",
+            paper="Gal and Ghahramani 2016",
+            also_in="of a table: Keras by `noise_shape`, Flax and Haiku by `broadcast_dims`",
+        ),
+    ),
+    "embedding_dropout of ids": Member(
+        call=lambda key, x, rate, **o: jdrop.embedding_dropout(key, x, rate, ids=words(x), **o),
+        exempt={
+            "residuals": Exempt("the ids stay, which the embedding's own gradient needs too", SEED_AND_RATE),
+            "tiles": Exempt("the check makes ids of a tile: a test in test_weights", ON_ONE_DEVICE),
+        },
+        bench=Bench(
+            drop=lambda key, x, ids: jdrop.embedding_dropout(key, x, RATE, ids=ids, train=True),
+            floor=lambda key, x, ids: x * SCALE,
+            operands=lambda shape: (jnp.arange(shape[0] * shape[1]).reshape(shape[:2]) % 1000,),
+            shape="steps",
+        ),
+        readme=None,
+    ),
+    "token_dropout": Member(
+        call=lambda key, x, rate, **o: jdrop.token_dropout(key, ids_like(x), rate, -1, **o),
+        first=("key", "ids", "rate"),
+        exempt={
+            "identity": Exempt("the check makes new ids", X_ITSELF),
+            "dtypes": NO_COMPLEX,
+            "complex": NO_COMPLEX,
+            "traced at one": Exempt("tokens are replaced by an id", ZERO_AT_ONE),
+            "contained": Exempt("integers hold no NaN", DROPPED_IS_ZERO),
+            "derivatives": Exempt("integers have no derivative", HAS_SLOPE),
+            "tiles": Exempt("the check makes ids of a tile: a test in test_tokens", ON_ONE_DEVICE),
+            "meshes": Exempt("integers have no derivative: a test in test_tokens", "index out of range", IndexError),
+        },
+        bench=Bench(
+            floor_name="x + 1",
+            floor=lambda key, x: x + 1,
+            drop=lambda key, x: jdrop.token_dropout(
+                key, jax.lax.bitcast_convert_type(x, jnp.int32), RATE, 3, train=True
+            ),
+            directions=("forward",),  # integers have no gradient
+        ),
+        readme=Row(shares="nothing", equation="`ids` or `replacement`", paper="Bowman et al. 2016"),
+    ),
+    "patch_dropout": Member(
+        call=lambda key, x, rate, **o: jdrop.patch_dropout(key, x, rate, token_axis=1, num_prefix=1, **o)[0],
+        one=lambda key, x, rate, **o: jdrop.patch_dropout(key, x, rate, token_axis=0, num_prefix=1, **o)[0],
+        generator=False,
+        exempt={
+            "dtypes": FEWER_TOKENS,
+            "complex": FEWER_TOKENS,
+            "traced": STATIC,
+            "traced at one": STATIC,
+            "contained": Exempt("what is dropped is not there", DROPPED_IS_ZERO),
+            "residuals": Exempt("the indices of the kept tokens stay", SEED_AND_RATE),
+        },
+        bench="it does less work than x has elements: there is no floor of that size",
+        readme=Row(
+            shares="the features of a token",
+            equation="a random subset of tokens",
+            paper="Liu et al. 2023",
+            also_in="timm",
+        ),
+    ),
+    "drop_connect": Member(
+        call=lambda key, x, rate, **o: jdrop.drop_connect(key, {"w": x}, rate, **o)["w"],
+        by_channel=True,
+        first=("key", "params", "rate"),
+        bench=Bench(drop=lambda key, x: jdrop.drop_connect(key, x, RATE, train=True)),
+        readme=Row(shares="nothing: single weights", equation="`w m / q`", paper="Wan et al. 2013"),
+    ),
+    "alpha_dropout": Member(
+        call=jdrop.alpha_dropout,
+        by_channel=True,
+        exempt={
+            "complex": Exempt("SELU is real", "alpha_dropout: x must be", TypeError),
+            "contained": Exempt(
+                "a dropped slot has the value of the limit; its gradient is tested in test_elementwise",
+                DROPPED_IS_ZERO,
+            ),
+        },
+        bench=Bench(torch=lambda f, x: f.alpha_dropout(x, RATE, training=True), keras=lambda k: k.AlphaDropout(RATE)),
+        readme=Row(
+            shares="nothing, or `shared_axes`",
+            equation="`a (x m + s (1 - m)) + b`",
+            paper="Klambauer et al. 2017",
+            also_in="PyTorch, Keras",
+        ),
+    ),
+    "gaussian_dropout": Member(
+        call=jdrop.gaussian_dropout,
+        by_channel=True,
+        generator=False,
+        exempt={
+            "traced at one": Exempt("the variance is infinite: clipped just below", ZERO_AT_ONE),
+            "contained": NOTHING_DROPPED,
+        },
+        bench=Bench(limit=3.0, keras=lambda k: k.GaussianDropout(RATE)),
+        readme=Row(
+            shares="nothing, or `shared_axes`",
+            equation="`x (1 + sqrt(rate / q) z)`",
+            paper="Srivastava et al. 2014",
+            also_in="Keras",
+        ),
+    ),
+    "gaussian_noise": Member(
+        call=jdrop.gaussian_noise,
+        by_channel=True,
+        first=("key", "x", "stddev"),
+        generator=False,
+        exempt={
+            "complex": Exempt(
+                "real noise on complex numbers has no agreed meaning", "gaussian_noise: x must be", TypeError
+            ),
+            "traced at one": Exempt("a standard deviation is no rate", ZERO_AT_ONE),
+            "contained": NOTHING_DROPPED,
+        },
+        bench=Bench(limit=3.0, keras=lambda k: k.GaussianNoise(RATE)),
+        readme=Row(shares="nothing, or `shared_axes`", equation="`x + stddev z`", paper="Bishop 1995", also_in="Keras"),
+    ),
+    "multi_sample_dropout": Member(
+        call=lambda key, x, rate, **o: jdrop.multi_sample_dropout(key, x, rate, lambda h: h, 3, **o),
+        by_channel=True,
+        exempt={"contained": Exempt("a mean over masks", DROPPED_IS_ZERO)},
+        bench="it does the work of its head, several times",
+        readme=Row(shares="nothing", equation="mean of `head(x m / q)` over masks", paper="Inoue 2019"),
+    ),
+    "bias_dropout_add": Member(
+        call=bias_dropout_add,
+        exempt={
+            "identity": Exempt("evaluation adds bias and residual", X_ITSELF),
+            "traced at one": Exempt("the residual stays", ZERO_AT_ONE),
+            "contained": Exempt("the residual stays", DROPPED_IS_ZERO),
+        },
+        bench=Bench(
+            floor_name="c (x + b) + r",
+            floor=lambda key, x, bias, residual: (x + bias[None]) * SCALE + residual,
+            drop=lambda key, x, bias, residual: jdrop.bias_dropout_add(key, x, RATE, bias, residual, train=True),
+            operands=lambda shape: (jnp.ones(shape[-1:]), jnp.ones(shape)),
+        ),
+        readme=Row(shares="nothing", equation="`residual + (x + bias) m / q`", paper="Vaswani et al. 2017"),
+    ),
+    "dot_product_attention": Member(
+        call=attention,
+        first=("prng_key", "query", "key", "value", "rate"),
+        positional_only=True,
+        rounds="matrix products round as shapes want it: sums of 40 and of 6 terms, each eps at most",
+        exempt={
+            "identity": Exempt("evaluation attends", X_ITSELF),
+            "complex": Exempt("a softmax is of real numbers", "dot_product_attention: query must be", TypeError),
+            "contained": Exempt("what is dropped is a probability, not an element of x", DROPPED_IS_ZERO),
+            "residuals": Exempt(
+                "queries, keys and values stay, as without dropout: counted in test_attention", SEED_AND_RATE
+            ),
+        },
+        bench="it has a benchmark of its own: scripts/bench_attention.py",
+        readme=Row(
+            shares="nothing, or `shared_axes`",
+            equation="`(softmax(...) m / q) value`",
+            paper="Vaswani et al. 2017",
+            also_in="PyTorch, Keras, timm, Flax, Equinox, in their attention",
+        ),
+    ),
 }
+
+
+def function_of(name):
+    """The name of the function that a member is a use of."""
+    return name.split(" of ")[0]
+
+
+def readme_line(name):
+    """The line of the README's table of the family."""
+    row = MEMBERS[name].readme
+    cells = (f"`{name}`", row.shares, row.equation, row.paper, row.also_in)
+    return re.sub(" +", " ", f"| {' | '.join(cells)} |")

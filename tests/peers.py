@@ -97,6 +97,16 @@ def train(loss, params, steps=100):
     return np.asarray(losses)
 
 
+def same_step(a, b):
+    """``((loss, (y, masks)), gradients)`` of two steps: the same masks, and all else up to rounding."""
+    (loss_a, (y_a, masks_a)), grads_a = a
+    (loss_b, (y_b, masks_b)), grads_b = b
+    for first, second in zip(jax.tree.leaves(masks_a), jax.tree.leaves(masks_b), strict=True):
+        np.testing.assert_array_equal(first, second)
+    for first, second in zip(*map(jax.tree.leaves, ((loss_a, y_a, grads_a), (loss_b, y_b, grads_b))), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
 def same_run(a, b):
     """Losses of two runs that learn something and differ in rounding alone: by at most one unit of it a step."""
     assert a[-1] < 0.8 * a[0]

@@ -17,9 +17,7 @@ linen, nnx = peers.require("flax.linen", whole_file=True), peers.require("flax.n
 attend = peers.adapter("linen").dot_product_attention
 as_flax = functools.partial(attend, generator="jax")
 KEY = jax.random.key(41)
-THEIRS = pytest.mark.parametrize(
-    "theirs", [linen.dot_product_attention, nnx.dot_product_attention], ids=["linen", "nnx"]
-)
+BOTH_OF_FLAX = (linen.dot_product_attention, nnx.dot_product_attention)
 pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
@@ -32,7 +30,7 @@ def qkv(*batch, queries=12, keys=20, heads=4, kv_heads=4, width=8, dtype="float3
 def test_one_function_for_both():
     assert peers.adapter("nnx").dot_product_attention is attend
     ours = list(inspect.signature(attend).parameters.values())
-    for theirs in (linen.dot_product_attention, nnx.dot_product_attention):
+    for theirs in BOTH_OF_FLAX:
         parameters = list(inspect.signature(theirs).parameters.values())
         assert [p.name for p in parameters[:12]] == [p.name for p in ours[:12]]
         assert {p.name for p in parameters} <= {p.name for p in ours}
@@ -40,17 +38,20 @@ def test_one_function_for_both():
             assert p.default == inspect.signature(attend).parameters[p.name].default
 
 
-@THEIRS
-@pytest.mark.parametrize("broadcast", [False, True])
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3), (2, 1, 3)], ids=str)
-def test_masks_of_flax_bit_for_bit(theirs, batch, broadcast):
+@pytest.mark.parametrize(
+    ("batch", "broadcast"),
+    [((), False), ((3,), False), ((2, 3), False), ((2, 1, 3), False), ((), True), ((2, 3), True)],
+    ids=str,
+)
+def test_masks_of_flax_bit_for_bit(batch, broadcast):
     """Zero logits and identity values show which probabilities are kept."""
     q = jnp.zeros((*batch, 12, 4, 20))
     k = jnp.zeros((*batch, 20, 4, 20))
     v = jnp.broadcast_to(jnp.eye(20)[:, None], k.shape)
     options = {"dropout_rng": KEY, "dropout_rate": 0.3, "broadcast_dropout": broadcast}
     y = as_flax(q, k, v, **options)
-    np.testing.assert_array_equal(y != 0, theirs(q, k, v, **options) != 0)
+    for theirs in BOTH_OF_FLAX:
+        np.testing.assert_array_equal(y != 0, jax.jit(functools.partial(theirs, **options))(q, k, v) != 0)
     assert ((y == 0).mean() - 0.3) ** 2 < 25 * 0.3 * 0.7 / (12 * 20)
     fast = attend(q, k, v, **options)
     shape = (int(np.prod(batch)), 4, 12, 20)
@@ -59,27 +60,34 @@ def test_masks_of_flax_bit_for_bit(theirs, batch, broadcast):
     np.testing.assert_array_equal(fast != 0, mask)
 
 
-@THEIRS
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
-def test_values_and_gradients_of_flax(theirs, batch):
+SCATTERED = np.random.default_rng(3).random((2, 3, 1, 12, 20)) < 0.7
+SCATTERED[..., 0] = True
+
+
+@pytest.mark.parametrize(
+    ("batch", "mask", "rate"),
+    [((), None, 0.0), ((3,), np.arange(20) < 15, 0.3), ((3,), SCATTERED[0], 0.3), ((2, 3), SCATTERED, 0.3)],
+    ids=["no mask", "a mask of keys", "a mask of scores", "two batch axes"],
+)
+def test_values_and_gradients_of_flax(batch, mask, rate):
     data = qkv(*batch)
     bias = jax.random.normal(jax.random.key(2), (4, 12, 20))
-    scattered = jax.random.bernoulli(jax.random.key(3), 0.7, (*batch, 1, 12, 20)).at[..., 0].set(True)
-    for mask, rate in ((None, 0.0), (jnp.arange(20) < 15, 0.3), (scattered.astype(jnp.float32), 0.3)):
-        bool_mask = None if mask is None else mask.astype(bool)  # nnx wants one
-        results = []
-        for f, m in ((theirs, bool_mask), (as_flax, mask)):
-            g = functools.partial(f, dropout_rng=KEY, dropout_rate=rate, mask=m, bias=bias)
-            results.append(jax.value_and_grad(lambda q, k, v, g=g: (g(q, k, v) ** 2).sum(), (0, 1, 2))(*data))
-        for a, b in zip(*map(jax.tree.leaves, results)):
+
+    def results(f, mask):
+        options = {"dropout_rng": KEY, "dropout_rate": rate, "mask": mask, "bias": bias}
+        return jax.jit(jax.value_and_grad(lambda q, k, v: (f(q, k, v, **options) ** 2).sum(), (0, 1, 2)))(*data)
+
+    ours = results(as_flax, None if mask is None else mask.astype(jnp.float32))  # nnx wants a bool mask
+    for theirs in BOTH_OF_FLAX:
+        for a, b in zip(*map(jax.tree.leaves, (ours, results(theirs, mask)))):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
 def test_what_nnx_alone_has():
     data = qkv(2, 3, queries=16, keys=16, kv_heads=2)
     for options in ({"is_causal": True}, {"dropout_rng": KEY, "dropout_rate": 0.3, "is_causal": True}):
-        theirs = nnx.dot_product_attention(*data, **options)
-        np.testing.assert_allclose(as_flax(*data, **options), theirs, rtol=2e-5, atol=2e-5)
+        ours, theirs = (jax.jit(functools.partial(f, **options))(*data) for f in (as_flax, nnx.dot_product_attention))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("generator", ["fast", "jax"])
@@ -94,8 +102,8 @@ def test_rates(generator):
     traced = jax.jit(lambda rate, *x: f(*x, dropout_rng=KEY, dropout_rate=rate))
     assert jnp.isfinite(traced(jnp.float32(0.3), *data)).all() and traced(jnp.float32(0.6), *data).any()
     assert traced._cache_size() == 1
-    half = f(*qkv(2, dtype="bfloat16"), dropout_rng=KEY, dropout_rate=np.float64(0.3))
-    assert half.dtype == jnp.bfloat16 and f(*data, dtype=jnp.bfloat16).dtype == jnp.bfloat16
+    half = jax.eval_shape(lambda *x: f(*x, dropout_rng=KEY, dropout_rate=np.float64(0.3)), *qkv(2, dtype="bfloat16"))
+    assert half.dtype == jax.eval_shape(lambda *x: f(*x, dtype=jnp.bfloat16), *data).dtype == jnp.bfloat16
 
 
 def test_errors():
@@ -180,8 +188,8 @@ def in_nnx(f, rate=0.3, **options):
 BOTH = pytest.mark.parametrize("module", [in_linen, in_nnx], ids=["linen", "nnx"])
 
 
-@BOTH
-@pytest.mark.parametrize("broadcast", [False, True])
+@pytest.mark.examples
+@pytest.mark.parametrize(("module", "broadcast"), [(in_linen, False), (in_nnx, True)], ids=["linen", "nnx"])
 def test_training(module, broadcast):
     x, target = peers.data()
     x = x.reshape(64, 4, 4)  # [batch, time, feature]
@@ -223,6 +231,7 @@ def test_weights_that_are_never_formed_are_not_sown(module):
         call()
 
 
+@pytest.mark.compiled
 @BOTH
 def test_memory_of_a_gradient_is_linear_in_time(module):
     sizes = {}

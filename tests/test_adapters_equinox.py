@@ -128,37 +128,42 @@ class Net(eqx.Module):
 FORMS = ["loop", "checkpoint", "scan"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_masks_in_a_model(form):
-    """One key an example under filter_vmap, inside filter_jit."""
-    x, _ = peers.data()
-    keys = jax.random.split(KEY, len(x))
-    models = [Net(d, form, jax.random.key(0)) for d in (eqx.nn.Dropout, Ours, Dropout)]
-    f = eqx.filter_jit(lambda model: eqx.filter_vmap(model)(x, keys))
-    (a, masks), (b, same), (_, other) = map(f, models)
-    for first, second in zip(*map(jax.tree.leaves, (masks, same)), strict=True):
-        np.testing.assert_array_equal(first, second)
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert any((p != q).any() for p, q in zip(*map(jax.tree.leaves, (masks, other))))
-    one = models[1](x[3], keys[3])[1]
-    same = jax.tree.map(lambda m: m[3], masks)
-    for first, second in zip(*map(jax.tree.leaves, (one, same)), strict=True):
-        np.testing.assert_array_equal(first, second)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_training(form):
+def run_of(dropout, form):
+    """Parameters, and ``(params, keys) -> (loss, (y, masks))`` with one key an example under filter_vmap."""
     x, target = peers.data()
+    params, static = eqx.partition(Net(dropout, form, jax.random.key(0)), eqx.is_inexact_array)
 
+    def loss(params, keys):
+        y, masks = eqx.filter_vmap(eqx.combine(params, static))(x, keys)
+        return ((y - target) ** 2).mean(), (y, masks)
+
+    return params, loss
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_and_gradients_of_a_model(form):
+    """Inside filter_jit."""
+    keys = jax.random.split(KEY, len(peers.data()[0]))
+    results = []
+    for dropout in (eqx.nn.Dropout, Ours):
+        params, loss = run_of(dropout, form)
+        results.append(eqx.filter_jit(eqx.filter_value_and_grad(loss, has_aux=True))(params, keys))
+    peers.same_step(*results)
+    masks = results[1][0][1][1]
+    params, loss = run_of(Dropout, form)
+    other = eqx.filter_jit(loss)(params, keys)[1][1]
+    assert any((p != q).any() for p, q in zip(*map(jax.tree.leaves, (masks, other))))
+    one = Net(Ours, form, jax.random.key(0))(peers.data()[0][3], keys[3])[1]
+    for first, second in zip(*map(jax.tree.leaves, (one, jax.tree.map(lambda m: m[3], masks))), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.examples
+def test_training():
     def run(dropout):
-        params, static = eqx.partition(Net(dropout, form, jax.random.key(0)), eqx.is_inexact_array)
-
-        def loss(params, step):
-            keys = jax.random.split(jax.random.fold_in(KEY, step), len(x))
-            y, _ = eqx.filter_vmap(eqx.combine(params, static))(x, keys)
-            return ((y - target) ** 2).mean()
-
-        return peers.train(loss, params)
+        params, loss = run_of(dropout, "loop")
+        keys = lambda step: jax.random.split(jax.random.fold_in(KEY, step), len(peers.data()[0]))
+        return peers.train(lambda params, step: loss(params, keys(step))[0], params)
 
     peers.same_run(run(eqx.nn.Dropout), run(Ours))
 

@@ -68,28 +68,36 @@ def net(drop, form):
 FORMS = ["loop", "remat", "scan"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_masks_in_a_model(form):
-    x, _ = peers.data()
-    nets = [net(drop, form) for drop in (haiku.dropout, ours, dropout)]
-    params = nets[0].init(jax.random.PRNGKey(0), x)
-    (a, masks), (b, same), (_, other) = (jax.jit(n.apply)(params, KEY, x) for n in nets)
-    for first, second in zip(*map(jax.tree.leaves, (masks, same)), strict=True):
-        np.testing.assert_array_equal(first, second)
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    assert any((p != q).any() for p, q in zip(*map(jax.tree.leaves, (masks, other))))
+@functools.cache
+def params_of(form):
+    return jax.jit(net(haiku.dropout, form).init)(jax.random.PRNGKey(0), peers.data()[0])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_training(form):
+def loss_of(drop, form):
+    """``(params, key) -> (loss, (y, masks))``."""
     x, target = peers.data()
-    params = net(haiku.dropout, form).init(jax.random.PRNGKey(0), x)
 
+    def loss(params, key):
+        y, masks = net(drop, form).apply(params, key, x)
+        return ((y - target) ** 2).mean(), (y, masks)
+
+    return loss
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_and_gradients_of_a_model(form):
+    steps = [jax.jit(jax.value_and_grad(loss_of(drop, form), has_aux=True)) for drop in (haiku.dropout, ours)]
+    results = [step(params_of(form), KEY) for step in steps]
+    peers.same_step(*results)
+    other = jax.jit(loss_of(dropout, form))(params_of(form), KEY)[1][1]
+    assert any((p != q).any() for p, q in zip(*map(jax.tree.leaves, (results[1][0][1][1], other))))
+
+
+@pytest.mark.examples
+def test_training():
     def run(drop):
-        def loss(params, step):
-            y, _ = net(drop, form).apply(params, jax.random.fold_in(KEY, step), x)
-            return ((y - target) ** 2).mean()
-
-        return peers.train(loss, params)
+        loss = loss_of(drop, "loop")
+        step = lambda params, i: loss(params, jax.random.fold_in(KEY, i))[0]
+        return peers.train(step, params_of("loop"))
 
     peers.same_run(run(haiku.dropout), run(ours))

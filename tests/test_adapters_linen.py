@@ -133,30 +133,40 @@ class Net(linen.Module):
 FORMS = ["loop", "remat", "jit", "vmap", "scan", "scan of remat"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_masks_in_a_model(form):
-    x, _ = peers.data()
-    params = Net(linen.Dropout, form).init({"params": jax.random.key(0), "dropout": KEY}, x)
-    results = [jax.jit(Net(d, form).apply)(params, x, rngs={"dropout": KEY}) for d in (linen.Dropout, Ours)]
-    for a, b in zip(*map(jax.tree.leaves, (results[0][1], results[1][1])), strict=True):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
-    fast, masks = Net(Dropout, form).apply(params, x, rngs={"dropout": KEY})
-    assert fast.shape == results[0][0].shape
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(results[0][1])))
+@functools.cache
+def params_of(form):
+    rngs = {"params": jax.random.key(0), "dropout": KEY}
+    return jax.jit(Net(linen.Dropout, form).init)(rngs, peers.data()[0])
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_training(form):
+def loss_of(dropout, form):
+    """``(params, key) -> (loss, (y, masks))``."""
     x, target = peers.data()
-    params = Net(linen.Dropout, form).init({"params": jax.random.key(0), "dropout": KEY}, x)
 
+    def loss(params, key):
+        y, masks = Net(dropout, form).apply(params, x, rngs={"dropout": key})
+        return ((y - target) ** 2).mean(), (y, masks)
+
+    return loss
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_masks_and_gradients_of_a_model(form):
+    steps = [jax.jit(jax.value_and_grad(loss_of(d, form), has_aux=True)) for d in (linen.Dropout, Ours)]
+    results = [step(params_of(form), KEY) for step in steps]
+    peers.same_step(*results)
+    y, masks = results[1][0][1]
+    fast, other = jax.jit(loss_of(Dropout, form))(params_of(form), KEY)[1]
+    assert fast.shape == y.shape
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (masks, other))))
+
+
+@pytest.mark.examples
+def test_training():
     def run(dropout):
-        def loss(params, step):
-            y, _ = Net(dropout, form).apply(params, x, rngs={"dropout": jax.random.fold_in(KEY, step)})
-            return ((y - target) ** 2).mean()
-
-        return peers.train(loss, params)
+        loss = loss_of(dropout, "scan of remat")
+        step = lambda params, i: loss(params, jax.random.fold_in(KEY, i))[0]
+        return peers.train(step, params_of("scan of remat"))
 
     peers.same_run(run(linen.Dropout), run(Ours))
 

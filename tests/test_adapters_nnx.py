@@ -163,43 +163,46 @@ class Net(nnx.Module):
 FORMS = ["loop", "remat", "scan"]
 
 
-def same(results):
-    for a, b in zip(*(jax.tree.leaves(masks) for _, masks in results), strict=True):
-        np.testing.assert_array_equal(a, b)
-    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5, atol=1e-5)
+def loss_of(model, x, target):
+    y, masks = model(x)
+    return ((y - target) ** 2).mean(), (y, masks)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_masks_in_a_model(form):
-    x, _ = peers.data()
+def test_masks_and_gradients_of_a_model(form):
+    """In two steps, which draw other masks; of what is split and merged, and of a clone; and none in evaluation."""
     models = [Net(d, form, nnx.Rngs(0)) for d in (nnx.Dropout, Ours)]
-    jitted = nnx.jit(lambda model, x: model(x))
-    same([model(x) for model in models])
-    first, second = ([jitted(model, x) for model in models] for _ in range(2))
-    same(first)
-    same(second)
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(first[1][1]), jax.tree.leaves(second[1][1])))
-    models = [nnx.merge(*nnx.split(model)) for model in models]
-    same([model(x) for model in models])
-    models = [nnx.clone(model) for model in models]
-    same([jitted(model, x) for model in models])
+    step = nnx.jit(nnx.value_and_grad(loss_of, has_aux=True))
+    first, second = ([step(model, *peers.data()) for model in models] for _ in range(2))
+    peers.same_step(*first)
+    peers.same_step(*second)
+    masks = [jax.tree.leaves(result[0][1][1]) for result in (first[1], second[1])]
+    assert any((a != b).any() for a, b in zip(*masks))
+    models = [nnx.clone(nnx.merge(*nnx.split(model))) for model in models]
+    peers.same_step(*(step(model, *peers.data()) for model in models))
     for model in models:
         model.eval()
         assert all(m.deterministic for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Dropout))
-    np.testing.assert_allclose(models[0](x)[0], models[1](x)[0], rtol=1e-6)
+    still = nnx.jit(lambda model, x: model(x)[0])
+    np.testing.assert_allclose(*(still(model, peers.data()[0]) for model in models), rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_training(form):
+def test_masks_of_a_model_without_jit():
+    results = [loss_of(Net(d, "remat", nnx.Rngs(0)), *peers.data()) for d in (nnx.Dropout, Ours)]
+    peers.same_step(*((result, {}) for result in results))
+
+
+@pytest.mark.examples
+def test_training():
     x, target = peers.data()
 
     def run(dropout, steps=100):
-        model = Net(dropout, form, nnx.Rngs(0))
+        model = Net(dropout, "loop", nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
 
         @nnx.jit
         def step(model, optimizer):
-            value, grads = nnx.value_and_grad(lambda m: ((m(x)[0] - target) ** 2).mean())(model)
+            (value, _), grads = nnx.value_and_grad(loss_of, has_aux=True)(model, x, target)
             optimizer.update(model, grads)
             return value
 

@@ -174,7 +174,7 @@ SIZES = [  # batch, heads, key heads
 def test_join_is_the_inverse_of_split(batch, heads, key_heads):
     p = plan(4, 5, batch=batch, heads=heads, key_heads=key_heads, sizes=ONE_HEAD, devices=8)
     for n in (heads, key_heads):
-        x = jnp.arange(batch * 4 * n * 8).reshape(batch, 4, n, 8)
+        x = np.arange(batch * 4 * n * 8).reshape(batch, 4, n, 8)
         groups = n // key_heads
         assert split(x, p).shape[1:] == (p.batch[0], p.heads[0], groups, 4, 8)
         if groups == p.groups:
@@ -189,24 +189,27 @@ def test_all_parts_of_a_block_belong_to_the_same_scores(batch, heads, key_heads,
     sizes = {"platform": platform, "sizes": ONE_HEAD, "devices": 8}
     p = plan(queries, keys, batch=batch, heads=heads, key_heads=key_heads, **sizes)
     shape = batch, heads, queries, keys
-    scores = jnp.arange(np.prod(shape)).reshape(shape)
-    batches, key_head = _blocking.loop_indices(p)
-    slices = split(jnp.moveaxis(scores[..., :1], 1, 2), p)
+    scores = jnp.arange(np.prod(shape), dtype=jnp.int32).reshape(shape)
     segment = Segment(first=0, blocks=2, rows=2, low=1, high=keys)
-    parts = []
-    for i, first in itertools.product(range(len(slices)), (0, 2)):
-        block = Block(p, segment, batches[i], key_head[i], jnp.int32(first))
-        part = block.slice_scores(split_scores(scores, p))
-        np.testing.assert_array_equal(part[..., :1], block.queries(slices[i]) + 1)
-        index = [np.asarray(i.lo) for i in block.index(None)]
-        flat = np.ravel_multi_index(np.broadcast_arrays(*index), shape)
-        np.testing.assert_array_equal(part, flat)
-        positions = np.broadcast_arrays(*block.positions())
-        np.testing.assert_array_equal(positions, np.broadcast_arrays(*index[2:]))
-        starts, lengths = block.window(split_scores(scores, p).shape)
+
+    @jax.jit
+    def parts(batch, head, first, q):
+        block = Block(p, segment, batch, head, first)
+        scores_of_block = split_scores(scores, p)
+        starts, lengths = block.window(scores_of_block.shape)
+        part = block.slice_scores(scores_of_block)
         assert np.prod(lengths) == part.size and len(starts) == 7
-        parts.append(np.asarray(part).ravel())
-    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.asarray(scores[..., 1:]).ravel())
+        return part, block.queries(q), [i.lo for i in block.index(None)], block.positions()
+
+    results = []
+    slices = split(jnp.moveaxis(scores[..., :1], 1, 2), p)
+    for (*indices, q), first in itertools.product(zip(*_blocking.loop_indices(p), slices), (0, 2)):
+        part, q, index, positions = jax.tree.map(np.asarray, parts(*indices, np.int32(first), q))
+        np.testing.assert_array_equal(part[..., :1], q + 1)
+        np.testing.assert_array_equal(part, np.ravel_multi_index(np.broadcast_arrays(*index), shape))
+        np.testing.assert_array_equal(np.broadcast_arrays(*positions), np.broadcast_arrays(*index[2:]))
+        results.append(part.ravel())
+    np.testing.assert_array_equal(np.sort(np.concatenate(results)), np.asarray(scores[..., 1:]).ravel())
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 6), (1, 4), (1, 4), (1, 5))), ids=str)
@@ -214,11 +217,20 @@ def test_arrays_that_broadcast_are_cut_in_the_same_way(shape):
     p = plan(4, 5, batch=6, heads=4, key_heads=2, sizes=ONE_HEAD, devices=2)
     assert p.batch == (2, 3) and p.heads == (2, 1)
     x = jnp.arange(np.prod(shape)).reshape(shape)
-    block = Block(p, Segment(first=0, blocks=1, rows=2, low=1, high=4), jnp.int32(2), jnp.int32(0), jnp.int32(1))
-    whole = jnp.broadcast_to(x, (6, 4, 4, 5))
-    a, b = (block.slice_scores(split_scores(y, p)) for y in (x, whole))
+
+    @jax.jit
+    def parts(x):
+        block = Block(p, Segment(first=0, blocks=1, rows=2, low=1, high=4), jnp.int32(2), jnp.int32(0), jnp.int32(1))
+        return [block.slice_scores(split_scores(y, p)) for y in (x, jnp.broadcast_to(x, (6, 4, 4, 5)))]
+
+    a, b = parts(x)
     assert a.ndim == b.ndim == 5 and all(n in (1, m) for n, m in zip(a.shape, b.shape))
     np.testing.assert_array_equal(jnp.broadcast_to(a, b.shape), b)
+
+
+def test_operands_without_four_axes_are_not_cut():
+    p = plan(4, 5, batch=6, heads=4)
+    block = Block(p, Segment(first=0, blocks=1, rows=2, low=1, high=4), *map(jnp.int32, (0, 0, 1)))
     assert split_scores((jnp.float32(3), None), p) == (3, None) and block.slice_scores(jnp.float32(3)) == 3
 
 
@@ -248,11 +260,17 @@ def test_axes_of_one_element_are_left_out_on_a_cpu():
     """On [1, 1, 1, T, S], XLA for CPU reuses no operand's buffer for a result."""
     for batch, key_heads, groups in itertools.product((1, 2), repeat=3):
         for platform in (CPU, GENERIC):
-            p = _blocking.Plan(platform, (batch, 1), (key_heads, 1), groups, (), 1)
-            block = Block(p, Segment(first=0, blocks=1, rows=12, low=0, high=20), *map(jnp.int32, (0, 0, 0)))
-            q, k = jnp.zeros((batch, 12, key_heads * groups, 8)), jnp.zeros((batch, 20, key_heads, 8))
-            sizes = [n for n in (batch, key_heads, groups) if n > 1 or platform is GENERIC]
-            assert block.queries(split(q, p)[0]).shape == (*sizes, 12, 8)
-            sizes_of_keys = [n for n in (batch, key_heads) if n > 1 or platform is GENERIC]
-            assert block.keys(split(k, p)[0]).shape == (*sizes_of_keys, 20, 8)
-            assert {i.lo.ndim for i in block.index(None)} == {len(sizes) + 2}
+            sizes = {"heads": key_heads * groups, "key_heads": key_heads, "platform": platform}
+            p = plan(12, 20, batch=batch, **sizes)
+            q = jax.ShapeDtypeStruct((batch, 12, key_heads * groups, 8), jnp.float32)
+            k = jax.ShapeDtypeStruct((batch, 20, key_heads, 8), jnp.float32)
+
+            def parts(q, k, p=p):
+                block = Block(p, Segment(first=0, blocks=1, rows=12, low=0, high=20), *map(jnp.int32, (0, 0, 0)))
+                return block.queries(split(q, p)[0]), block.keys(split(k, p)[0]), [i.lo for i in block.index(None)]
+
+            q, k, index = jax.eval_shape(parts, q, k)
+            left = [n for n in (batch, key_heads, groups) if n > 1 or platform is GENERIC]
+            assert q.shape == (*left, 12, 8)
+            assert k.shape == (*[n for n in (batch, key_heads) if n > 1 or platform is GENERIC], 20, 8)
+            assert {i.ndim for i in index} == {len(left) + 2}

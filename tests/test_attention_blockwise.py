@@ -1,7 +1,7 @@
 """Blockwise attention: one block, the loops over blocks, and what the compiler makes of them.
 
-Its values, gradients and masks: the rows "chunked" of attention_suite.py. Flags for LLVM change neither the compiled
-text nor the sizes of buffers, so nothing here depends on how the tests are compiled.
+Its values, gradients and masks: the rows "chunked" of attention_suite.py. Neither flags for LLVM nor the choice of
+emitters change sizes of buffers (jax 0.10.2), so memory does not depend on how the tests are compiled.
 """
 
 import functools
@@ -27,7 +27,6 @@ from attention_suite import (
     visible,
 )
 
-import jdrop
 from jdrop._mask import draw_mask
 from jdrop._platform import GENERIC, PLATFORMS, BlockSizes
 from jdrop.attention import _blockwise
@@ -64,10 +63,8 @@ def with_sizes(monkeypatch):
     [
         (1, 1, 1, 0.25, CPU),
         (2, 1, 2, 0.25, CPU),
-        (1, 2, 1, 0.25, CPU),
-        (2, 2, 2, 0.0, CPU),
-        (1, 1, 2, 0.0, CPU),
-        (1, 2, 1, 0.25, GENERIC),
+        (1, 2, 1, 0.0, CPU),
+        (1, 2, 2, 0.25, GENERIC),
     ],
 )
 def test_a_block_agrees_with_the_formula(batch, key_heads, groups, rate, platform):
@@ -157,10 +154,10 @@ def test_more_than_a_thousand_queries(with_sizes):
 
 
 @functools.cache
-def compiled_gradient(length, dtype="float32", rate=0.5, backward=True, causal=False, window=None):
+def compiled_gradient(length, dtype="float32", rate=0.5, backward=True):
     x = jax.ShapeDtypeStruct((1, length, 2, 16), dtype)
-    f = lambda q, k, v: attend(q, k, v, rate, is_causal=causal, local_window_size=window).sum()
-    return jax.jit(jax.grad(f, (0, 1, 2)) if backward else f).lower(x, x, x).compile()
+    f = lambda q, k, v: attend(q, k, v, rate).sum()
+    return quick(jax.grad(f, (0, 1, 2)) if backward else f).lower(x, x, x).compile()
 
 
 @pytest.mark.compiled
@@ -193,24 +190,26 @@ def test_dropout_takes_no_memory(length, dtype, backward, most):
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("length", "scores", "most"), [(4096, 9.4e6, 1.3), (8192, 36e6, 2)])
-def test_segments_take_turns_in_memory(length, scores, most):
-    """Those in flight have at most as many scores as a block without hidden keys, but may overlap with the next."""
-    full = temp_bytes(compiled_gradient(length))
-    causal, window = ({"causal": True}, {"window": (length // 8, length // 8)})
-    assert temp_bytes(compiled_gradient(length, **causal)) <= most * full < 3 * 4 * scores / 2  # 3 arrays of all
-    assert temp_bytes(compiled_gradient(length, **window)) <= 1.5 * full
+@pytest.mark.parametrize(
+    ("segments", "hidden"), [(4, {"is_causal": True}), (2, {"local_window_size": (256, 256)})], ids=["causal", "window"]
+)
+def test_segments_take_turns_in_memory(with_sizes, segments, hidden):
+    """One of four is in flight, but it may overlap with the next. They are smaller than a block with all keys."""
+    implementation = with_sizes(BlockSizes(scores=2**20, segments=segments, target_scores=2**19))
+    x = jax.ShapeDtypeStruct((1, 2048, 1, 16), jnp.float32)
+
+    def bytes_of(**options):
+        f = lambda q, k, v: implementation.attend(KEY, q, k, v, **options).sum()
+        return temp_bytes(quick(jax.grad(f, (0, 1, 2))).lower(x, x, x).compile())
+
+    seen = visible((1, 1, 2048, 2048), **hidden)[0, 0]
+    scores = [512 * rows.any(0).sum() for rows in seen.reshape(4, 512, 2048)]
+    all_at_once = 3 * 4 * sum(scores)  # three arrays of four bytes
+    assert bytes_of(**hidden) <= 1.3 * bytes_of() < all_at_once
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("hidden", [{"causal": True}, {"window": (256, 256)}], ids=str)
-def test_few_segments_are_in_flight(hidden):
-    """They have 2**22 scores, in three arrays of four bytes each."""
-    assert temp_bytes(compiled_gradient(2048, **hidden)) <= 1.1 * 3 * 4 * 2**22
-
-
-@pytest.mark.compiled
-@pytest.mark.parametrize(("rate", "causal"), [(0.0, False), (0.5, False), (0.5, True)])
+@pytest.mark.parametrize(("rate", "causal"), [(0.0, True), (0.5, False)])
 def test_layers_hold_no_scores_for_the_backward_pass(rate, causal):
     """If no loop is left that takes the gradient of the output, nothing else keeps XLA from making them early."""
     x = jax.ShapeDtypeStruct((1, 512, 2, 32), jnp.float32)
@@ -224,7 +223,7 @@ def test_layers_hold_no_scores_for_the_backward_pass(rate, causal):
         return temp_bytes(quick(jax.grad(f)).lower(x).compile())
 
     scores, one = 2 * 512 * 512 * 4, 512 * 2 * 32 * 4
-    assert (bytes_of(4) - bytes_of(2)) / 2 <= 6 * one < scores / 2
+    assert (bytes_of(3) - bytes_of(1)) / 2 <= 6 * one < scores / 2
 
 
 def test_what_is_kept_for_the_backward_pass():
@@ -267,7 +266,7 @@ def test_layers_of_a_scan_keep_neither_mask_nor_index():
             return jnp.tanh(x + CHUNKED.attend(key, x, x, x, generator=generator)), None
 
         f = jax.grad(lambda x: jax.lax.scan(layer, x, keys)[0].sum())
-        return jax.jit(f).lower(normal(0, 1, 300, 2, 16)).compile()
+        return quick(f).lower(normal(0, 1, 300, 2, 16)).compile()
 
     fast, of_jax = compiled("fast"), compiled("jax")
     assert "[3,1,300,2,16]" in fast.as_text() and largest(fast.as_text()) <= 2 * 300 * 300
@@ -278,13 +277,13 @@ def test_layers_of_a_scan_keep_neither_mask_nor_index():
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize(("causal", "backward"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("causal", "backward"), [(True, False), (False, True)])
 def test_many_masks_over_the_same_scores_share_them(with_sizes, causal, backward):
     """Logits and exponentials are made once for all keys of a vmap.
 
     Forward also by segments that wait for each other, backward if a loop takes the gradient of the output.
     """
-    arrays = normal(0, 3, 16, 40, 1, 16)
+    arrays = normal(0, 3, 4, 24, 1, 16)
     implementation = with_sizes(BlockSizes(queries=16, scores=1, segment=20, segments=2, target_scores=1))
 
     def exponentials(count):
@@ -312,23 +311,20 @@ def test_the_sums_for_gradients_are_one_exact_product_on_a_cpu():
     assert not sums(lowered_gradient("cuda")) and not sums(lowered_gradient("tpu"))
 
 
-def products(lowered):
-    """Return the left-hand contracting axes of the products in compiled text."""
-    return set(re.findall(r" dot\(.*lhs_batch_dims={0}, lhs_contracting_dims={(\d)}", lowered.compile().as_text()))
-
-
 @pytest.mark.compiled
 def test_transposes_stay_out_of_products_on_a_cpu(monkeypatch):
     """All products [batch, m, k] x [batch, k, n] have k last on the left, which XLA has fast kernels for."""
 
-    def lowered():
+    def contracting(scale):  # another number makes another program
         x = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.float32)
-        return jax.jit(jax.grad(lambda q, k, v: attend(q, k, v).sum(), (0, 1, 2))).lower(x, x, x)
+        f = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, scale=scale).sum(), (0, 1, 2)))
+        return set(re.findall(product, f.lower(x, x, x).compile().as_text()))
 
-    assert products(lowered()) == {"2"}
+    product = r" dot\(.*lhs_batch_dims=\{0\}, lhs_contracting_dims=\{(\d)\}"
+    assert contracting(0.25) == {"2"}
 
     class WithoutSeparate(type(CPU)):
         separate = type(GENERIC).separate
 
     monkeypatch.setitem(PLATFORMS, "cpu", WithoutSeparate())
-    assert products(lowered()) == {"1", "2"}
+    assert contracting(0.125) == {"1", "2"}

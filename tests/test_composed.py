@@ -49,6 +49,7 @@ def test_gradients():
     np.testing.assert_allclose(db, np.asarray(scaled, float).sum(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compiled
 def test_one_fusion_makes_the_result():
     """One loop over elements: nothing of the size of x is stored but the result itself."""
     for dtype in ("float32", "bfloat16"):

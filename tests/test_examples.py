@@ -59,6 +59,7 @@ def test_is_one_short_file_of_its_own(path):
     assert not imported & others
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize(("path", "options"), [(p, o) for p in EXAMPLES for o in OPTIONS[p]], ids=case)
 def test_runs(path, options, tmp_path):
     for package in PACKAGES:

@@ -4,7 +4,6 @@ import ast
 import doctest
 import inspect
 import operator
-import os
 import pathlib
 import re
 import subprocess
@@ -14,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from members import MEMBERS, SHAPE
+from members import MEMBERS, SHAPE, Bench, function_of, readme_line
 
 import jdrop
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
 ROOT = pathlib.Path(__file__).parent.parent
 FAMILY = [path.stem for path in sorted((ROOT / "jdrop" / "_family").glob("*.py")) if path.stem != "__init__"]
 LAYERS = [
@@ -47,13 +45,6 @@ PUBLIC = {name: value for name, value in vars(jdrop).items() if inspect.isfuncti
     "schedules.curriculum": jdrop.schedules.curriculum,
     "schedules.depth_rates": jdrop.schedules.depth_rates,
 }
-FIRST = {  # what stands in the place of key, x, rate: the exceptions to the grammar
-    "dot_product_attention": ["prng_key", "query", "key", "value", "rate"],
-    "drop_connect": ["key", "params", "rate"],
-    "gaussian_noise": ["key", "x", "stddev"],
-    "token_dropout": ["key", "ids", "rate"],
-    "zoneout": ["key", "new", "rate"],
-}
 NO_MODE = {  # what is no member, and where the rules that hold for it are tested
     "dropout_mask": "test_masks, test_sharding",
     "drop_block_mask": "test_blocks",
@@ -64,7 +55,6 @@ NO_MODE = {  # what is no member, and where the rules that hold for it are teste
     "schedules.curriculum": "test_schedules",
     "schedules.depth_rates": "test_schedules",
 }
-NO_MASK = {"gaussian_dropout", "gaussian_noise", "patch_dropout"}  # nothing that generator= could draw
 
 
 def module_of(path):
@@ -141,29 +131,28 @@ def test_docstrings_are_whole(name):
 TAKES_TRAIN = [name for name, f in PUBLIC.items() if "train" in inspect.signature(f).parameters]
 
 
-def test_the_walk_covers_every_function_with_a_train_argument():
-    assert {name.split(" of ")[0] for name in MEMBERS} == set(TAKES_TRAIN) == set(PUBLIC) - set(NO_MODE)
+def test_the_table_of_members_has_every_function_with_a_train_argument():
+    assert {function_of(name) for name in MEMBERS} == set(TAKES_TRAIN) == set(PUBLIC) - set(NO_MODE)
+    assert {name for name, member in MEMBERS.items() if member.readme} == set(TAKES_TRAIN)
 
 
 @pytest.mark.parametrize("name", TAKES_TRAIN)
 def test_signatures_follow_the_grammar(name):
-    parameters = inspect.signature(PUBLIC[name]).parameters
+    member, parameters = MEMBERS[name], inspect.signature(PUBLIC[name]).parameters
     names = list(parameters)
-    first = FIRST.get(name, ["key", "x", "rate"])
-    assert names[: len(first)] == first
+    assert tuple(names[: len(member.first)]) == member.first
     options = names[names.index("train") :]
     assert all(parameters[n].kind == inspect.Parameter.KEYWORD_ONLY for n in options)
-    kind = "POSITIONAL_ONLY" if name == "dot_product_attention" else "POSITIONAL_OR_KEYWORD"
+    kind = "POSITIONAL_ONLY" if member.positional_only else "POSITIONAL_OR_KEYWORD"
     assert all(parameters[n].kind.name == kind for n in names[: names.index("train")])
     assert parameters["train"].default is inspect.Parameter.empty
-    assert "shard" in options and ("generator" in options) == (name not in NO_MASK)
+    assert "shard" in options and ("generator" in options) == member.generator
 
 
 @pytest.mark.parametrize("name", TAKES_TRAIN)
 def test_errors_name_the_function_and_the_argument(name):
     f, x = MEMBERS[name], jnp.ones(SHAPE)
-    first = FIRST.get(name, ["key", "rate"])
-    key, rate = first[0], first[-1]
+    key, rate = MEMBERS[name].first[0], MEMBERS[name].first[-1]
     cases = [
         (lambda: f(jax.random.key(0), x, -0.5, train=True), ValueError, f"{name}: {rate} must "),
         (lambda: f(jax.random.key(0), x, np.nan, train=False), ValueError, f"{name}: {rate} must "),
@@ -220,6 +209,21 @@ def test_readme_has_a_before_and_after_for_every_library():
     text = (ROOT / "README.md").read_text()
     for module, name in (("linen", "Dropout"), ("nnx", "Dropout"), ("equinox", "Dropout"), ("haiku", "dropout")):
         assert re.search(rf"^from jdrop.adapters.{module} import {name}  # before: from .* import {name}$", text, re.M)
+
+
+def test_readme_table_of_the_family_is_that_of_the_members():
+    text = (ROOT / "README.md").read_text().split("| function | what shares a decision |")[1].split("\n\n")[0]
+    assert text.splitlines()[2:] == [readme_line(name) for name, member in MEMBERS.items() if member.readme]
+
+
+@pytest.mark.parametrize("name", [name for name, member in MEMBERS.items() if member.readme])
+def test_papers_and_peers_of_a_member_are_those_of_its_docstring_and_benchmark(name):
+    member, references = MEMBERS[name], inspect.getdoc(PUBLIC[name]).split("References:")[1]
+    for author, year in re.findall(r"(\w+)[^,]* (\d{4})", member.readme.paper):
+        assert author in references and f"({year})" in references
+    if isinstance(member.bench, Bench):
+        for library, field in (("PyTorch", "torch"), ("timm", "timm"), ("Keras", "keras"), ("Flax", "linen_broadcast")):
+            assert getattr(member.bench, field) is None or library in member.readme.also_in
 
 
 def names_table():

@@ -4,8 +4,6 @@ Where they keep something, it is kept with the same factor; where they drop, as 
 standard errors of the rate. Where jdrop differs on purpose, the difference is what is tested.
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,6 @@ import pytest
 
 import jdrop
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
 KEY = jax.random.key(91)
 RATE = 0.3
 X = np.random.default_rng(0).standard_normal((400, 6, 5, 32)).astype(np.float32) + 3  # [batch, height, width, channel]

@@ -61,8 +61,12 @@ def test_a_dropped_branch_is_not_computed():
         step(KEY, rate)
         jax.effects_barrier()
         assert len(calls) == expected
-    text = step.lower(KEY, 0.5).compile().as_text()
-    assert "conditional(" in text
+
+
+@pytest.mark.compiled
+def test_a_dropped_branch_is_a_branch_of_the_program():
+    f = jax.jit(lambda k, r: jdrop.stochastic_depth(k, jnp.ones(2), r, jnp.sin, train=True))
+    assert "conditional(" in f.lower(KEY, 0.5).compile().as_text()
 
 
 def test_the_branch_is_traced_once():
@@ -115,7 +119,7 @@ def test_a_branch_that_varies_more_than_x_in_shard_map():
             k, x, jnp.float32(r), lambda x: x * w[0], train=True, shard=jax.P(), generator="jax"
         )
         specs = {"in_specs": (jax.P(), jax.P(), jax.P("d")), "out_specs": jax.P("d")}
-        tiles = jax.shard_map(f, mesh=mesh, **specs)(jax.random.key(3, impl="rbg"), x, w).reshape(8, 3)
+        tiles = jax.jit(jax.shard_map(f, mesh=mesh, **specs))(jax.random.key(3, impl="rbg"), x, w).reshape(8, 3)
         single = [f(jax.random.key(3, impl="rbg"), x, w[i : i + 1]) for i in range(8)]
         np.testing.assert_allclose(tiles, single, rtol=1e-6)
 
@@ -142,4 +146,4 @@ def test_one_decision_for_all_tiles_of_a_key_whose_bits_do_not_go_by_index():
     key, x = jax.random.key(3, impl="rbg"), jnp.arange(1.0, 33.0).reshape(8, 4)
     f = lambda k, x, **o: jdrop.stochastic_depth(k, x, 0.5, jnp.sin, train=True, generator="jax", **o)
     tiled = jax.shard_map(lambda k, x: f(k, x, shard=P("d")), mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
-    np.testing.assert_allclose(tiled(key, x), f(key, x), rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(tiled)(key, x), f(key, x), rtol=1e-6)

@@ -237,6 +237,7 @@ def by_jax(k, h):
     return dropout(k, h, 0.1, train=True, generator="jax")
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("how", ["unrolled", "scan", "scan+checkpoint", "scan+checkpoint, no prevent_cse"])
 def test_temporary_bytes_are_those_of_a_plain_scale(how):
     w = jnp.ones((4, 512, 512)) / 512
@@ -271,6 +272,7 @@ def test_temporary_bytes_are_those_of_a_plain_scale(how):
         assert temp(stored) > floor + 3 * mask
 
 
+@pytest.mark.compiled
 def test_forward_is_one_loop_over_elements_with_the_row_hash_outside():
     x = jnp.ones((512, 1024))
     text = jax.jit(lambda k, x: drop(x, k)).lower(KEY, x).compile().as_text()
@@ -290,6 +292,7 @@ def hashes(text, shape):
     return mixing, {c for c in mixing if f"f32[{','.join(map(str, shape))}]" in c}
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("shape", "shared"), [((16, 64, 256), 1), ((8, 8, 32, 64), (0, 1)), ((64, 8, 128), (0,)), ((16, 64, 256), (0, 1))]
 )
@@ -308,6 +311,7 @@ def test_shared_decisions_are_drawn_once_on_a_cpu(member, shape, shared):
     assert compiled.memory_analysis().temp_size_in_bytes <= stored + 128  # seed and row keys, at multiples of 64
 
 
+@pytest.mark.compiled
 def test_decisions_that_few_elements_share_are_drawn_again():
     """Stored they would be an eighth of the data; and the search of the test above finds what it looks for."""
     shape = (4, 512, 256)
@@ -321,6 +325,7 @@ def rows_of(n, f, *args):
     return {int(rows) for rows, width in shapes if int(rows) * int(width) == n and int(rows) > 1}
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(
     ("n", "width"), [(2**14, 1024), (3 * 2**14, 1024), (2**14 + 128, 128), (2**14 + 64, 0), (2**14 - 1024, 0)]
 )
@@ -343,6 +348,7 @@ def test_a_long_axis_is_folded_on_one_cpu_and_keeps_its_bits(n, width):
         same(f(x), jax.vmap(f)(x[None])[0])
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_long_axis_on_a_mesh(axis_type, devices):

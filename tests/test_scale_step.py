@@ -1,6 +1,5 @@
 """A whole train step: the same masks on any mesh, in any microbatch and under any checkpoint policy, at no traffic."""
 
-import functools
 import re
 from collections import Counter
 
@@ -17,8 +16,6 @@ from jdrop.keys import derive, per_example
 
 KEY = jax.random.key(31)
 B, T, W, N = 16, 24, 40, 4  # batch, time, width, heads: no other array has the shape of a mask
-FEWER = [pytest.param(n, marks=pytest.mark.long) for n in (2, 4)]
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # not: runs fast
 KINDS = ["auto", "explicit", "shard_map"]
 POLICIES = {
     "dots saved": jax.checkpoint_policies.dots_saveable,
@@ -99,23 +96,30 @@ def whole():
     """The step on one device, with no mesh: loss, gradients, masks."""
     drop = places(KEY, True)
     with jax.enable_x64(True):
-        loss, grads = jit(lambda p, x: jax.value_and_grad(loss_fn)(p, x, drop))(PARAMS, X)
-        return loss, grads, jit(lambda *a: masks_of(drop, *a))(X, *PROBE)
+        loss, grads = jax.jit(lambda p, x: jax.value_and_grad(loss_fn)(p, x, drop))(PARAMS, X)
+        return loss, grads, jax.jit(lambda *a: masks_of(drop, *a))(X, *PROBE)
 
 
-@pytest.mark.parametrize("devices", [1, *FEWER, 8])
-@pytest.mark.parametrize("kind", KINDS)
+FIRST = [("auto", 1), *((kind, 8) for kind in KINDS)]
+THEN = [(kind, n) for n in (1, 2, 4) for kind in KINDS if (kind, n) not in FIRST]
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices"),
+    [pytest.param(*one, marks=pytest.mark.compiled) for one in FIRST]
+    + [pytest.param(*one, marks=pytest.mark.long) for one in THEN],
+)
 def test_step_over_a_mesh(kind, devices, whole, x64):
     text = {}
     for train in (False, True):
         mesh, spread, everywhere, step, masks = on_mesh(kind, devices, train)
         with jax.set_mesh(mesh):
             params, x = jax.device_put(PARAMS, everywhere), jax.device_put(X, spread)
-            compiled = jit(step).lower(params, x).compile()
+            compiled = jax.jit(step).lower(params, x).compile()
             text[train] = compiled.as_text()
             if train:
                 loss, grads = compiled(params, x)
-                found = jit(masks)(x, *jax.device_put(PROBE, spread))
+                found = jax.jit(masks)(x, *jax.device_put(PROBE, spread))
     for name, mask in found.items():
         np.testing.assert_array_equal(mask, whole[2][name], name)
     assert_equal_but_for_rounding((loss, grads), whole[:2])
@@ -147,9 +151,9 @@ def by_example(params, x, ids, policy="no checkpoint", keys=per_example):
     return losses.mean(), masks
 
 
-def accumulated(parts, policy, keys=per_example):
+def accumulated(parts, policy):
     """Gradients by weights and inputs, and masks, of a step in microbatches."""
-    step = jit(jax.grad(lambda p, x, i: by_example(p, x, i, policy, keys), argnums=(0, 1), has_aux=True))
+    step = jax.jit(jax.grad(lambda p, x, i: by_example(p, x, i, policy), argnums=(0, 1), has_aux=True))
     found = [step(PARAMS, x, ids) for x, ids in zip(np.split(X, parts), jnp.split(IDS, parts), strict=True)]
     by_params = jax.tree.map(lambda *g: sum(g) / parts, *[grads[0] for grads, _ in found])
     by_inputs = jnp.concatenate([grads[1] for grads, _ in found]) / parts
@@ -162,7 +166,16 @@ def at_once():
         return accumulated(1, "no checkpoint")
 
 
-@pytest.mark.parametrize(("parts", "policy"), [(2, "no checkpoint"), (4, "no checkpoint"), *((2, p) for p in POLICIES)])
+@pytest.mark.parametrize(
+    ("parts", "policy"),
+    [
+        (4, "no checkpoint"),
+        (2, "dots saved"),
+        (2, "nothing saved"),
+        pytest.param(2, "no checkpoint", marks=pytest.mark.long),
+        pytest.param(2, "everything saved", marks=pytest.mark.long),
+    ],
+)
 def test_microbatches_and_checkpoint_policies(parts, policy, at_once, x64):
     by_params, by_inputs, masks = accumulated(parts, policy)
     jax.tree.map(np.testing.assert_array_equal, masks, at_once[2])
@@ -173,5 +186,6 @@ def test_microbatches_and_checkpoint_policies(parts, policy, at_once, x64):
 
 def test_keys_by_the_place_in_a_microbatch_would_be_seen(x64):
     by_place = lambda key, ids: per_example(key, jnp.arange(len(ids)))
-    whole, parts = accumulated(1, "no checkpoint", by_place), accumulated(2, "no checkpoint", by_place)
-    assert (np.asarray(whole[2]["in"]) != np.asarray(parts[2]["in"])).any()
+    masks = jax.jit(lambda x, ids: by_example(PARAMS, x, ids, keys=by_place)[1]["in"])
+    parts = [masks(x, ids) for x, ids in zip(np.split(X, 2), jnp.split(IDS, 2), strict=True)]
+    assert (np.asarray(masks(X, IDS)) != np.concatenate(parts)).any()

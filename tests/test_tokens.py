@@ -52,6 +52,7 @@ def test_replacements_may_differ_and_rates_may_be_traced():
     same(f(0.25), jdrop.token_dropout(KEY, ids, 0.25, 7, train=True))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4)), 8])
 def test_token_tiles_and_meshes(devices):
     ids = jnp.arange(64 * 16, dtype=jnp.int32).reshape(64, 16)

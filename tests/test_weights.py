@@ -77,7 +77,7 @@ def test_tiles_of_leaves_in_shard_map():
         in_specs=(P(), specs),
         out_specs=specs,
     )
-    jax.tree.map(same, f(KEY, params), jdrop.drop_connect(KEY, params, 0.5, train=True))
+    jax.tree.map(same, jax.jit(f)(KEY, params), jdrop.drop_connect(KEY, params, 0.5, train=True))
     with pytest.raises(ValueError, match="drop_connect: shard must name manual mesh axes"):
         jdrop.drop_connect(KEY, params, 0.5, train=False, shard=P("m"))
     for wrong in ([P(), P()], {"a": P(), "c": P()}):
@@ -174,6 +174,7 @@ def test_ids_outside_count_as_jax_gathers_them():
         same(y, jdrop.embedding_dropout(jax.random.clone(key), table, 0.5, train=True)[ids])
 
 
+@pytest.mark.compiled
 def test_the_vocabulary_costs_nothing():
     ids, x = jnp.zeros((4, 8), jnp.int32), jnp.ones((4, 8, 16))
     f = jax.jit(lambda k, x: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=ids, vocab_size=10**9))
@@ -194,7 +195,10 @@ def test_rates_by_word_and_under_vmap():
     same(jax.grad(lambda x: f(KEY, x, ids).sum())(x), f(KEY, x, ids))
 
 
-@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4)), 8])
+@pytest.mark.parametrize(
+    "devices",
+    [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4)), pytest.param(8, marks=pytest.mark.compiled)],
+)
 def test_ids_on_tiles_and_meshes(devices):
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:devices])
     ids, x = jnp.arange(64).reshape(16, 4) % 9, jnp.ones((16, 4, 5))
@@ -203,7 +207,7 @@ def test_ids_on_tiles_and_meshes(devices):
     with jax.set_mesh(mesh):
         placed = [jax.device_put(a, jax.NamedSharding(mesh, P("d"))) for a in (x, ids)]
         compiled = jax.jit(f).lower(KEY, *placed).compile()
-        same(jax.jit(f)(KEY, *placed), whole)
+        same(compiled(KEY, *placed), whole)
         assert "all-" not in compiled.as_text()
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     tiled = jax.shard_map(
