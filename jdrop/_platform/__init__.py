@@ -20,8 +20,18 @@ from jdrop._platform.cpu import Cpu
 from jdrop._platform.generic import GENERIC, BlockSizes, Platform
 from jdrop._platform.gpu import Gpu
 from jdrop._platform.tpu import Tpu
+from jdrop._sharding import repeat_like
 
-__all__ = ["GENERIC", "PLATFORMS", "BlockSizes", "Platform", "Target", "at_lowering", "register_lowerings"]
+__all__ = [
+    "GENERIC",
+    "PLATFORMS",
+    "BlockSizes",
+    "Platform",
+    "Target",
+    "at_lowering",
+    "linear_at_lowering",
+    "register_lowerings",
+]
 
 PLATFORMS: dict[str, Platform] = {"cpu": Cpu(), "cuda": Gpu(), "rocm": Gpu(), "tpu": Tpu()}
 
@@ -118,6 +128,11 @@ def _call_flat(*leaves: Any, f: Function, avals: Any, target: Target) -> list[An
     return jax.tree.leaves(_call(*leaves, f=f, target=target))
 
 
+def _call_linear(*leaves: Any, f: Function, target: Target, **params: Any) -> list[Any]:
+    del params
+    return jax.tree.leaves(_call(*leaves, f=f, target=target))
+
+
 def _bind(f: Function, leaves: Sequence[Any]) -> list[Any]:
     avals = jax.make_jaxpr(functools.partial(_call, f=f, target=Target()))(*leaves).out_avals
     return _at_lowering_p.bind(*leaves, f=f, avals=tuple(avals))
@@ -158,3 +173,73 @@ register_lowerings(_at_lowering_p, _call_flat, multiple_results=True)
 batching.primitive_batchers[_at_lowering_p] = _batch
 ad.primitive_jvps[_at_lowering_p] = _jvp
 jet.jet_rules[_at_lowering_p] = _jet
+
+
+# ---------------------------------------------------------------------------------- linear functions of the target
+
+_linear_p = Primitive("jdrop_linear_at_lowering")
+_linear_p.multiple_results = True
+
+
+def linear_at_lowering(f: Function, transpose: Function, operands: Any, linear: Any, types: Any) -> Any:
+    """Return ``f(target, operands, linear)``, linear in ``linear``, with a transpose of its own.
+
+    Args:
+      f: a function, as for :func:`at_lowering`.
+      transpose: ``(target, operands, cotangents)`` to the cotangents of ``linear``.
+      operands: pytree of arrays.
+      linear: pytree of arrays.
+      types: types of the results.
+    """
+    leaves, linear_leaves = jax.tree.leaves(operands), jax.tree.leaves(linear)
+    avals, results_tree = jax.tree.flatten(types)
+    results = _linear_p.bind(
+        *leaves,
+        *linear_leaves,
+        f=_Flat(f, jax.tree.structure((operands, linear))),
+        transpose=_Flat(transpose, jax.tree.structure((operands, types))),
+        avals=tuple(avals),
+        count=len(linear_leaves),
+    )
+    return jax.tree.unflatten(results_tree, results)
+
+
+def _linear_jvp(primals: Any, tangents: Any, *, f: Function, count: int, **params: Any) -> Any:
+    results = _linear_p.bind(*primals, f=f, count=count, **params)
+    if all(isinstance(tangent, ad.Zero) for tangent in tangents[:-count]):
+        moved = [ad.instantiate_zeros(tangent) for tangent in tangents[-count:]]
+        return results, _linear_p.bind(*primals[:-count], *moved, f=f, count=count, **params)
+    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
+    plain = functools.partial(_plain, f, primals, moving)
+    return results, jax.jvp(plain, [primals[i] for i in moving], [tangents[i] for i in moving])[1]
+
+
+def _linear_transpose(cotangents: Any, *leaves: Any, transpose: Function, count: int, **params: Any) -> Any:
+    del params
+    operands, linear = leaves[:-count], leaves[-count:]
+    cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
+    types = tuple(x.aval if ad.is_undefined_primal(x) else jax.typeof(x) for x in linear)
+    results = _at_lowering_p.bind(*operands, *cotangents, f=transpose, avals=types)
+    return [None] * len(operands) + [ct if ad.is_undefined_primal(x) else None for x, ct in zip(linear, results)]
+
+
+def _linear_batch(leaves: Any, axes: Any, *, f: Function, transpose: Function, avals: Any, count: int) -> Any:
+    mapped = next((x, axis) for x, axis in zip(leaves, axes) if axis is not None)
+    moved = list(leaves[:-count])
+    for x, axis in zip(leaves[-count:], axes[-count:]):  # JAX sums the cotangents of the copies
+        moved.append(repeat_like(x, *mapped) if axis is None else jnp.moveaxis(x, axis, 0))
+    axes = tuple(axes[:-count])
+    f = _Mapped(f, (*axes, *[0] * count))
+    transpose = _Mapped(transpose, (*axes, *[0] * len(avals)))
+    avals = jax.make_jaxpr(functools.partial(_call, f=f, target=Target()))(*moved).out_avals
+    results = _linear_p.bind(*moved, f=f, transpose=transpose, avals=tuple(avals), count=count)
+    return results, [0] * len(results)
+
+
+_bind_linear_jit = jax.jit(_linear_p.bind, static_argnames=("f", "transpose", "avals", "count"))
+_linear_p.def_impl(lambda *leaves, **params: _bind_linear_jit(*leaves, **params))
+_linear_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
+register_lowerings(_linear_p, _call_linear, multiple_results=True)
+batching.primitive_batchers[_linear_p] = _linear_batch
+ad.primitive_jvps[_linear_p] = _linear_jvp
+ad.primitive_transposes[_linear_p] = _linear_transpose
