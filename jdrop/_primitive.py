@@ -210,6 +210,6 @@ def _jet(primals: Any, series: Any, *, op: MaskedOp, batch: tuple[Any, ...], **s
 
 
 ad.primitive_jvps[_masked_op_p] = _jvp
-jet.jet_rules[_masked_op_p] = _jet
+jet.jet_rules[_masked_op_p] = _jet  # type: ignore[assignment]
 ad.primitive_transposes[_masked_op_p] = _transpose
 batching.primitive_batchers[_masked_op_p] = _batch

@@ -153,6 +153,18 @@ def _jvp(primals: Any, tangents: Any, *, f: Function, avals: Any) -> Any:
     return jax.jvp(plain, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
+def _transpose(cotangents: Any, *leaves: Any, f: Function, avals: Any) -> Any:
+    """Transpose the plain form, for ``jax.linear_transpose`` of a function that is linear in some of its operands."""
+    moving = [i for i, x in enumerate(leaves) if ad.is_undefined_primal(x)]
+    plain = functools.partial(_plain, f, leaves, moving)
+    transposed = jax.linear_transpose(plain, *(leaves[i].aval for i in moving))
+    given = [
+        ct if not isinstance(ct, ad.Zero) else jnp.zeros(aval.shape, aval.dtype) for ct, aval in zip(cotangents, avals)
+    ]
+    results = dict(zip(moving, transposed(given)))
+    return [results.get(i) for i in range(len(leaves))]
+
+
 def _jet(primals: Any, series: Any, *, f: Function, avals: Any) -> Any:
     del avals
     moving = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -172,7 +184,8 @@ _at_lowering_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
 register_lowerings(_at_lowering_p, _call_flat, multiple_results=True)
 batching.primitive_batchers[_at_lowering_p] = _batch
 ad.primitive_jvps[_at_lowering_p] = _jvp
-jet.jet_rules[_at_lowering_p] = _jet
+ad.primitive_transposes[_at_lowering_p] = _transpose
+jet.jet_rules[_at_lowering_p] = _jet  # type: ignore[assignment]
 
 
 # ---------------------------------------------------------------------------------- linear functions of the target

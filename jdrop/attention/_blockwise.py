@@ -286,8 +286,8 @@ class _Tangent:
 
         def forward(*values: Array) -> Array:
             changed = dict(zip(moving, values))
-            operands = [changed.get(i, x) for i, x in enumerate(primals)]
-            return _Forward(self.spec, self.sizes)(target, *operands, inputs)[0]
+            query, key, value, bias = (changed.get(i, x) for i, x in enumerate(primals))
+            return _Forward(self.spec, self.sizes)(target, query, key, value, bias, inputs)[0]
 
         return jax.jvp(forward, [primals[i] for i in moving], [tangents[i] for i in moving])[1]
 
