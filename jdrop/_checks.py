@@ -20,8 +20,8 @@ def is_typed_key(value: Any) -> bool:
 
 
 def is_array(value: Any) -> bool:
-    """Tell whether a value is an array of JAX or NumPy, or a NumPy scalar."""
-    return isinstance(value, (jax.Array, np.ndarray, np.generic))
+    """Tell whether a value is an array of JAX or NumPy, or a NumPy scalar. Masked arrays are not."""
+    return isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, np.ma.MaskedArray)
 
 
 def is_integer_array(value: Any) -> bool:
@@ -67,6 +67,7 @@ def check_array(function: str, argument: str, value: Any, dtypes: Sequence[str] 
         raise type_error(
             function, argument, rule="must be an array", got=describe(value), fix="convert it with jnp.asarray"
         )
+    check_byte_order(function, argument, value)
     if is_typed_key(value) or value.dtype.name not in dtypes:
         raise type_error(
             function,
@@ -77,12 +78,25 @@ def check_array(function: str, argument: str, value: Any, dtypes: Sequence[str] 
         )
 
 
+def check_byte_order(function: str, argument: str, value: Any) -> None:
+    """Require an array in the byte order of this machine, which JAX does not check by name."""
+    if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.isnative:
+        raise type_error(
+            function,
+            argument,
+            rule="must have the byte order of this machine",
+            got=repr(value.dtype.str),
+            fix="convert it with x.astype(x.dtype.newbyteorder('='))",
+        )
+
+
 def check_integers(function: str, argument: str, value: Any) -> None:
     """Require an array of integers."""
     if not is_integer_array(value):
         raise type_error(
             function, argument, rule="must be an integer array", got=describe(value), fix="convert it to int32"
         )
+    check_byte_order(function, argument, value)
 
 
 def check_broadcastable(
@@ -122,13 +136,15 @@ def as_rate(
     a distribution use the same rules.
     """
     meaning = "the probability of dropping" if high <= 1 else "a number of at least 0"
-    if is_typed_key(value) or not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
+    number_like = isinstance(value, (int, float, np.ndarray, np.generic, jax.Array))
+    if is_typed_key(value) or not number_like or isinstance(value, (np.ma.MaskedArray, np.timedelta64)):
         raise type_error(
             function, argument, rule="must be a number or an array", got=describe(value), fix=f"pass a float, {meaning}"
         )
     concrete = not isinstance(value, jax.Array)
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
     rate: Any = np.asarray(_as_float(value) if integer else value) if concrete else value
+    check_byte_order(function, argument, rate)
     if rate.dtype.name not in RATE_DTYPES:
         raise type_error(
             function,

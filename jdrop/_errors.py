@@ -31,6 +31,8 @@ def describe(value: Any) -> str:
 
     Arrays of JAX are never read.
     """
+    if isinstance(value, np.ma.MaskedArray):
+        return "a masked array"
     if isinstance(value, jax.Array) or (isinstance(value, np.ndarray) and value.ndim):
         return f"{value.dtype}[{','.join(map(str, value.shape))}]"
     if any(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(value)):

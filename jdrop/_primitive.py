@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import jet
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
@@ -196,6 +197,19 @@ def _batch(operands: Any, dims: Any, *, op: MaskedOp, batch: tuple[Any, ...], **
     return _masked_op_p.bind(*data, *operands[n:], op=op, batch=batch, **static), axis
 
 
+def _jet(primals: Any, series: Any, *, op: MaskedOp, batch: tuple[Any, ...], **static: Any) -> Any:
+    """Apply the partials to the terms of each order (``jax.experimental.jet``): an op is affine in its inputs."""
+    of_mask, terms = primals[op.num_inputs :], []
+    for of_order in zip(*series[: op.num_inputs]):
+        parts = [
+            _masked_op_p.bind(term, *of_mask, op=partial, batch=_batch_of_one(op, batch), **static)
+            for partial, term in zip(op.partials or (op,), of_order)
+        ]
+        terms.append(functools.reduce(jnp.add, parts))
+    return _masked_op_p.bind(*primals, op=op, batch=batch, **static), terms
+
+
 ad.primitive_jvps[_masked_op_p] = _jvp
+jet.jet_rules[_masked_op_p] = _jet  # type: ignore[assignment]
 ad.primitive_transposes[_masked_op_p] = _transpose
 batching.primitive_batchers[_masked_op_p] = _batch

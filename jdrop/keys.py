@@ -13,7 +13,7 @@ from jax import Array, lax
 from jdrop._checks import check_key, is_integer_array, is_typed_key
 from jdrop._errors import describe, type_error, value_error
 from jdrop._random.fast import USE_DERIVE, absorb, hash_key
-from jdrop._random.threefry import U64, WORD, Pair
+from jdrop._random.threefry import U64, WORD
 
 __all__ = ["derive", "per_example"]
 
@@ -90,26 +90,22 @@ def per_example(key: Array, ids: Array) -> Array:
             fix="pass the examples' indices as an integer array",
         )
 
-    def one(high: Array, low: Array) -> Array:
-        return _derive(key, [(_INT, high, low)])
-
-    for _ in ids.shape:
-        one = jax.vmap(one)
-    return one(*U64.of(ids))
+    return _derive(key, [(_INT, _as_number(ids))])
 
 
-def _derive(key: Array, blocks: list[tuple[int, Any, Any]]) -> Array:
+def _derive(key: Array, blocks: list[tuple[int, Any]]) -> Array:
+    """Absorb blocks ``(tag, number)``: numbers are those of :func:`_as_number`, all of one shape."""
     typed = is_typed_key(key)
     words = jax.random.key_data(key) if typed else jnp.asarray(key)
-    tags = tuple(tag for tag, _, _ in blocks)
-    derived = _derived_words(words, [(a, b) for _, a, b in blocks], tags=tags)
+    derived = _derived_words(words, [number for _, number in blocks], tags=tuple(tag for tag, _ in blocks))
     return jax.random.wrap_key_data(derived, impl=jax.random.key_impl(key)) if typed else derived
 
 
 @functools.partial(jax.jit, static_argnames="tags")
-def _derived_words(words: Array, pairs: list[Pair], *, tags: tuple[int, ...]) -> Array:
-    state, parts = hash_key(words, USE_DERIVE), [part for pair in pairs for part in pair]
-    mixed = functools.reduce(operator.xor, parts, state[0])
+def _derived_words(words: Array, numbers: list[Any], *, tags: tuple[int, ...]) -> Array:
+    state = hash_key(words, USE_DERIVE)
+    pairs = [number if isinstance(number, U64) else U64.of(number) for number in numbers]
+    mixed = functools.reduce(operator.xor, [part for pair in pairs for part in pair], state[0])
     alike = mixed ^ mixed  # 0, batched and sharded like all parts combined, as the scan needs
     high, low = (jnp.stack([pair[k] ^ alike for pair in pairs]) for k in (0, 1))
     # A scan, because an unrolled long path takes seconds to compile on CPU.
@@ -120,7 +116,15 @@ def _derived_words(words: Array, pairs: list[Pair], *, tags: tuple[int, ...]) ->
     return jnp.stack(out[:n], axis=-1)
 
 
-def _as_blocks(function: str, argument: str, element: Any) -> list[tuple[int, Any, Any]]:
+def _as_number(value: Any) -> Any:
+    """Return an integer, or an array of them, for :func:`_derived_words`.
+
+    Arrays of JAX are taken apart there, compiled; NumPy's here, because they may be wider than JAX allows.
+    """
+    return value if isinstance(value, Array) else U64.of(value)
+
+
+def _as_blocks(function: str, argument: str, element: Any) -> list[tuple[int, Any]]:
     if isinstance(element, str):
         try:
             digest = hashlib.blake2b(element.encode(), digest_size=16).digest()
@@ -133,7 +137,7 @@ def _as_blocks(function: str, argument: str, element: Any) -> list[tuple[int, An
                 fix="replace lone surrogates",
             ) from None
         a, b, c, d = np.frombuffer(digest, ">u4").astype(np.uint32)
-        return [(_STR_HIGH, a, b), (_STR_LOW, c, d)]
+        return [(_STR_HIGH, U64(a, b)), (_STR_LOW, U64(c, d))]
     if isinstance(element, int) and not isinstance(element, bool):
         if not 0 <= element < WORD * WORD:
             raise value_error(
@@ -143,9 +147,9 @@ def _as_blocks(function: str, argument: str, element: Any) -> list[tuple[int, An
                 got=element,
                 fix="use a non-negative int, or an integer array",
             )
-        return [(_INT, *U64.of(element))]
+        return [(_INT, _as_number(element))]
     if is_integer_array(element) and element.ndim == 0:
-        return [(_INT, *U64.of(element))]
+        return [(_INT, _as_number(element))]
     raise type_error(
         function,
         argument,

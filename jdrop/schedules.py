@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jdrop._checks import as_count, as_number, check_choice
@@ -76,7 +77,7 @@ def _before(step: Any, limit: int) -> Array:
     step = jnp.asarray(step)
     if jnp.issubdtype(step.dtype, jnp.integer) and limit > jnp.iinfo(step.dtype).max:
         return jnp.ones_like(step, bool)
-    return step < limit
+    return step < np.asarray(limit).astype(step.dtype)
 
 
 def curriculum(rate: float, gamma: float) -> Schedule:

@@ -36,7 +36,6 @@ class Row(NamedTuple):
     """What ``implementation=`` is."""
     registered: Implementation | None = None
     """Put into the registry under this name during a test; ``None`` if the registry has it."""
-    forward_mode: bool = False
     zero_and_symbolic_sizes: bool = False
     rates_per_key: bool = False
     keys_without_random_access: bool = False
@@ -52,7 +51,6 @@ SMALL_BLOCKS = BlockSizes(queries=16, scores=1, segment=20, segments=2, target_s
 IMPLEMENTATIONS = (
     Row(
         "reference",
-        forward_mode=True,
         zero_and_symbolic_sizes=True,
         rates_per_key=True,
         keys_without_random_access=True,

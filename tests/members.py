@@ -190,6 +190,9 @@ MEMBERS = {
             "traced at one": Exempt("x stays where the branch is dropped", ZERO_AT_ONE),
             "contained": Exempt("x stays where the branch is dropped", DROPPED_IS_ZERO),
             "residuals": Exempt("the branch keeps what its own derivative needs", SEED_AND_RATE),
+            "taylor": Exempt(
+                "jet has no rule for its condition", "traced by jax.experimental.jet", NotImplementedError
+            ),
         },
         bench="measured by the time of a layer: depth() in scripts/_family.py",
         readme=Row(
@@ -259,6 +262,7 @@ MEMBERS = {
             "dtypes": NO_COMPLEX,
             "complex": NO_COMPLEX,
             "traced at one": Exempt("tokens are replaced by an id", ZERO_AT_ONE),
+            "taylor": Exempt("integers have no derivative", HAS_SLOPE),
             "contained": Exempt("integers hold no NaN", DROPPED_IS_ZERO),
             "derivatives": Exempt("integers have no derivative", HAS_SLOPE),
             "tiles": Exempt("the check makes ids of a tile: a test in test_tokens", ON_ONE_DEVICE),

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_suite import IMPLEMENTATIONS, KEY, close, data, gradients, mask_factor, normal, quick, truth
+from attention_suite import KEY, close, data, gradients, mask_factor, normal, quick, truth
 
 import jdrop
 
@@ -144,39 +144,56 @@ def test_checkpoint_and_scan_over_layers(implementation):
 Q, K, V, DO = data(batch=1, queries=6, keys=6, heads=2, key_heads=1, width=4)
 
 
-@pytest.fixture(params=[row for row in IMPLEMENTATIONS if row.forward_mode], ids=lambda row: row.name)
-def forward_mode(request):
-    """Return attention as a function of query, key and value, by each implementation that serves forward mode."""
-    return lambda q, k=K, v=V: request.param.attend(KEY, q, k, v, is_causal=True)
+@pytest.fixture
+def attend(implementation):
+    """Return attention as a function of query, key, value and bias."""
+    return lambda q, k=K, v=V, b=None: implementation.attend(KEY, q, k, v, bias=b, is_causal=True)
 
 
-def test_forward_mode_is_an_error_where_it_is_not_served(implementation):
-    f = lambda q: implementation.attend(KEY, q, K, V)
-    if implementation.forward_mode:
-        jax.eval_shape(lambda q: jax.jvp(f, (q,), (q,)), Q)
-    else:
-        with pytest.raises(TypeError, match="forward-mode"):
-            jax.jvp(f, (Q,), (Q,))
-
-
-def test_forward_mode_is_reverse_mode(forward_mode):
-    tangent = normal(3, *Q.shape)
+@pytest.mark.parametrize("moving", [(0,), (1, 2), (3,), (0, 1, 2, 3)], ids=str)
+def test_forward_mode_is_reverse_mode(attend, moving):
+    """With tangents of some of the operands, and of all."""
+    operands = (Q, K, V, normal(4, 6, 6))
+    tangents = [normal(5 + i, *operands[i].shape) for i in moving]
 
     @quick
-    def both(q, t):
-        y, slope = jax.jvp(forward_mode, (q,), (t,))
-        return jnp.vdot(slope, jnp.cos(y)), jnp.vdot(t, jax.vjp(forward_mode, q)[1](jnp.cos(y))[0])
+    def both(operands, tangents):
+        def f(*values):
+            changed = dict(zip(moving, values))
+            return attend(*(changed.get(i, x) for i, x in enumerate(operands)))
 
-    np.testing.assert_allclose(*both(Q, tangent), rtol=1e-4)
+        values = [operands[i] for i in moving]
+        y, slope = jax.jvp(f, values, tangents)
+        pulled = jax.vjp(f, *values)[1](jnp.cos(y))
+        return jnp.vdot(slope, jnp.cos(y)), sum(jnp.vdot(t, x) for t, x in zip(tangents, pulled))
+
+    np.testing.assert_allclose(*both(operands, tangents), rtol=1e-4, atol=1e-5)
 
 
-def test_jacobians_and_hessian_vector_products(forward_mode):
+def test_forward_mode_under_vmap_and_scan(attend):
+    """Over tangents, and over examples with a query that they share."""
+    tangents = normal(3, 5, *Q.shape)
+    slope = lambda t: jax.jvp(attend, (Q,), (t,))[1]
+    mapped, scanned = quick(lambda ts: (jax.vmap(slope)(ts), jax.lax.map(slope, ts)))(tangents)
+    np.testing.assert_allclose(mapped, scanned, rtol=1e-4, atol=1e-6)
+    values = normal(6, 5, *V.shape)
+    loss = lambda q, v: jnp.sum(jnp.sin(attend(q, K, v)))
+    one, all_at_once = quick(
+        lambda q: (
+            sum(jax.grad(loss)(q, v) for v in values),
+            jax.grad(lambda q: jax.vmap(lambda v: loss(q, v))(values).sum())(q),
+        )
+    )(Q)
+    np.testing.assert_allclose(one, all_at_once, rtol=1e-4, atol=1e-5)
+
+
+def test_jacobians_and_hessian_vector_products(attend):
     t = normal(3, *Q.shape)
-    f = lambda q: jnp.sum(jnp.sin(forward_mode(q)))
+    f = lambda q: jnp.sum(jnp.sin(attend(q)))
 
     @quick
     def both(q, t):
-        jacobians = jax.jacfwd(forward_mode)(q), jax.jacrev(forward_mode)(q)
+        jacobians = jax.jacfwd(attend)(q), jax.jacrev(attend)(q)
         over = jax.jvp(jax.grad(f), (q,), (t,))[1]
         return *jacobians, over, jax.grad(lambda q: jnp.vdot(jax.grad(f)(q), t))(q)
 
@@ -185,10 +202,10 @@ def test_jacobians_and_hessian_vector_products(forward_mode):
     np.testing.assert_allclose(over, under, rtol=1e-3, atol=1e-5)
 
 
-def test_it_is_linear_in_values(forward_mode):
+def test_it_is_linear_in_values(attend):
     @quick
     def both(q, k, v, do):
-        f = lambda v: forward_mode(q, k, v)
+        f = lambda v: attend(q, k, v)
         return jax.linear_transpose(f, v)(do)[0], jax.vjp(f, v)[1](do)[0]
 
     np.testing.assert_allclose(*both(Q, K, V, DO), rtol=1e-5, atol=1e-6)

@@ -103,6 +103,45 @@ def test_sizes_of_zero(implementation):
             assert jax.eval_shape(without_name, *arrays[:3]).shape == arrays[0].shape
 
 
+@pytest.mark.parametrize("option", ["is_causal", "local_window_size", "bias", "mask", "key_value_seq_lengths"])
+def test_no_keys_at_all(option):
+    """Nothing is seen, by any option: zeros, and zero gradients."""
+    q, k, v, do = data(keys=0)
+    options = {
+        "is_causal": {"is_causal": True},
+        "local_window_size": {"local_window_size": 3},
+        "bias": {"bias": np.zeros((20, 0), np.float32)},
+        "mask": {"mask": np.ones((20, 0), bool)},
+        "key_value_seq_lengths": {"key_value_seq_lengths": np.array([0, 0])},
+    }[option]
+    f = lambda q, k, v: jdrop.dot_product_attention(KEY, q, k, v, 0.5, train=True, **options)
+    out, pull = jax.vjp(f, q, k, v)
+    assert out.shape == q.shape and not out.any() and not any(x.any() for x in pull(do))
+
+
+def test_no_width():
+    q, k, v, _ = data(width=0)
+    assert jdrop.dot_product_attention(KEY, q, k, v, 0.5, train=True).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "lengths", [np.array([2**40, 7]), np.array([2**32 - 1, 7], np.uint32)], ids=["int64", "uint32"]
+)
+def test_lengths_beyond_32_bits_mean_all(implementation, lengths):
+    arrays = data()
+    for option in ("query_seq_lengths", "key_value_seq_lengths"):
+        close(
+            [implementation.attend(KEY, *arrays[:3], **{option: lengths})], truth(KEY, *arrays[:3], **{option: lengths})
+        )
+
+
+def test_a_float32_scale_of_bfloat16_queries():
+    """Under strict promotion, which all tests run under."""
+    q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in data())
+    out = jdrop.dot_product_attention(KEY, q, k, v, 0.0, train=True, scale=jnp.float32(0.3))
+    close([out], truth(KEY, *(np.asarray(x, np.float32) for x in (q, k, v)), rate=0.0, scale=0.3), 0.03)
+
+
 def test_bias_keeps_its_dtype(implementation):
     q, k, v, do = data(dtype=jnp.bfloat16)
     f = lambda *x: gradients(lambda q, k, v, b: implementation.attend(KEY, q, k, v, bias=b), *x)

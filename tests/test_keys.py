@@ -118,3 +118,13 @@ def test_bad_keys_and_ids():
     for ids in (3, jnp.ones(3), [1, 2], jnp.array([True])):
         with pytest.raises(TypeError, match="per_example: ids must be an integer array"):
             per_example(KEY, ids)
+
+
+def test_integers_on_the_device_stay_there():
+    """As fold_in allows it. NumPy and Python numbers have to be moved, there as here."""
+    step, ids = jnp.int32(3), jnp.arange(4)
+    expected = derive(KEY, 3), per_example(KEY, np.arange(4))
+    with jax.transfer_guard("disallow"):
+        jax.random.fold_in(KEY, step)
+        found = derive(KEY, step), per_example(KEY, ids)
+    assert (found[0] == expected[0]).all() and (found[1] == expected[1]).all()

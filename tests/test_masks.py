@@ -272,3 +272,16 @@ def test_rate_zero_keeps_all_of_the_window():
     for rate in (0.0, np.zeros((2, 1, 50))):
         mask = dropout_mask(None, (5, 6, 200), rate, window=window)
         assert mask.shape == (2, 3, 50) and mask.dtype == bool and bool(mask.all())
+
+
+@pytest.mark.parametrize("generator", ["fast", "jax"])
+def test_arrays_of_2_to_the_32_elements_and_more(generator):
+    """Strides exceed 32 bits there, also those of axes that have one element or none."""
+    shape, first = (1, 2**32, 128), 2**32 - 2
+    window = dropout_mask(KEY, shape, 0.5, generator=generator, window=((0, 1), (first, 2), (0, 128)))
+    without = dropout_mask(KEY, shape[1:], 0.5, generator=generator, window=((first, 2), (0, 128)))
+    np.testing.assert_array_equal(window[0], without)
+    for large in ((1, 65536, 65536), shape, (2**33, 3)):
+        f = jax.jit(lambda k, x: dropout(k, x, 0.5, train=True, generator=generator))
+        f.lower(KEY, jax.ShapeDtypeStruct(large, jnp.float32))
+    assert dropout(KEY, jnp.zeros((0, 2**33, 128)), 0.5, train=True, generator=generator).shape == (0, 2**33, 128)

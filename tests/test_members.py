@@ -164,6 +164,21 @@ def derivatives(name):
 
 
 @check
+def taylor(name):
+    """jax.experimental.jet gives the first and the second derivative along a line."""
+    from jax.experimental import jet
+
+    t = jnp.cos(X)
+    f = lambda x: jnp.sin(train(name)(KEY, x, 0.4))
+    _, (first, second) = jet.jet(f, (X,), ((t, jnp.zeros_like(t)),))
+    assert float(jnp.abs(first).max()) > 0, HAS_SLOPE
+    along = lambda s: jax.jvp(lambda s: f(X + s * t), (s,), (1.0,))[1]
+    slope, bend = jax.jit(lambda s: jax.jvp(along, (s,), (1.0,)))(0.0)
+    np.testing.assert_allclose(first, slope, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(second, bend, rtol=1e-3, atol=1e-3)
+
+
+@check
 def residuals(name):
     """The backward pass is given seeds and rates: no mask, no noise; nor does a scan stack them."""
     pull = jax.vjp(lambda x: train(name)(KEY, x, 0.5), X)[1]

@@ -147,3 +147,25 @@ def test_one_decision_for_all_tiles_of_a_key_whose_bits_do_not_go_by_index():
     f = lambda k, x, **o: jdrop.stochastic_depth(k, x, 0.5, jnp.sin, train=True, generator="jax", **o)
     tiled = jax.shard_map(lambda k, x: f(k, x, shard=P("d")), mesh=mesh, in_specs=(P(), P("d")), out_specs=P("d"))
     np.testing.assert_allclose(jax.jit(tiled)(key, x), f(key, x), rtol=1e-6)
+
+
+def test_eager_calls_compile_nothing_after_the_first(caplog):
+    """lax.cond would compile two new functions at every call."""
+    f = lambda key: jdrop.stochastic_depth(key, jnp.ones(3), 0.5, lambda x: 2 * x, train=True)
+    keys = jax.random.split(KEY, 8)
+    results = [f(key) for key in keys[:4]]
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        results += [f(key) for key in keys[4:]]
+    assert not [record for record in caplog.records if "Compiling" in record.message]
+    expected = jax.jit(lambda keys: jnp.stack([f(key) for key in keys]))(keys)
+    np.testing.assert_array_equal(jnp.stack(results), expected)
+    slope = jax.grad(lambda x: jdrop.stochastic_depth(keys[0], x, 0.5, lambda x: 2 * x, train=True).sum())(jnp.ones(3))
+    np.testing.assert_array_equal(slope, results[0])
+
+
+def test_jet_has_no_rule_for_its_condition():
+    from jax.experimental import jet
+
+    f = lambda x: jdrop.stochastic_depth(KEY, x, 0.5, jnp.sin, train=True)
+    with pytest.raises(NotImplementedError, match="stochastic_depth: x must not be traced by jax.experimental.jet"):
+        jet.jet(f, (jnp.ones(3),), ((jnp.ones(3), jnp.ones(3)),))

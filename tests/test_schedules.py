@@ -112,3 +112,11 @@ def test_the_last_layer_has_the_rate_itself(convention):
             found = schedules.depth_rates(rate, layers, convention)
             assert found[-1] == max(found) == rate
             assert all(type(r) is float for r in found)
+
+
+@pytest.mark.parametrize("dtype", ["uint32", "int32", "int8", "float32"])
+def test_limits_from_2_to_the_31_on(dtype):
+    for limit in (2**31, 2**32 - 1, 2**40):
+        assert float(schedules.early(0.5, limit)(jnp.asarray(5, dtype))) == 0.5
+        assert float(schedules.late(0.5, limit)(jnp.asarray(5, dtype))) == 0
+    assert float(schedules.early(0.5, 2**31)(jnp.uint32(2**31))) == 0

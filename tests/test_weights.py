@@ -90,11 +90,6 @@ def test_tiles_of_leaves_in_shard_map():
 def test_drop_connect_errors():
     for call, error, text in [
         (
-            lambda: jdrop.drop_connect(KEY, {"w": 1.0}, 0.5, train=True),
-            TypeError,
-            "drop_connect: params must hold arrays, got 1.0",
-        ),
-        (
             lambda: jdrop.drop_connect(KEY, PARAMS, 0.5, train=True, where=2),
             TypeError,
             "drop_connect: where must be a pred",
@@ -260,3 +255,59 @@ def test_steps_of_a_path_by_attribute_and_by_other_keys():
     for step, entry in ((2, 2), (-1, "-1"), (True, "True"), ((1, "a"), "(1, 'a')")):
         y = jdrop.drop_connect(KEY, {step: jnp.ones((8, 100))}, 0.5, train=True)[step]
         same(y, jdrop.dropout(jdrop.keys.derive(KEY, "drop_connect", entry), jnp.ones((8, 100)), 0.5, train=True))
+
+
+def test_leaves_that_are_no_weights_stay_as_they_are():
+    """Also where ``where`` could not look at them."""
+    params = {
+        "w": jnp.ones((8, 130)),
+        "f": jnp.tanh,
+        "none": None,
+        "name": "x",
+        "p": 0.5,
+        "n": jnp.arange(3),
+        "key": KEY,
+    }
+    for train in (True, False):
+        y = jdrop.drop_connect(jax.random.key(4), params, 0.5, train=train, where=lambda path, leaf: leaf.ndim == 2)
+        assert all(y[name] is params[name] for name in params if name != "w")
+        assert (y["w"] == 0).any() == train
+    float8 = {"w": jnp.ones(4), "small": jnp.ones(4, "float8_e4m3fn")}
+    y = jdrop.drop_connect(jax.random.key(5), float8, 1.0, train=True, where=lambda path, leaf: leaf.dtype == "float32")
+    assert y["small"] is float8["small"] and not y["w"].any()
+
+
+def test_sparse_arrays_are_dropped_from_by_their_data():
+    from jax.experimental import sparse
+
+    y = jdrop.drop_connect(jax.random.key(6), sparse.BCOO.fromdense(jnp.eye(300)), 0.5, train=True)
+    assert set(np.unique(y.data).tolist()) == {0.0, 2.0} and y.shape == (300, 300)
+
+
+@pytest.mark.parametrize("library", ["equinox", "linen", "nnx"])
+def test_whole_models(library, need, usual_promotion):
+    need({"linen": "flax", "nnx": "flax"}.get(library, library))
+    x = jnp.ones((2, 8))
+    if library == "equinox":
+        import equinox as eqx
+
+        mlp = eqx.nn.MLP(8, 3, 16, 2, key=KEY)
+        model = eqx.nn.Sequential([mlp, eqx.nn.Dropout(0.5), eqx.nn.Lambda(jax.nn.relu)])
+        dropped = jdrop.drop_connect(jax.random.key(7), model, 0.5, train=True)
+        assert dropped.layers[1].p == 0.5 and (dropped.layers[0].layers[0].weight == 0).any()
+        assert jax.vmap(lambda x: dropped.layers[0](x))(x).shape == (2, 3)
+    elif library == "linen":
+        from flax import linen
+
+        params = linen.Dense(130).init(KEY, x)
+        dropped = jdrop.drop_connect(jax.random.key(7), params, 0.5, train=True)
+        assert linen.Dense(130).apply(dropped, x).shape == (2, 130) and (dropped["params"]["kernel"] == 0).any()
+    else:
+        from flax import nnx
+
+        graph, state = nnx.split(
+            nnx.Sequential(nnx.Linear(8, 130, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+        )
+        dropped = jdrop.drop_connect(jax.random.key(7), state, 0.5, train=True)
+        assert nnx.merge(graph, dropped)(x).shape == (2, 130)
+        assert any((leaf == 0).any() for leaf in jax.tree.leaves(dropped) if leaf.ndim == 2)

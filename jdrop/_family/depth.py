@@ -1,14 +1,17 @@
 """Stochastic depth: residual branches that are not computed when they are dropped."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import jet
 
 from jdrop._checks import check_array, is_array
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe, type_error, unsupported, value_error
 from jdrop._mask import Mask
 from jdrop._platform import Target, at_lowering
 from jdrop._platform.generic import multiply
@@ -86,16 +89,31 @@ def stochastic_depth(
         return x + branch(x)
     mask = arguments.draw(one_for_all_tiles=True)
     mask = dataclasses.replace(mask, rate=lax.stop_gradient(mask.rate))
-    kept = at_lowering(_keep, mask)
-    x, kept, keep_probability = vary_together(x, kept, mask.keep_probability(real_dtype(x)))
+    x, kept, keep_probability = vary_together(x, *_decide(mask, dtype=real_dtype(x)))
 
     def added(x: Array) -> Array:
         return x + multiply(branch(x), 1 / keep_probability, where=jnp.ones_like(kept))
 
+    if isinstance(x, jet.JetTracer):
+        raise unsupported(
+            name,
+            "x",
+            rule="must not be traced by jax.experimental.jet, which has no rule for lax.cond",
+            got=describe(x),
+            fix="use x + jdrop.drop_path(key, fn(x), rate, train=train, batch_axes=())",
+        )
+    if not isinstance(kept, jax.core.Tracer):  # lax.cond would compile new functions at every call
+        return added(x) if jax.device_get(kept) else x
     out = jax.typeof(x)
     if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, fn may vary over more axes than x
         out = jax.make_jaxpr(added)(x).out_avals[0]
     return lax.cond(kept, added, lambda x: vary_like(x, out), x)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _decide(mask: Mask, *, dtype: Any) -> tuple[Array, Array]:
+    """Return whether the branch is kept, and the probability of that."""
+    return at_lowering(_keep, mask), mask.keep_probability(dtype)
 
 
 def _keep(target: Target, mask: Mask) -> Array:

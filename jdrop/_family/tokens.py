@@ -186,7 +186,11 @@ def patch_dropout(
     if arguments.is_identity:
         return x, _positions(x, axis, x.shape[axis])
     keep = max(1, math.floor(n * (1 - Fraction(str(share))) + Fraction(1, 2)))  # exact for the decimal rate
-    return _take_tokens(arguments.draw(), jnp.asarray(x), axis=axis, prefix=prefix, keep=keep)
+    x = jnp.asarray(x)
+    words = _Words(_token_shape(axis, prefix, x.shape), _token_sharding(x, axis))
+    indices = _kept_tokens(arguments.draw(), _positions(x, axis, prefix), words=words, keep=keep)
+    wide = indices.reshape(indices.shape + (1,) * (x.ndim - axis - 1))
+    return jnp.take_along_axis(x, wide, axis=axis, mode="promise_in_bounds"), indices
 
 
 def _token_shape(axis: int, prefix: int, shape: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -204,14 +208,12 @@ def _positions(x: Array, axis: int, number: int) -> Array:
     return lax.broadcasted_iota(jnp.int32, (*x.shape[:axis], number), axis, out_sharding=_token_sharding(x, axis))
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "prefix", "keep"))
-def _take_tokens(mask: Mask, x: Array, *, axis: int, prefix: int, keep: int) -> tuple[Array, Array]:
-    """Keep the tokens with the largest random words."""
-    word = at_lowering(_Words(_token_shape(axis, prefix, x.shape), _token_sharding(x, axis)), mask)
-    kept = jnp.sort(jnp.argsort(word, axis=-1)[..., -keep:], axis=-1).astype(jnp.int32) + np.int32(prefix)
-    indices = jnp.concatenate([_positions(x, axis, prefix), kept], axis=-1)
-    wide = indices.reshape(indices.shape + (1,) * (x.ndim - axis - 1))
-    return jnp.take_along_axis(x, wide, axis=axis, mode="promise_in_bounds"), indices
+@functools.partial(jax.jit, static_argnames=("words", "keep"))
+def _kept_tokens(mask: Mask, prefix: Array, *, words: "_Words", keep: int) -> Array:
+    """Return the indices of the prefix, and of the tokens with the largest random words."""
+    word = at_lowering(words, mask)
+    kept = jnp.sort(jnp.argsort(word, axis=-1)[..., -keep:], axis=-1).astype(jnp.int32)
+    return jnp.concatenate([prefix, kept + np.int32(prefix.shape[-1])], axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

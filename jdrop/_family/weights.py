@@ -39,7 +39,8 @@ def drop_connect(
 
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is a Python or NumPy 0.
-      params: pytree of arrays. Integer, bool, and key leaves are returned unchanged.
+      params: pytree, such as a whole Equinox model. Leaves that are not floating arrays are returned unchanged:
+        integers, bools, keys, functions, Python numbers. A sparse ``BCOO`` array is dropped from by its data.
       rate: scalar drop rate, as in :func:`jdrop.dropout`.
       train: ``True`` draws masks; ``False`` returns ``params`` itself.
       where: predicate ``(path, leaf) -> bool`` that selects the floating leaves to drop from, with the path of
@@ -74,7 +75,7 @@ def drop_connect(
     arguments = check_arguments(name, key, (), rate, train=train, generator=generator)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     shards = _like(name, shard, tree, leaves)
-    chosen = [_floating(name, leaf) and (where is None or bool(where(path, leaf))) for path, leaf in leaves]
+    chosen = [_is_floating(leaf) and (where is None or bool(where(path, leaf))) for path, leaf in leaves]
     for (_, leaf), drop in zip(leaves, chosen):
         if drop and leaf.dtype.name not in INEXACT:
             raise type_error(
@@ -97,12 +98,8 @@ def drop_connect(
     return jax.tree.unflatten(tree, dropped)
 
 
-def _floating(function: str, leaf: Any) -> bool:
-    if not is_array(leaf):
-        raise type_error(
-            function, "params", rule="must hold arrays", got=describe(leaf), fix="convert it with jnp.asarray"
-        )
-    return not is_typed_key(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+def _is_floating(leaf: Any) -> bool:
+    return is_array(leaf) and not is_typed_key(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def _path_element(entry: Any) -> str | int:
@@ -130,7 +127,7 @@ def _like(function: str, shard: Any, tree: Any, leaves: Sequence[Any]) -> list[A
                 fix="give each leaf its own",
             ) from None
     for (_, leaf), spec in zip(leaves, found):
-        if _floating(function, leaf):
+        if _is_floating(leaf):
             tile_axes(function, leaf.shape, spec)
     return found
 

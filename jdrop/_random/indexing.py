@@ -82,7 +82,7 @@ def _low_word(index: Sequence[U64], steps: Sequence[Any], ndim: int) -> Array:
     """Return ``sum(index * steps)`` modulo 2**32, an array of ndim axes."""
     total: Any = None
     for at, step in zip(index, steps):
-        term = at.lo * np.uint32(step)
+        term = at.lo * np.uint32(step % WORD)
         total = term if total is None else total + term
     return jnp.zeros((1,) * ndim, jnp.uint32) if total is None else total
 

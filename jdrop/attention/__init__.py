@@ -82,11 +82,10 @@ def dot_product_attention(
       key_value_seq_lengths: integer array ``[B]``: keys at or after this index are hidden.
       local_window_size: number of keys that a query sees to the left and right of its own position: one int for both
         sides, or a pair. ``None`` means all.
-      implementation: ``"reference"`` materializes all probabilities and supports every JAX transform, including
-        forward mode. ``"chunked"`` materializes a few blocks at a time, each of 2**22 scores or of 512 queries per key
-        head, so its memory is otherwise linear in T and S. In float32 on CPU, dropout adds no further block. It
-        supports reverse mode only. ``None`` selects ``"chunked"`` if it supports the call and T * S >= 2**16, where it
-        was at least as fast on CPU. For forward mode at such sizes, pass ``"reference"``.
+      implementation: ``"reference"`` materializes all probabilities. ``"chunked"`` materializes a few blocks at a time,
+        each of 2**22 scores or of 512 queries per key head, so its memory is otherwise linear in T and S. In float32 on
+        CPU, dropout adds no further block. Both support every JAX transform. ``None`` selects ``"chunked"`` if it
+        supports the call and T * S >= 2**16, where it was at least as fast on CPU.
 
     Returns:
       An array with the shape and dtype of query.

@@ -15,10 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jdrop._bits import bits_for
-from jdrop._platform import BlockSizes, Target, at_lowering
+from jdrop._platform import BlockSizes, Target, at_lowering, linear_at_lowering
 from jdrop._prepare import Arguments
 from jdrop._random.threefry import U64
 from jdrop._sharding import explicit_sharding, tile_axes, vary_like, vary_together, whole_array
@@ -272,28 +273,62 @@ def _add(dbias: Array | None, ds: Array, block: Block) -> Array | None:
 # ---------------------------------------------------------------------------------- its derivative
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@dataclasses.dataclass(frozen=True)
+class _Tangent:
+    """The tangent of the output, linear in the tangents of query, key, value and bias; ``None`` where there is none."""
+
+    spec: AttentionSpec
+    sizes: BlockSizes | None
+
+    def __call__(self, target: Target, residuals: tuple[Any, ...], tangents: tuple[Array | None, ...]) -> Array:
+        primals, inputs = residuals[:4], residuals[4]
+        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+        def forward(*values: Array) -> Array:
+            changed = dict(zip(moving, values))
+            query, key, value, bias = (changed.get(i, x) for i, x in enumerate(primals))
+            return _Forward(self.spec, self.sizes)(target, query, key, value, bias, inputs)[0]
+
+        return jax.jvp(forward, [primals[i] for i in moving], [tangents[i] for i in moving])[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transpose:
+    """The transpose of the tangent: the gradients of those that have a tangent."""
+
+    spec: AttentionSpec
+    sizes: BlockSizes | None
+    moving: tuple[bool, ...]
+
+    def __call__(self, target: Target, residuals: tuple[Any, ...], do: Array) -> tuple[Array, ...]:
+        gradients = _Backward(self.spec, self.sizes)(target, residuals, do)
+        return tuple(x for x, moves in zip(gradients, self.moving) if moves)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _attend(spec: AttentionSpec, sizes: BlockSizes | None, *operands: Any) -> Array:
-    return _attend_forward(spec, sizes, *operands)[0]
+    return _attend_with_sums(spec, sizes, operands)[0]
 
 
-def _attend_forward(spec: AttentionSpec, sizes: BlockSizes | None, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
+def _attend_with_sums(spec: AttentionSpec, sizes: BlockSizes | None, operands: tuple[Any, ...]) -> tuple[Array, ...]:
     out_type = jax.typeof(operands[0])
     row_type = out_type.update(shape=(*out_type.shape[:-1], 1), dtype=jnp.dtype(real_dtype(out_type)))
-    types = (out_type, row_type, row_type)
-    out, peak, log_sum = at_lowering(_Forward(spec, sizes), *operands, types=types)
-    return out, (*operands, peak, log_sum, out if out.dtype == peak.dtype else None)
+    return at_lowering(_Forward(spec, sizes), *operands, types=(out_type, row_type, row_type))
 
 
-def _attend_backward(
-    spec: AttentionSpec, sizes: BlockSizes | None, residuals: tuple[Any, ...], do: Array
-) -> tuple[Any, ...]:
-    query, key, value, bias, *_ = residuals
-    types = tuple(None if x is None else jax.typeof(x) for x in (query, key, value, bias))
-    return *at_lowering(_Backward(spec, sizes), residuals, do, types=types), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+@functools.partial(_attend.defjvp, symbolic_zeros=True)
+def _attend_jvp(
+    spec: AttentionSpec, sizes: BlockSizes | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    """Differentiate in both modes: forward mode by the tangent, reverse mode by its transpose."""
+    out, peak, log_sum = _attend_with_sums(spec, sizes, primals)
+    residuals = (*primals, peak, log_sum, out if out.dtype == peak.dtype else None)
+    given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
+    moving = tuple(t is not None for t in given)
+    if not any(moving):
+        return out, jnp.zeros_like(out)
+    transpose = _Transpose(spec, sizes, moving)
+    return out, linear_at_lowering(_Tangent(spec, sizes), transpose, residuals, given, jax.typeof(out))
 
 
 # ---------------------------------------------------------------------------------- one device, or a mesh

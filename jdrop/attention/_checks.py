@@ -100,7 +100,11 @@ def as_lengths(argument: str, x: Array | None, batch: int) -> Array | None:
     check_integers(NAME, argument, x)
     if x.shape != (batch,):
         raise value_error(NAME, argument, rule=f"must have shape {(batch,)}", got=x.shape, fix="pass one an example")
-    return jnp.reshape(x, (batch, 1, 1, 1)).astype(jnp.int32)
+    most = np.iinfo(np.int32).max  # a longer length sees everything too
+    if np.iinfo(x.dtype).max > most:
+        clip = jnp if isinstance(x, Array) else np
+        x = clip.clip(x, max(-most, np.iinfo(x.dtype).min), most)
+    return jnp.reshape(jnp.asarray(x.astype(np.int32)), (batch, 1, 1, 1))
 
 
 def as_window(size: Any) -> tuple[int, int] | None:
@@ -114,11 +118,12 @@ def as_window(size: Any) -> tuple[int, int] | None:
 def as_scaled(query: Array, scale: Any) -> tuple[Array, float]:
     """Return the query, and the number that logits are multiplied by; an array's factor goes into the query."""
     if scale is None:
-        return query, query.shape[-1] ** -0.5
+        return query, max(query.shape[-1], 1) ** -0.5
     if isinstance(scale, Array):
         check_array(NAME, "scale", scale, FLOATS)
         check_broadcastable(NAME, "scale", scale, ())
-        return (query * scale.astype(real_dtype(query))).astype(query.dtype), 1.0
+        real = real_dtype(query)
+        return (query.astype(real) * scale.astype(real)).astype(query.dtype), 1.0
     return query, as_number(NAME, "scale", scale, -np.inf, np.inf)
 
 

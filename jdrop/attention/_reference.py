@@ -34,7 +34,7 @@ def attend(
     keys = lax.broadcasted_iota(jnp.int32, (1, 1, 1, key.shape[1]), 3)
     logits, may_be_blind = visible_logits(spec, products, bias, inputs, queries, keys)
     if may_be_blind:
-        blind = jnp.max(logits, axis=-1, keepdims=True) == -jnp.inf
+        blind = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf) == -jnp.inf
         p = jnp.where(blind, 0.0, jax.nn.softmax(jnp.where(blind, 0.0, logits)))
     else:
         p = jax.nn.softmax(logits)
