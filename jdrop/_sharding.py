@@ -63,7 +63,7 @@ def check_key_varies(function: str, key: Array | None, shard: Shard, argument: s
             function,
             argument,
             rule=f"must be known to vary over the manual mesh axes {tuple(equal)} when shard is None",
-            got="a type that does not tell (jax.pmap, or check_vma=False)",
+            got="a type without this information (jax.pmap, or check_vma=False)",
             fix=f"{how} shard=PartitionSpec() to draw from the key as it is, or shard= the PartitionSpec of x",
         )
     if equal:

@@ -132,7 +132,7 @@ def _as_blocks(function: str, argument: str, element: Any) -> list[tuple[int, An
             raise value_error(
                 function,
                 argument,
-                rule="must hold str that are text",
+                rule="must hold valid text",
                 got=describe(element),
                 fix="replace lone surrogates",
             ) from None
@@ -155,5 +155,5 @@ def _as_blocks(function: str, argument: str, element: Any) -> list[tuple[int, An
         argument,
         rule="must hold str, int or integer scalars",
         got=describe(element),
-        fix="convert it to one of these",
+        fix="convert it to one of them",
     )

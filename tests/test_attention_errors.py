@@ -56,7 +56,7 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
         (
             call(k=K[:1]),
             ValueError,
-            "key must have batch and width of query, (2, 8, 4, 16), got (1, 10, 2, 16); project them alike",
+            "key must have batch and width of query, (2, 8, 4, 16), got (1, 10, 2, 16); give them the same batch and width",
         ),
         (call(k=K[..., :8]), ValueError, "key must have batch and width of query, (2, 8, 4, 16), got (2, 10, 2, 8);"),
         (call(q=Q[0]), ValueError, "key must have batch and width of query, (8, 4, 16), got (2, 10, 2, 16);"),
@@ -84,7 +84,7 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
         (
             call(key_value_seq_lengths=jnp.ones(3, int)),
             ValueError,
-            "key_value_seq_lengths must have shape (2,), got (3,); pass one an example",
+            "key_value_seq_lengths must have shape (2,), got (3,); pass one per example",
         ),
         (call(key_value_seq_lengths=KEY), TypeError, "key_value_seq_lengths must be an integer array, got key<fry>[]"),
         (call(is_causal=1), TypeError, "is_causal must be a bool, got 1; pass is_causal=True or False"),
@@ -130,7 +130,7 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
         (
             call(key=jax.random.key(0, impl="rbg"), generator="jax", implementation="chunked"),
             NotImplementedError,
-            CHOICE + "a key whose bits do not go by index, got 'chunked'; pass \"reference\"",
+            CHOICE + "a key whose bits have no random access, got 'chunked'; pass \"reference\"",
         ),
         (
             call(q=Q[:, :0], implementation="chunked", train=False),

@@ -53,7 +53,7 @@ def test_jax_bits_of_keys_without_random_access(implementation):
     if implementation.keys_without_random_access:
         check(implementation, arrays, 0.3, key=key, generator="jax")
     else:
-        with pytest.raises(NotImplementedError, match="a key whose bits do not go by index"):
+        with pytest.raises(NotImplementedError, match="a key whose bits have no random access"):
             implementation.attend(key, q, k, v, 0.3, generator="jax")
 
 

@@ -163,7 +163,7 @@ def in_shard_map(spec=OVER_BATCH, key=KEY, attend=jdrop.dot_product_attention, *
 
 
 def test_shard_must_not_split_the_keys():
-    rule = r"dot_product_attention: shard must not spread the keys, got .*; gather keys and values first: a softmax"
+    rule = r"dot_product_attention: shard must not split the keys, got .*; gather keys and values first: a softmax"
     with pytest.raises(ValueError, match=rule):
         in_shard_map(P(None, "a"), shard=P(None, None, None, "a"))
 
@@ -225,9 +225,9 @@ def test_sharded_queries_on_an_explicit_mesh(implementation):
 @pytest.mark.parametrize(
     ("specs", "text"),
     [
-        ((P(), P(None, "a"), P(None, "a")), "key must be whole along keys and width"),
-        ((P(), P(), P(None, "a")), "value must be whole along keys and width"),
-        ((P(None, None, None, "a"),) * 3, "query must be whole along width"),
+        ((P(), P(None, "a"), P(None, "a")), "key must not be sharded along keys and width"),
+        ((P(), P(), P(None, "a")), "value must not be sharded along keys and width"),
+        ((P(None, None, None, "a"),) * 3, "query must not be sharded along width"),
     ],
     ids=str,
 )

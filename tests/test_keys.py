@@ -102,7 +102,7 @@ def test_derived_keys_are_fresh_and_the_base_key_is_not_used_up():
         ((np.arange(3),), TypeError, r"derive: path must hold str.*int64\[3\]"),
         ((b"a",), TypeError, "derive: path must hold str"),
         ((np.timedelta64(3, "s"),), TypeError, "derive: path must hold str"),
-        (("\ud800",), ValueError, "derive: path must hold str that are text, got '.ud800'; replace lone surrogates"),
+        (("\ud800",), ValueError, "derive: path must hold valid text, got '.ud800'; replace lone surrogates"),
     ],
 )
 def test_bad_paths(path, error, message):

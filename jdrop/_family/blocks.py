@@ -82,7 +82,7 @@ def drop_block(
     channel = as_axis(name, "channel_axis", channel_axis, x.ndim)
     if not 1 <= len(space) <= 3:
         raise value_error(
-            name, "spatial_axes", rule="must be 1 to 3 axes", got=spatial_axes, fix="name the axes of space"
+            name, "spatial_axes", rule="must be 1 to 3 axes", got=spatial_axes, fix="name the spatial axes"
         )
     own = as_different_axes(name, x.ndim, spatial_axes=space, channel_axis=channel, batch_axes=batch_axes)
     if len(own) != x.ndim:
@@ -91,7 +91,7 @@ def drop_block(
             "batch_axes",
             rule=f"must name each of the {x.ndim} axes of x, with spatial_axes and channel_axis",
             got=batch_axes,
-            fix="add the axes that are left",
+            fix="add the remaining axes",
         )
     coupled = (channel,) if as_bool(name, "couple_channels", couple_channels) else ()
     sizes = tuple(x.shape[axis] for axis in space)
@@ -200,7 +200,7 @@ def _block_sizes(function: str, value: Any, sizes: Sequence[int | None]) -> tupl
             "block_size",
             rule=f"must be an int or {len(sizes)} of them",
             got=value,
-            fix="give one size an axis",
+            fix="give one size per axis",
         )
     if any(n is not None and b > n for b, n in zip(block, sizes)):
         raise value_error(

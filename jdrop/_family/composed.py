@@ -80,7 +80,7 @@ def bias_dropout_add(
         check_broadcastable(name, "bias", bias, x.shape)
         bias = jnp.asarray(bias)
         if bias.dtype != x.dtype:
-            raise value_error(name, "bias", rule=f"must be of the dtype of x, {x.dtype}", got=bias.dtype, fix="cast it")
+            raise value_error(name, "bias", rule=f"must have the dtype of x, {x.dtype}", got=bias.dtype, fix="cast it")
     arguments = check_arguments(name, key, x.shape, rate, train=train, generator=generator, shard=shard)
     return _bias_dropout_add(x, bias, residual, None if arguments.is_identity else arguments.draw())
 
@@ -170,6 +170,6 @@ def _with_mean(function: str, outputs: Any) -> Any:
                 "head",
                 rule="must return floating point arrays",
                 got=describe(y),
-                fix="leave out what has no mean",
+                fix="return only outputs that have a mean",
             )
     return outputs

@@ -82,7 +82,7 @@ def dropout_mask(
 
 def _as_window(function: str, shape: tuple[Any, ...], window: Any) -> tuple[tuple[int, ...], Array]:
     """Return the sizes of a window, and its start as uint32 [ndim, 2] with rows ``(hi, lo)``."""
-    fix = "pass one (start, size) pair an axis"
+    fix = "pass one (start, size) pair per axis"
     try:
         pairs = [(at if isinstance(at, Array) else as_index(at), as_index(n)) for at, n in window]
     except (TypeError, ValueError):
@@ -141,7 +141,7 @@ def _out_sharding(function: str, size: tuple[int, ...], sharding: Any) -> tuple[
             "out_sharding",
             rule=f"must name explicit or auto axes of the mesh, {known}, each once, for up to {len(size)} axes",
             got=spec,
-            fix="give one entry an axis of the mask",
+            fix="give one entry per axis of the mask",
         )
     whole = NamedSharding(mesh, spec) if isinstance(sharding, PartitionSpec) else sharding
 

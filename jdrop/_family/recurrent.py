@@ -63,7 +63,11 @@ def zoneout(
     after, before = jnp.asarray(new), jnp.asarray(old)
     if (before.shape, before.dtype) != (after.shape, after.dtype):
         raise value_error(
-            name, "old", rule=f"must be {describe(after)}, as new is", got=describe(before), fix="pass the state before"
+            name,
+            "old",
+            rule=f"must be {describe(after)}, as new is",
+            got=describe(before),
+            fix="pass the state before the step",
         )
     arguments = check_arguments(name, key, new.shape, rate, train=train, generator=generator, shard=shard)
     if is_zero(arguments.rate):

@@ -81,7 +81,7 @@ def token_dropout(
                 "protect",
                 rule="must be a bool array",
                 got=describe(protect),
-                fix="compare ids with what to protect",
+                fix="pass a comparison, such as ids < 2",
             )
     if arguments.is_identity:
         return ids
@@ -101,7 +101,7 @@ def _as_ids(function: str, given: Any, ids: Array) -> Array:
             "replacement",
             rule=f"must fit the dtype of ids, {ids.dtype}",
             got=describe(given),
-            fix="pass an id in its range",
+            fix="pass an id within its range",
         )
     return expand_rank(jnp.asarray(replacement).astype(ids.dtype), ids.ndim)
 

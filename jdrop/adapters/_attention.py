@@ -141,7 +141,7 @@ def dot_product_attention(
                 "query, key and value",
                 rule="must have batch axes that JAX can merge",
                 got=f"{jax.typeof(query)}, {jax.typeof(key)}, {jax.typeof(value)}",
-                fix="spread the first of them alone",
+                fix="shard only the first of them",
             ) from error
     out = jdrop.dot_product_attention(
         dropout_rng,

@@ -43,7 +43,7 @@ def refusal(arguments: Arguments, *arrays: Array) -> str | None:
         return "a rate that differs from key to key"
     name, key, generator = arguments.function, arguments.key, arguments.generator
     if key is not None and not bits_for(name, key, generator, arguments.key_argument).random_access:
-        return "a key whose bits do not go by index"
+        return "a key whose bits have no random access"
     return None
 
 

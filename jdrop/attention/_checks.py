@@ -50,7 +50,7 @@ def check_data(query: Array, key: Array, value: Array) -> None:
             "key",
             rule=f"must have batch and width of query, {query.shape}",
             got=key.shape,
-            fix="project them alike",
+            fix="give them the same batch and width",
         )
     if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
         raise value_error(
@@ -70,7 +70,9 @@ def check_sharding(query: Array, key: Array, value: Array) -> None:
             raise value_error(
                 NAME,
                 argument,
-                rule="must be whole along width" if argument == "query" else "must be whole along keys and width",
+                rule="must not be sharded along width"
+                if argument == "query"
+                else "must not be sharded along keys and width",
                 got=jax.typeof(x),
                 fix="use jax.sharding.reshard first",
             )
@@ -94,12 +96,12 @@ def as_scores(argument: str, x: Array | None, shape: tuple[int, ...], dtypes: Se
 
 
 def as_lengths(argument: str, x: Array | None, batch: int) -> Array | None:
-    """Require one length an example, and give them four axes."""
+    """Require one length per example, and reshape them to four axes."""
     if x is None:
         return None
     check_integers(NAME, argument, x)
     if x.shape != (batch,):
-        raise value_error(NAME, argument, rule=f"must have shape {(batch,)}", got=x.shape, fix="pass one an example")
+        raise value_error(NAME, argument, rule=f"must have shape {(batch,)}", got=x.shape, fix="pass one per example")
     most = np.iinfo(np.int32).max  # a longer length sees everything too
     if np.iinfo(x.dtype).max > most:
         clip = jnp if isinstance(x, Array) else np
@@ -133,7 +135,7 @@ def check_whole_keys(arguments: Arguments) -> None:
         raise value_error(
             NAME,
             "shard",
-            rule="must not spread the keys",
+            rule="must not split the keys",
             got=arguments.shard,
             fix="gather keys and values first: a softmax needs all of them",
         )
