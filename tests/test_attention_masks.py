@@ -29,7 +29,8 @@ implementation = attention_suite.implementation
 def test_the_mask_is_that_of_dropout_mask(implementation, batch, heads, key_heads, queries, keys, key):
     """Zero queries make all probabilities equal, and identity values show which are kept.
 
-    The ids say which axes are columns of the mask: elsewhere they are queries and keys. The backward pass is compared with the formula.
+    The ids say which axes are columns of the mask. In other tests they are queries and keys, in test_without_jit all.
+    The backward pass is compared with the formula.
     """
     q, k, _, do = data(batch=batch, heads=heads, key_heads=key_heads, queries=queries, keys=keys, width=keys)
     v = np.broadcast_to(np.eye(keys, dtype=np.float32)[:, None], k.shape)

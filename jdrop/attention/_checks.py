@@ -70,9 +70,7 @@ def check_sharding(query: Array, key: Array, value: Array) -> None:
             raise value_error(
                 NAME,
                 argument,
-                rule="must not be sharded along width"
-                if argument == "query"
-                else "must not be sharded along keys and width",
+                rule=f"must not be sharded along {'width' if argument == 'query' else 'keys and width'}",
                 got=jax.typeof(x),
                 fix="use jax.sharding.reshard first",
             )
