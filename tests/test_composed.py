@@ -111,7 +111,9 @@ def test_sample_errors():
         jdrop.multi_sample_dropout(KEY, X, 0.5, 3, 3, train=True)
     for bad, got in ((jnp.int32(1), r"int32\[\]"), ("a", "'a'"), (1.0, "1.0")):
         for train in (True, False):
-            with pytest.raises(TypeError, match=f"multi_sample_dropout: head must return floating .* got {got}; return"):
+            with pytest.raises(
+                TypeError, match=f"multi_sample_dropout: head must return floating .* got {got}; return"
+            ):
                 jdrop.multi_sample_dropout(
                     KEY, X, 0.5, lambda h, bad=bad: {"loss": h.sum(), "bad": bad}, 3, train=train
                 )
