@@ -21,6 +21,8 @@ class Arguments(NamedTuple):
 
     function: str
     key: Array | None
+    data: Any
+    """The data: an array, or a pytree of arrays."""
     shape: Shape
     rate: np.ndarray | Array
     train: bool
@@ -46,7 +48,7 @@ class Arguments(NamedTuple):
           random_access: whether decisions are drawn by index.
         """
         key = require_key(self.function, self.key, self.key_argument)
-        check_key_varies(self.function, key, self.shard, self.key_argument)
+        check_key_varies(self.function, key, self.shard, self.key_argument, data=self.data)
         shape, start = whole_array(self.shape, () if one_for_all_tiles else self.tile_axes)
         return draw_mask(
             self.function,
@@ -63,10 +65,11 @@ class Arguments(NamedTuple):
 def check_arguments(
     function: str,
     key: Array | None,
-    shape: Shape,
+    data: Any,
     rate: RateLike,
     *,
     train: bool,
+    shape: Shape | None = None,
     shared_axes: Any = (),
     mask_shape: Callable[[Shape], Shape] | None = None,
     generator: Generator = "fast",
@@ -77,9 +80,11 @@ def check_arguments(
 ) -> Arguments:
     """Check the arguments that members share.
 
-    The shape of the decisions is that of the data with 1 on shared axes, unless ``mask_shape`` returns another one.
-    ``rate_argument``, ``highest_rate`` and ``key_argument`` are for members whose arguments have other names.
+    ``data`` is an array, or a pytree of arrays with ``shape``. The shape of the decisions is that of the data with 1 on
+    shared axes, unless ``mask_shape`` returns another one. ``rate_argument``, ``highest_rate`` and ``key_argument`` are
+    for members whose arguments have other names.
     """
+    shape = data.shape if shape is None else shape
     train = as_bool(function, "train", train)
     check_choice(function, "generator", generator, GENERATORS)
     if mask_shape is None:
@@ -88,13 +93,14 @@ def check_arguments(
     axes = tile_axes(function, shape, shard)
     if key is not None:
         check_key(function, key, key_argument)
-    return Arguments(function, key, shape, checked_rate, train, mask_shape, generator, shard, axes, key_argument)
+    return Arguments(function, key, data, shape, checked_rate, train, mask_shape, generator, shard, axes, key_argument)
 
 
 class Options(TypedDict, total=False):
     """The keyword arguments of :func:`check_arguments`."""
 
     train: Required[bool]
+    shape: Shape | None
     shared_axes: Any
     mask_shape: Callable[[Shape], Shape] | None
     generator: Generator
@@ -104,9 +110,9 @@ class Options(TypedDict, total=False):
     key_argument: str
 
 
-def prepare(function: str, key: Array | None, shape: Shape, rate: RateLike, **options: Unpack[Options]) -> Mask | None:
+def prepare(function: str, key: Array | None, data: Any, rate: RateLike, **options: Unpack[Options]) -> Mask | None:
     """Check the arguments of :func:`check_arguments`, and return the mask, or ``None`` if nothing random happens."""
-    arguments = check_arguments(function, key, shape, rate, **options)
+    arguments = check_arguments(function, key, data, rate, **options)
     return None if arguments.is_identity else arguments.draw()
 
 

@@ -49,23 +49,32 @@ def mesh_axes(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
     return tuple(s if isinstance(s, tuple) else () if s is None else (s,) for s in spec)
 
 
-def check_key_varies(function: str, key: Array | None, shard: Shard, argument: str = "key", how: str = "pass") -> None:
-    """Inside ``shard_map``, require a key that differs per device, or ``shard=``.
+def types_tell() -> bool:
+    """Tell whether types say over which mesh axes arrays vary: not under ``jax.pmap``, nor with ``check_vma=False``."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return not manual or bool(jax.typeof(lax.axis_index(manual[0])).manual_axis_type.varying)
+
+
+def check_key_varies(
+    function: str, key: Array | None, shard: Shard, argument: str = "key", how: str = "pass", *, data: Any
+) -> None:
+    """Inside ``shard_map``, require a key that differs over the mesh axes that the data vary over, or ``shard=``.
 
     ``how`` says where the user can give ``shard=``.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if shard is not None or not manual or key is None:
         return
-    equal = [name for name in manual if name not in jax.typeof(key).manual_axis_type.varying]
-    if equal and not jax.typeof(lax.axis_index(equal[0])).manual_axis_type.varying:
+    if not types_tell():
         raise value_error(
             function,
             argument,
-            rule=f"must be known to vary over the manual mesh axes {tuple(equal)} when shard is None",
+            rule=f"must be known to vary over the manual mesh axes {tuple(manual)} when shard is None",
             got="a type without this information (jax.pmap, or check_vma=False)",
             fix=f"{how} shard=PartitionSpec() to draw from the key as it is, or shard= the PartitionSpec of x",
         )
+    of_data = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(data)))
+    equal = [name for name in manual if name in of_data - jax.typeof(key).manual_axis_type.varying]
     if equal:
         raise value_error(
             function,

@@ -296,8 +296,31 @@ def test_every_member_by_the_recipe(library, member):
 def test_in_shard_map_one_key_is_refused_with_a_way_out(library):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     f = jax.shard_map(lambda x: peers.ours(library)(KEY, x, 0.5), mesh=mesh, in_specs=P("d"), out_specs=P("d"))
-    with pytest.raises(ValueError, match=r"must vary over the manual mesh axes .* call jdrop.dropout with shard="):
+    with pytest.raises(ValueError, match=r"must vary over the manual mesh axes .* give the layer shard="):
         f(X)
+
+
+@LIBRARIES
+def test_in_shard_map_a_layer_takes_shard(library):
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    f = lambda x: peers.ours(library, shard=P("d"))(KEY, x, 0.5)
+    tiled = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("d"), out_specs=P("d")))(X)
+    np.testing.assert_array_equal(tiled, peers.ours(library)(KEY, X, 0.5))
+
+
+@LIBRARIES
+@pytest.mark.parametrize("how", ["pmap", "check_vma=False"])
+def test_where_types_do_not_tell_a_layer_takes_the_key_as_it_is(library, how):
+    """Trainers under pmap bind a key to each device."""
+    keys, x = jax.random.split(KEY, 2), jnp.stack([X, 2 * X])
+    f = lambda key, x: peers.ours(library)(key, x, 0.5)
+    if how == "pmap":
+        y = jax.pmap(f, devices=jax.devices()[:2])(keys, x)
+    else:
+        mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+        each = lambda keys, x: f(keys[0], x[0])[None]
+        y = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=P("d"), out_specs=P("d"), check_vma=False))(keys, x)
+    np.testing.assert_array_equal(y, jnp.stack([f(key, one) for key, one in zip(keys, x)]))
 
 
 # ------------------------------------------------------------------------------------ the files

@@ -142,10 +142,20 @@ def test_in_shard_map_one_key_is_refused_with_a_way_out():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tiled = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("d"),) * 3, out_specs=P("d"))
     data, f = qkv(8), functools.partial(attend, dropout_rng=KEY, dropout_rate=0.5)
-    with pytest.raises(ValueError, match=r"dropout_rng must vary .* call jdrop.dot_product_attention with shard="):
+    with pytest.raises(ValueError, match=r"dropout_rng must vary .* pass shard="):
         tiled(f)(*data)
+    sharded = tiled(functools.partial(f, broadcast_dropout=False, shard=P("d")))(*data)
+    np.testing.assert_allclose(sharded, f(*data, broadcast_dropout=False), rtol=1e-5, atol=1e-6)
     still = tiled(functools.partial(f, deterministic=True))(*data)  # where the key is not used
     np.testing.assert_allclose(still, attend(*data), rtol=1e-5, atol=1e-6)
+
+
+def test_under_pmap_the_key_is_taken_as_it_is():
+    keys = jax.random.split(KEY, 2)
+    data = [jnp.stack([x, x]) for x in qkv(2)]
+    f = lambda key, *data: attend(*data, dropout_rng=key, dropout_rate=0.5)
+    y = jax.pmap(f, devices=jax.devices()[:2])(keys, *data)
+    np.testing.assert_allclose(y, jnp.stack([f(key, *(x[0] for x in data)) for key in keys]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("spec", "served"), [(P("d"), True), (P(None, "d"), False)], ids=str)

@@ -330,6 +330,10 @@ def test_a_key_that_varies_over_some_mesh_axes_only():
     tiled = jax.shard_map(f, mesh=the_mesh, in_specs=(P(), P("a", "b")), out_specs=P("a", "b"))
     with pytest.raises(ValueError, match=r"dropout: key must vary over the manual mesh axes \('b',\)"):
         tiled(KEY, jnp.ones((64, 32)))
+    # Tensor parallelism: x and its mask are the same along b.
+    tiled = jax.shard_map(f, mesh=the_mesh, in_specs=(P(), P("a")), out_specs=P("a"))
+    expected = [dropout(derive(KEY, i), jnp.ones((16, 32)), 0.3, train=True) for i in range(4)]
+    np.testing.assert_array_equal(tiled(KEY, jnp.ones((64, 32))), jnp.concatenate(expected))
 
 
 def test_a_mesh_axis_named_twice():

@@ -98,7 +98,7 @@ def drop_block(
     block = _block_sizes(name, block_size, sizes)
     blocks = _Blocks(space, block, (*space, channel), coupled)
     arguments = check_arguments(
-        name, key, x.shape, rate, train=train, mask_shape=blocks.starts, generator=generator, shard=shard
+        name, key, x, rate, train=train, mask_shape=blocks.starts, generator=generator, shard=shard
     )
     if any(arguments.tile_axes[axis] for axis in (*space, channel) if axis < len(arguments.tile_axes)):
         raise unsupported(name, "shard", rule="must split batch axes only", got=shard, fix="gather the other axes")

@@ -81,7 +81,9 @@ def bias_dropout_add(
         bias = jnp.asarray(bias)
         if bias.dtype != x.dtype:
             raise value_error(name, "bias", rule=f"must have the dtype of x, {x.dtype}", got=bias.dtype, fix="cast it")
-    arguments = check_arguments(name, key, x.shape, rate, train=train, generator=generator, shard=shard)
+    arguments = check_arguments(
+        name, key, (x, residual), rate, shape=x.shape, train=train, generator=generator, shard=shard
+    )
     return _bias_dropout_add(x, bias, residual, None if arguments.is_identity else arguments.draw())
 
 
@@ -147,14 +149,14 @@ def multi_sample_dropout(
     if not callable(head):
         raise type_error(name, "head", rule="must be a function", got=describe(head), fix="pass the head")
     number = as_count(name, "num_samples", num_samples)
-    arguments = check_arguments(name, key, x.shape, rate, train=train, generator=generator, shard=shard)
+    arguments = check_arguments(name, key, x, rate, train=train, generator=generator, shard=shard)
     if arguments.is_identity:
         return _with_mean(name, head(x))
     own = mark_used(require_key(name, key))
 
     def sample(index: Array) -> Any:
         sample_key = derive(own, name, index)
-        mask = prepare(name, sample_key, x.shape, rate, train=train, generator=generator, shard=shard)
+        mask = prepare(name, sample_key, x, rate, train=train, generator=generator, shard=shard)
         return _with_mean(name, head(x if mask is None else masked_op(SCALE, mask, x)))
 
     outputs = jax.vmap(sample)(jnp.arange(number, dtype=jnp.uint32))

@@ -69,7 +69,7 @@ def stochastic_depth(
     if not callable(fn):
         raise type_error(name, "fn", rule="must be a function", got=describe(fn), fix="pass the branch")
     arguments = check_arguments(
-        name, key, x.shape, rate, train=train, mask_shape=lambda _: (), generator=generator, shard=shard
+        name, key, x, rate, train=train, mask_shape=lambda _: (), generator=generator, shard=shard
     )
 
     def branch(x: Array) -> Array:

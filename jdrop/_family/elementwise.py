@@ -84,7 +84,7 @@ def dropout(
     check_array(name, "x", x)
     check_choice(name, "scale_at", scale_at, ("train", "eval"))
     arguments = check_arguments(
-        name, key, x.shape, rate, train=train, shared_axes=shared_axes, generator=generator, shard=shard
+        name, key, x, rate, train=train, shared_axes=shared_axes, generator=generator, shard=shard
     )
     if not arguments.is_identity:
         return masked_op(SCALE if scale_at == "train" else SELECT, arguments.draw(), x)
@@ -150,7 +150,7 @@ def alpha_dropout(
     """
     name = "alpha_dropout"
     check_array(name, "x", x, FLOATS)
-    mask = prepare(name, key, x.shape, rate, train=train, shared_axes=shared_axes, generator=generator, shard=shard)
+    mask = prepare(name, key, x, rate, train=train, shared_axes=shared_axes, generator=generator, shard=shard)
     return x if mask is None else masked_op(_ALPHA, mask, x)
 
 

@@ -64,7 +64,7 @@ def gaussian_dropout(
     """
     name = "gaussian_dropout"
     check_array(name, "x", x)
-    arguments = check_arguments(name, key, x.shape, rate, train=train, shared_axes=shared_axes, shard=shard)
+    arguments = check_arguments(name, key, x, rate, train=train, shared_axes=shared_axes, shard=shard)
     if isinstance(arguments.rate, np.ndarray) and np.any(arguments.rate == 1):
         raise value_error(
             name,
@@ -123,7 +123,7 @@ def gaussian_noise(
     mask = prepare(
         name,
         key,
-        x.shape,
+        x,
         stddev,
         train=train,
         shared_axes=shared_axes,

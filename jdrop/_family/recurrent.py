@@ -69,7 +69,7 @@ def zoneout(
             got=describe(before),
             fix="pass the state before the step",
         )
-    arguments = check_arguments(name, key, new.shape, rate, train=train, generator=generator, shard=shard)
+    arguments = check_arguments(name, key, new, rate, train=train, generator=generator, shard=shard)
     if is_zero(arguments.rate):
         return new
     if arguments.train:

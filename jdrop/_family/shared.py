@@ -61,7 +61,7 @@ def channel_dropout(
     channel = as_axis(name, "channel_axis", channel_axis, x.ndim)
     own = as_different_axes(name, x.ndim, batch_axes=batch_axes, channel_axis=channel)
     shared = all_axes_but(own, x.ndim)
-    mask = prepare(name, key, x.shape, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
+    mask = prepare(name, key, x, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
     return x if mask is None else masked_op(SCALE, mask, x)
 
 
@@ -109,7 +109,7 @@ def locked_dropout(
     name = "locked_dropout"
     check_array(name, "x", x)
     shared = as_axes(name, "time_axis", time_axis, x.ndim)
-    mask = prepare(name, key, x.shape, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
+    mask = prepare(name, key, x, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
     return x if mask is None else masked_op(SCALE, mask, x)
 
 
@@ -158,5 +158,5 @@ def drop_path(
     check_array(name, "x", x)
     own = as_axes(name, "batch_axes", batch_axes, x.ndim)
     shared = all_axes_but(own, x.ndim)
-    mask = prepare(name, key, x.shape, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
+    mask = prepare(name, key, x, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
     return x if mask is None else masked_op(SCALE, mask, x)

@@ -71,7 +71,7 @@ def token_dropout(
     """
     name = "token_dropout"
     check_integers(name, "ids", ids)
-    arguments = check_arguments(name, key, ids.shape, rate, train=train, generator=generator, shard=shard)
+    arguments = check_arguments(name, key, ids, rate, train=train, generator=generator, shard=shard)
     new = _as_ids(name, replacement, jnp.asarray(ids))
     if protect is not None:
         check_broadcastable(name, "protect", protect, ids.shape)
@@ -180,7 +180,7 @@ def patch_dropout(
         )
     n = x.shape[axis] - prefix
     decided = functools.partial(_token_shape, axis, prefix)
-    arguments = check_arguments(name, key, x.shape, share, train=train, mask_shape=decided, shard=shard)
+    arguments = check_arguments(name, key, x, share, train=train, mask_shape=decided, shard=shard)
     if axis < len(arguments.tile_axes) and arguments.tile_axes[axis]:
         raise unsupported(name, "shard", rule="must not split token_axis", got=shard, fix="gather the tokens")
     if arguments.is_identity:

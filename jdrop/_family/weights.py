@@ -72,7 +72,7 @@ def drop_connect(
         raise type_error(
             name, "where", rule="must be a predicate on path and leaf", got=describe(where), fix="pass a function"
         )
-    arguments = check_arguments(name, key, (), rate, train=train, generator=generator)
+    arguments = check_arguments(name, key, None, rate, shape=(), train=train, generator=generator)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     shards = _like(name, shard, tree, leaves)
     chosen = [_is_floating(leaf) and (where is None or bool(where(path, leaf))) for path, leaf in leaves]
@@ -92,7 +92,7 @@ def drop_connect(
     for (path, leaf), spec, drop in zip(leaves, shards, chosen):
         if drop:
             leaf_key = derive(own, "drop_connect", *map(_path_element, path))
-            mask = prepare(name, leaf_key, leaf.shape, rate, train=train, generator=generator, shard=spec)
+            mask = prepare(name, leaf_key, leaf, rate, train=train, generator=generator, shard=spec)
             leaf = leaf if mask is None else masked_op(SCALE, mask, leaf)
         dropped.append(leaf)
     return jax.tree.unflatten(tree, dropped)
@@ -194,9 +194,7 @@ def embedding_dropout(
             )
         if not x.ndim:
             raise value_error(name, "x", rule="must have an axis of rows", got=x.shape, fix="pass [vocab, features]")
-        mask = prepare(
-            name, key, x.shape, rate, train=train, shared_axes=range(1, x.ndim), generator=generator, shard=shard
-        )
+        mask = prepare(name, key, x, rate, train=train, shared_axes=range(1, x.ndim), generator=generator, shard=shard)
         return x if mask is None else masked_op(SCALE, mask, x)
     check_integers(name, "ids", ids)
     if ids.ndim > x.ndim or ids.shape != x.shape[: ids.ndim]:
@@ -212,9 +210,7 @@ def embedding_dropout(
             name, "ids", rule="must not be negative without vocab_size", got=int(np.min(ids)), fix="pass vocab_size"
         )
     shared = range(ids.ndim, x.ndim)
-    arguments = check_arguments(
-        name, key, x.shape, rate, train=train, shared_axes=shared, generator=generator, shard=shard
-    )
+    arguments = check_arguments(name, key, x, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
     if arguments.is_identity:
         return x
     rows = _rows_of(ids.reshape(ids.shape + (1,) * (x.ndim - ids.ndim)), size)

@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 import jdrop
 from jdrop._checks import as_bool, as_rate, check_broadcastable, check_key, expand_rank, is_zero
 from jdrop._errors import unsupported, value_error
-from jdrop._sharding import check_key_varies
-from jdrop._types import Generator, RateLike
+from jdrop._sharding import check_key_varies, types_tell
+from jdrop._types import Generator, RateLike, Shard
 
 NAME = "dot_product_attention"
 
@@ -39,6 +40,7 @@ def dot_product_attention(
     input_positions: Any = None,
     generator: Generator = "fast",
     implementation: Any = None,
+    shard: Shard = None,
 ) -> Array:
     """Compute attention with dropout, as the ``attention_fn`` of Flax's multi-head attention, without storing the mask.
 
@@ -68,6 +70,8 @@ def dot_product_attention(
       input_positions: must be ``None`` (nnx): rotate query and key first.
       generator: ``"fast"``, or ``"jax"`` for the same masks as Flax, bit for bit. Set it with ``functools.partial``.
       implementation: as in :func:`jdrop.dot_product_attention`. Set it with ``functools.partial``.
+      shard: as in :func:`jdrop.dot_product_attention`, for a single batch axis. Set it with ``functools.partial``.
+        Under ``jax.pmap``, or with ``check_vma=False``, ``None`` takes the key as it is.
 
     Returns:
       ``[batch..., queries, heads, width]``.
@@ -77,9 +81,6 @@ def dot_product_attention(
       TypeError: an argument has the wrong type, or ``dropout_rng`` is missing.
       NotImplementedError: an argument that must be ``None`` is not, or batch axes are sharded over an explicit mesh in
         such a way that JAX cannot merge them.
-
-    Limits:
-      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dot_product_attention` instead.
 
     References:
       Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin (2017), Attention Is All You Need, NeurIPS.
@@ -119,7 +120,8 @@ def dot_product_attention(
     if dropout_rng is not None or drops:
         check_key(NAME, dropout_rng, "dropout_rng")
     if drops:
-        check_key_varies(NAME, dropout_rng, None, "dropout_rng", f"call jdrop.{NAME} with")
+        shard = PartitionSpec() if shard is None and not types_tell() else shard
+        check_key_varies(NAME, dropout_rng, shard, "dropout_rng", "pass", data=(query, key, value))
     shared = (0, 1) if as_bool(NAME, "broadcast_dropout", broadcast_dropout) else ()
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
@@ -156,6 +158,7 @@ def dot_product_attention(
         mask=mask,
         is_causal=is_causal,
         implementation=implementation,
+        shard=shard,
     )
     return out.reshape(*batch, *out.shape[-3:]) if len(batch) > 1 else out
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jdrop._axes import all_axes_but, as_axes
 from jdrop._checks import check_array, check_key
@@ -13,8 +14,8 @@ from jdrop._errors import message
 from jdrop._ops import SCALE
 from jdrop._prepare import check_arguments
 from jdrop._primitive import masked_op
-from jdrop._sharding import check_key_varies
-from jdrop._types import Generator, RateLike
+from jdrop._sharding import check_key_varies, types_tell
+from jdrop._types import Generator, RateLike, Shard
 
 
 def missing(module: str, library: str, distribution: str, error: ImportError) -> ImportError:
@@ -35,6 +36,7 @@ def drop(
     broadcast_dims: Sequence[int] = (),
     batch_axes: int | Sequence[int] | None = None,
     in_jax: bool = False,
+    shard: Shard = None,
 ) -> Array:
     """Apply dropout with a key from the library.
 
@@ -52,6 +54,8 @@ def drop(
       batch_axes: replaces ``broadcast_dims``: axes along which decisions are independent.
       in_jax: whether the library computes ``1 - rate`` of this Python or NumPy rate on a JAX array, which rounds the
         rate first. ``generator="jax"`` then does the same.
+      shard: as in :func:`jdrop.dropout`. Where types do not say whether the key differs per device, ``None`` takes the
+        key as it is.
     """
     data_argument, rate_argument, key_argument = names
     check_array(function, data_argument, x)
@@ -62,11 +66,12 @@ def drop(
     arguments = check_arguments(
         function,
         None,
-        x.shape,
+        x,
         rate,
         train=train,
         shared_axes=shared,
         generator=generator,
+        shard=PartitionSpec() if shard is None and not types_tell() else shard,
         rate_argument=rate_argument,
         key_argument=key_argument,
     )
@@ -76,6 +81,6 @@ def drop(
         return jnp.zeros_like(x)
     key = get_key()
     check_key(function, key, key_argument)
-    check_key_varies(function, key, None, key_argument, "call jdrop.dropout with")
+    check_key_varies(function, key, arguments.shard, key_argument, "give the layer", data=x)
     rounded = jnp.asarray(arguments.rate) if in_jax else arguments.rate
     return masked_op(SCALE, arguments._replace(key=key, rate=rounded).draw(), x)

@@ -9,7 +9,7 @@ from jax import Array
 
 from jdrop._checks import as_bool
 from jdrop._errors import message
-from jdrop._types import Generator, RateLike
+from jdrop._types import Generator, RateLike, Shard
 from jdrop.adapters import _layer
 
 try:
@@ -30,14 +30,13 @@ class Dropout(equinox.nn.Dropout):
       inference: ``True`` returns x itself; ``False`` draws a mask.
       deterministic: deprecated name of ``inference``.
       generator: ``"fast"``, or ``"jax"`` for the same masks as ``equinox.nn.Dropout``, bit for bit.
+      shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
+        or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
     Raises:
       ValueError: ``p`` or ``generator`` is out of range, or ``key`` is a batch of keys.
       TypeError: x is not a floating-point array, or an argument has the wrong type.
       RuntimeError: ``key`` is missing when a mask is drawn. A Python or NumPy ``p`` of 0 or 1 draws no mask.
-
-    Limits:
-      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` instead.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural
@@ -52,6 +51,7 @@ class Dropout(equinox.nn.Dropout):
     """
 
     generator: Generator = equinox.field(static=True)
+    shard: Shard = equinox.field(static=True)
 
     def __init__(
         self,
@@ -60,10 +60,12 @@ class Dropout(equinox.nn.Dropout):
         *,
         deterministic: bool | None = None,
         generator: Generator = "fast",
+        shard: Shard = None,
     ) -> None:
         self.p: Any = p
         self.inference = _renamed(inference, deterministic)
         self.generator = generator
+        self.shard = shard
 
     def __call__(
         self,
@@ -101,6 +103,7 @@ class Dropout(equinox.nn.Dropout):
             self.p,
             train=not inactive,
             generator=self.generator,
+            shard=self.shard,
             names=("x", "p", "key"),
             batch_axes=batch_axes,
             in_jax=rounded,
@@ -119,6 +122,8 @@ class DropPath(Dropout):
       inference, deterministic: as in :class:`Dropout`.
       batch_axes: axes along which decisions are independent.
       generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
+      shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
+        or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
     Raises:
       ValueError, TypeError, RuntimeError: as in :class:`Dropout`.
@@ -144,8 +149,9 @@ class DropPath(Dropout):
         deterministic: bool | None = None,
         batch_axes: int | Sequence[int] = (),
         generator: Generator = "fast",
+        shard: Shard = None,
     ) -> None:
-        super().__init__(p, inference, deterministic=deterministic, generator=generator)
+        super().__init__(p, inference, deterministic=deterministic, generator=generator, shard=shard)
         self.batch_axes = batch_axes
 
     def __call__(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jax import Array
 
-from jdrop._types import Generator, RateLike
+from jdrop._types import Generator, RateLike, Shard
 from jdrop.adapters import _layer
 
 try:
@@ -21,6 +21,7 @@ def dropout(
     broadcast_dims: Sequence[int] = (),
     *,
     generator: Generator = "fast",
+    shard: Shard = None,
 ) -> Array:
     """Drop elements with probability ``rate`` and rescale the rest, like ``haiku.dropout``, without storing the mask.
 
@@ -33,6 +34,8 @@ def dropout(
       x: floating-point array.
       broadcast_dims: axes along which elements share one decision.
       generator: ``"fast"``, or ``"jax"`` for the same masks as ``haiku.dropout``, bit for bit.
+      shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
+        or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
     Returns:
       An array with the shape and dtype of x.
@@ -40,9 +43,6 @@ def dropout(
     Raises:
       ValueError: a rate, an axis, or ``generator`` is out of range, or ``rng`` is a batch of keys.
       TypeError: x is not a floating-point array, or ``rng`` is not a key.
-
-    Limits:
-      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` instead.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural
@@ -61,6 +61,7 @@ def dropout(
         rate,
         train=True,
         generator=generator,
+        shard=shard,
         names=("x", "rate", "rng"),
         broadcast_dims=broadcast_dims,
     )
@@ -73,6 +74,7 @@ def drop_path(
     batch_axes: int | Sequence[int] = (0,),
     *,
     generator: Generator = "fast",
+    shard: Shard = None,
 ) -> Array:
     """Drop a residual branch for whole examples.
 
@@ -85,6 +87,8 @@ def drop_path(
       x: floating-point array, the output of the branch.
       batch_axes: axes along which decisions are independent.
       generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
+      shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
+        or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
     Returns:
       An array with the shape and dtype of x.
@@ -109,6 +113,7 @@ def drop_path(
         rate,
         train=True,
         generator=generator,
+        shard=shard,
         names=("x", "rate", "rng"),
         batch_axes=batch_axes,
     )

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jax import Array
 
 from jdrop._checks import as_bool
-from jdrop._types import Generator, RateLike
+from jdrop._types import Generator, RateLike, Shard
 from jdrop.adapters import _layer
 from jdrop.adapters._attention import dot_product_attention as dot_product_attention
 
@@ -29,15 +29,13 @@ class Dropout(linen.Dropout):
       deterministic: ``True`` returns the inputs themselves; ``False`` draws a mask.
       rng_collection: rng collection for ``make_rng``.
       generator: ``"fast"``, or ``"jax"`` for the same masks as ``linen.Dropout``, bit for bit.
+      shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
+        or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
     Raises:
       ValueError: a rate, an axis, or ``generator`` is out of range, or ``deterministic`` is passed twice or not at all.
       TypeError: the inputs are not a floating-point array, or ``deterministic`` is not a bool.
       flax.errors.InvalidRngError: the collection has no rng.
-
-    Limits:
-      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` with
-      ``self.make_rng("dropout")``.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural
@@ -52,6 +50,7 @@ class Dropout(linen.Dropout):
     """
 
     generator: Generator = "fast"
+    shard: Shard = None
 
     @linen.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None, rng: Array | None = None) -> Array:
@@ -65,6 +64,7 @@ class Dropout(linen.Dropout):
             train=not as_bool("Dropout", "deterministic", inactive),
             broadcast_dims=self.broadcast_dims,
             generator=self.generator,
+            shard=self.shard,
             names=("inputs", "rate", "rng"),
         )
 
@@ -81,6 +81,8 @@ class DropPath(linen.Module):
       deterministic: ``True`` returns the inputs themselves; ``False`` draws the decisions.
       rng_collection: rng collection for ``make_rng``.
       generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
+      shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
+        or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
     Raises:
       ValueError, TypeError, flax.errors.InvalidRngError: as in :class:`Dropout`.
@@ -101,6 +103,7 @@ class DropPath(linen.Module):
     deterministic: bool | None = None
     rng_collection: str = "dropout"
     generator: Generator = "fast"
+    shard: Shard = None
 
     @linen.compact
     def __call__(self, inputs: Array, deterministic: bool | None = None, rng: Array | None = None) -> Array:
@@ -114,5 +117,6 @@ class DropPath(linen.Module):
             train=not as_bool("DropPath", "deterministic", inactive),
             batch_axes=self.batch_axes,
             generator=self.generator,
+            shard=self.shard,
             names=("inputs", "rate", "rng"),
         )

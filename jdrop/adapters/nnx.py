@@ -8,7 +8,7 @@ from jax import Array
 
 from jdrop._checks import as_bool
 from jdrop._errors import type_error, value_error
-from jdrop._types import Generator, RateLike
+from jdrop._types import Generator, RateLike, Shard
 from jdrop.adapters import _layer
 from jdrop.adapters._attention import dot_product_attention as dot_product_attention
 
@@ -36,13 +36,12 @@ class Dropout(nnx.Dropout):
       rng_collection: name of the stream in ``rngs`` that provides the keys.
       rngs: ``nnx.Rngs``, a stream, or ``None``. The call also accepts a key.
       generator: ``"fast"``, or ``"jax"`` for the same masks as ``nnx.Dropout``, bit for bit.
+      shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
+        or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
     Raises:
       ValueError: a rate, an axis, or ``generator`` is out of range, or the mode or the source of keys is missing.
       TypeError: the inputs are not a floating-point array, or an argument has the wrong type.
-
-    Limits:
-      Inside ``jax.shard_map``, where a mask needs ``shard=``, call :func:`jdrop.dropout` with a key from ``rngs``.
 
     References:
       Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural
@@ -66,6 +65,7 @@ class Dropout(nnx.Dropout):
         rng_collection: str = "dropout",
         rngs: Rngs = None,
         generator: Generator = "fast",
+        shard: Shard = None,
     ) -> None:
         super().__init__(
             rate,  # type: ignore[arg-type]
@@ -75,6 +75,7 @@ class Dropout(nnx.Dropout):
             rngs=rngs,
         )
         self.generator = generator
+        self.shard = shard
 
     def __call__(self, inputs: Array, *, deterministic: bool | None = None, rngs: Rngs | Array = None) -> Array:
         """Drop elements of ``inputs``; ``deterministic`` and ``rngs`` override those of the constructor."""
@@ -123,6 +124,7 @@ class Dropout(nnx.Dropout):
             self.rate,
             train=train,
             generator=self.generator,
+            shard=self.shard,
             names=("inputs", "rate", "rngs"),
             broadcast_dims=broadcast_dims,
             batch_axes=batch_axes,
@@ -140,6 +142,8 @@ class DropPath(Dropout):
       batch_axes: axes along which decisions are independent.
       deterministic, rng_collection, rngs: as in :class:`Dropout`.
       generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
+      shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
+        or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
     Raises:
       ValueError, TypeError: as in :class:`Dropout`.
@@ -165,9 +169,15 @@ class DropPath(Dropout):
         rng_collection: str = "dropout",
         rngs: Rngs = None,
         generator: Generator = "fast",
+        shard: Shard = None,
     ) -> None:
         super().__init__(
-            rate, deterministic=deterministic, rng_collection=rng_collection, rngs=rngs, generator=generator
+            rate,
+            deterministic=deterministic,
+            rng_collection=rng_collection,
+            rngs=rngs,
+            generator=generator,
+            shard=shard,
         )
         self.batch_axes = batch_axes
 

@@ -127,8 +127,9 @@ def dot_product_attention(
     arguments = check_arguments(
         NAME,
         prng_key,
-        shape,
+        (query, key, value),
         rate,
+        shape=shape,
         train=train,
         shared_axes=shared_axes,
         generator=generator,
