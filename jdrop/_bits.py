@@ -68,9 +68,10 @@ class FastBits:
             raise value_error(
                 function,
                 "shape",
-                rule=f"must have static sizes on the trailing axes that hold {MIN_COLUMNS} elements",
+                rule=f"of the mask must have static sizes on the trailing axes that hold {MIN_COLUMNS} elements, "
+                "except for its first axis",
                 got=shape,
-                fix="export with those sizes fixed",
+                fix='export with those sizes fixed, or use generator="jax"',
             ) from None
 
     def word_at(self, seed: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:

@@ -40,12 +40,15 @@ class Arguments(NamedTuple):
         """Whether nothing random happens: in evaluation, or at a concrete rate of 0."""
         return not self.train or is_zero(self.rate)
 
-    def draw(self, *, one_for_all_tiles: bool = False, random_access: bool = False) -> Mask:
+    def draw(
+        self, *, one_for_all_tiles: bool = False, random_access: bool = False, mask_shape: Shape | None = None
+    ) -> Mask:
         """Use the key up, and return the mask.
 
         Args:
           one_for_all_tiles: whether ``shard`` only says that all tiles share decisions.
           random_access: whether decisions are drawn by index.
+          mask_shape: shape of the decisions, if it does not follow from that of the data.
         """
         key = require_key(self.function, self.key, self.key_argument)
         check_key_varies(self.function, key, self.shard, self.key_argument, data=self.data)
@@ -54,7 +57,7 @@ class Arguments(NamedTuple):
             self.function,
             key,
             self.rate,
-            self.mask_shape(shape),
+            self.mask_shape(shape) if mask_shape is None else mask_shape,
             self.generator,
             start=start,
             random_access=random_access,

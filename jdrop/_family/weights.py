@@ -1,6 +1,5 @@
 """Dropout of parameters: individual weights, and rows of an embedding table."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -214,8 +213,8 @@ def embedding_dropout(
     if arguments.is_identity:
         return x
     rows = _rows_of(ids.reshape(ids.shape + (1,) * (x.ndim - ids.ndim)), size)
-    mask = arguments.draw(one_for_all_tiles=True, random_access=True)
-    mask = dataclasses.replace(mask, shape=(2**64, 1))  # a table with all possible ids
+    every_id = (2**64, 1)  # the decisions of a table that holds them all
+    mask = arguments.draw(one_for_all_tiles=True, random_access=True, mask_shape=every_id)
     return masked_op(SCALE, mask, x, index=[rows, U64(jnp.uint32(0), jnp.zeros((1,) * x.ndim, jnp.uint32))])
 
 

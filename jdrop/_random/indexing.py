@@ -32,17 +32,22 @@ def strides(shape: Sequence[Any], *, columns: bool = True) -> Strides:
     """Split the axes of a shape into rows and columns.
 
     The columns are the shortest suffix of axes with at least 128 elements (or all axes); an axis joins only while the
-    columns stay within 2**32. Sizes of row axes may be symbolic (``jax.export``). With ``columns=False`` all axes are
-    rows, and the row is the flat index.
+    columns stay within 2**32. With ``columns=False`` all axes are rows, and the row is the flat index.
+
+    Sizes of row axes may be symbolic (``jax.export``), and so may that of the first axis, on which no stride depends. If
+    it becomes a column axis, the whole is taken to stay within 2**32.
 
     Raises:
-      TypeError: a column axis has a symbolic size.
+      TypeError: a column axis other than the first has a symbolic size.
     """
     first, width = len(shape), 1
     while columns and first and width < MIN_COLUMNS:
         size = shape[first - 1]
         if not isinstance(size, int):
-            raise TypeError(f"the sizes of column axes must be static, got shape {tuple(shape)}")
+            if first > 1:
+                raise TypeError(f"the sizes of column axes must be static, got shape {tuple(shape)}")
+            first = 0
+            break
         if width * size > WORD and width > 1:
             break
         first, width = first - 1, width * size
