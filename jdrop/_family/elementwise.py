@@ -72,8 +72,8 @@ def dropout(
     Limits:
       The mask depends on the shape of x. A longer batch does not change it. Reshaping does, as does a change of shape
       in which the size of the trailing axes crosses 128 elements, or, if they hold fewer than 128, the size of the
-      whole array crosses 2**32. With ``jax.export``, these trailing axes of the mask need static
-      sizes, except for its first axis, if the whole array stays within 2**32 elements.
+      whole array crosses 2**32. With ``jax.export``, these trailing axes of the mask need static sizes, except for
+      its first axis, if the whole array stays within 2**32 elements.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdrop

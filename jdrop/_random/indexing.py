@@ -34,8 +34,8 @@ def strides(shape: Sequence[Any], *, columns: bool = True) -> Strides:
     The columns are the shortest suffix of axes with at least 128 elements (or all axes); an axis joins only while the
     columns stay within 2**32. With ``columns=False`` all axes are rows, and the row is the flat index.
 
-    Sizes of row axes may be symbolic (``jax.export``), and so may that of the first axis, on which no stride depends. If
-    it becomes a column axis, the whole is taken to stay within 2**32.
+    Sizes of row axes may be symbolic (``jax.export``), and so may that of the first axis, on which no stride depends.
+    If it becomes a column axis, the whole is taken to stay within 2**32.
 
     Raises:
       TypeError: a column axis other than the first has a symbolic size.
