@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe
 
 
 def as_index(value: Any) -> int:
@@ -23,9 +23,9 @@ def as_shape(function: str, argument: str, value: Any) -> tuple[Any, ...]:
     try:
         sizes = tuple(n if jax.export.is_symbolic_dim(n) else as_index(n) for n in value)
     except TypeError:
-        raise type_error(function, argument, rule="must be a sequence of sizes", got=describe(value), fix=fix) from None
+        raise TypeError(f"{function}: {argument} must be a sequence of sizes, got {describe(value)}; {fix}") from None
     if any(isinstance(n, int) and n < 0 for n in sizes):
-        raise value_error(function, argument, rule="must not be negative", got=describe(value), fix=fix)
+        raise ValueError(f"{function}: {argument} must not be negative, got {describe(value)}; {fix}")
     return sizes
 
 
@@ -34,29 +34,24 @@ def as_axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, .
     try:
         axes = [as_index(a) for a in (value if isinstance(value, Iterable) else (value,))]
     except TypeError:
-        raise type_error(
-            function, argument, rule="must be axes", got=describe(value), fix="pass an int or a sequence of ints"
+        raise TypeError(
+            f"{function}: {argument} must be axes, got {describe(value)}; pass an int or a sequence of ints"
         ) from None
     if any(not -ndim <= a < ndim for a in axes):
-        raise value_error(
-            function,
-            argument,
-            rule=f"must be axes of an array with {ndim} axes",
-            got=describe(value),
-            fix=f"use axes from {-ndim} to {ndim - 1}" if ndim else "an array without axes takes none",
+        fix = f"use axes from {-ndim} to {ndim - 1}" if ndim else "an array without axes takes none"
+        raise ValueError(
+            f"{function}: {argument} must be axes of an array with {ndim} axes, got {describe(value)}; {fix}"
         )
     canonical = tuple(a % ndim for a in axes)
     if len(set(canonical)) != len(canonical):
-        raise value_error(
-            function, argument, rule="must not repeat an axis", got=describe(value), fix="name each axis once"
-        )
+        raise ValueError(f"{function}: {argument} must not repeat an axis, got {describe(value)}; name each axis once")
     return canonical
 
 
 def as_axis(function: str, argument: str, value: Any, ndim: int) -> int:
     """Require one axis of an array, and return it counted from 0."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, (bool, np.bool_)):
-        raise type_error(function, argument, rule="must be an axis", got=describe(value), fix="pass an int")
+        raise TypeError(f"{function}: {argument} must be an axis, got {describe(value)}; pass an int")
     return as_axes(function, argument, value, ndim)[0]
 
 
@@ -66,8 +61,8 @@ def as_different_axes(function: str, ndim: int, **named: Any) -> tuple[int, ...]
     for argument, value in named.items():
         for axis in as_axes(function, argument, value, ndim):
             if axis in owner:
-                raise value_error(
-                    function, argument, rule=f"must be none of {owner[axis]}", got=value, fix="name each axis once"
+                raise ValueError(
+                    f"{function}: {argument} must be none of {owner[axis]}, got {value}; name each axis once"
                 )
             owner[axis] = argument
     return tuple(owner)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from jdrop._errors import describe, value_error
+from jdrop._errors import describe
 from jdrop._platform import Platform
 from jdrop._random import fast, jax_bits
 from jdrop._random.indexing import MIN_COLUMNS, row_and_column, strides
@@ -65,13 +65,10 @@ class FastBits:
         try:
             strides(shape)
         except TypeError:
-            raise value_error(
-                function,
-                "shape",
-                rule=f"of the mask must have static sizes on the trailing axes that hold {MIN_COLUMNS} elements, "
-                "except for its first axis",
-                got=shape,
-                fix='export with those sizes fixed, or use generator="jax"',
+            raise ValueError(
+                f"{function}: shape of the mask must have static sizes on the trailing axes that hold {MIN_COLUMNS} "
+                "elements, except for its first axis, "
+                f'got {shape}; export with those sizes fixed, or use generator="jax"'
             ) from None
 
     def word_at(self, seed: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:
@@ -133,12 +130,9 @@ def bits_for(function: str, key: Array, generator: Generator, argument: str = "k
     try:
         implementation = str(jax.random.key_impl(key))  # legacy keys: the default implementation
     except (TypeError, ValueError):
-        raise value_error(
-            function,
-            argument,
-            rule='must have the words of the default implementation for generator="jax"',
-            got=describe(key),
-            fix="wrap it with jax.random.wrap_key_data(key, impl=...)",
+        raise ValueError(
+            f'{function}: {argument} must have the words of the default implementation for generator="jax", '
+            f"got {describe(key)}; wrap it with jax.random.wrap_key_data(key, impl=...)"
         ) from None
     return JaxBits(implementation, jax_bits.has_random_access(implementation))
 

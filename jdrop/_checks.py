@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe
 from jdrop._types import FLOATS, INEXACT, RATE_DTYPES
 
 KEY_WORDS = (1, 2, 4)  # lengths of the key data of JAX's PRNG implementations
@@ -39,63 +39,47 @@ def check_key(function: str, value: Any, argument: str = "key") -> None:
         batch = value.shape
     elif isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.ndim:
         if value.shape[-1] not in KEY_WORDS:
-            raise value_error(
-                function,
-                argument,
-                rule="must hold the words of one PRNG key",
-                got=describe(value),
-                fix="make one with jax.random.key",
+            raise ValueError(
+                f"{function}: {argument} must hold the words of one PRNG key, got {describe(value)}; "
+                "make one with jax.random.key"
             )
         batch = value.shape[:-1]
     else:
-        raise type_error(
-            function,
-            argument,
-            rule="must be a PRNG key",
-            got=describe(value),
-            fix="make one with jax.random.key, and pass it before the data",
+        raise TypeError(
+            f"{function}: {argument} must be a PRNG key, got {describe(value)}; "
+            "make one with jax.random.key, and pass it before the data"
         )
     if batch:
-        raise value_error(
-            function, argument, rule="must be one key", got=f"a batch of shape {batch}", fix="use jax.vmap over keys"
+        raise ValueError(
+            f"{function}: {argument} must be one key, got a batch of shape {batch}; use jax.vmap over keys"
         )
 
 
 def check_array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT) -> None:
     """Require an array of real or complex floating point numbers."""
     if not is_array(value):
-        raise type_error(
-            function, argument, rule="must be an array", got=describe(value), fix="convert it with jnp.asarray"
-        )
+        raise TypeError(f"{function}: {argument} must be an array, got {describe(value)}; convert it with jnp.asarray")
     check_byte_order(function, argument, value)
     if is_typed_key(value) or value.dtype.name not in dtypes:
-        raise type_error(
-            function,
-            argument,
-            rule=f"must be {', '.join(FLOATS)}{' or complex' if dtypes == INEXACT else ''}",
-            got=describe(value),
-            fix="pass key first, then a float array",
+        raise TypeError(
+            f"{function}: {argument} must be {', '.join(FLOATS)}{' or complex' if dtypes == INEXACT else ''}, "
+            f"got {describe(value)}; pass key first, then a float array"
         )
 
 
 def check_byte_order(function: str, argument: str, value: Any) -> None:
     """Require an array in the byte order of this machine, which JAX does not check by name."""
     if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.isnative:
-        raise type_error(
-            function,
-            argument,
-            rule="must have the byte order of this machine",
-            got=repr(value.dtype.str),
-            fix="convert it with x.astype(x.dtype.newbyteorder('='))",
+        raise TypeError(
+            f"{function}: {argument} must have the byte order of this machine, got {value.dtype.str!r}; "
+            "convert it with x.astype(x.dtype.newbyteorder('='))"
         )
 
 
 def check_integers(function: str, argument: str, value: Any) -> None:
     """Require an array of integers."""
     if not is_integer_array(value):
-        raise type_error(
-            function, argument, rule="must be an integer array", got=describe(value), fix="convert it to int32"
-        )
+        raise TypeError(f"{function}: {argument} must be an integer array, got {describe(value)}; convert it to int32")
     check_byte_order(function, argument, value)
 
 
@@ -104,17 +88,12 @@ def check_broadcastable(
 ) -> None:
     """Require an array that broadcasts to a shape."""
     if not is_array(value):
-        raise type_error(
-            function, argument, rule="must be an array", got=describe(value), fix="convert it with jnp.asarray"
-        )
+        raise TypeError(f"{function}: {argument} must be an array, got {describe(value)}; convert it with jnp.asarray")
     sizes = tuple(value.shape)
     if len(sizes) > len(shape) or any(n not in (1, m) for n, m in zip(sizes[::-1], tuple(shape)[::-1])):
-        raise value_error(
-            function,
-            argument,
-            rule=f"must broadcast to {shape_name} {tuple(shape)}",
-            got=f"shape {sizes}",
-            fix="give it these sizes or 1",
+        raise ValueError(
+            f"{function}: {argument} must broadcast to {shape_name} {tuple(shape)}, got shape {sizes}; "
+            "give it these sizes or 1"
         )
 
 
@@ -138,25 +117,19 @@ def as_rate(
     meaning = "the probability of dropping" if high <= 1 else "a number of at least 0"
     number_like = isinstance(value, (int, float, np.ndarray, np.generic, jax.Array))
     if is_typed_key(value) or not number_like or isinstance(value, (np.ma.MaskedArray, np.timedelta64)):
-        raise type_error(
-            function, argument, rule="must be a number or an array", got=describe(value), fix=f"pass a float, {meaning}"
+        raise TypeError(
+            f"{function}: {argument} must be a number or an array, got {describe(value)}; pass a float, {meaning}"
         )
     concrete = not isinstance(value, jax.Array)
     integer = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
     rate: Any = np.asarray(_as_float(value) if integer else value) if concrete else value
     check_byte_order(function, argument, rate)
     if rate.dtype.name not in RATE_DTYPES:
-        raise type_error(
-            function,
-            argument,
-            rule="must be a real floating point number",
-            got=describe(value),
-            fix="convert it to float32",
+        raise TypeError(
+            f"{function}: {argument} must be a real floating point number, got {describe(value)}; convert it to float32"
         )
     if concrete and not np.all((rate >= 0) & (rate <= high) & np.isfinite(rate)):
-        raise value_error(
-            function, argument, rule=f"must lie in [0, {high:g}]", got=describe(value), fix=f"pass {meaning}"
-        )
+        raise ValueError(f"{function}: {argument} must lie in [0, {high:g}], got {describe(value)}; pass {meaning}")
     check_broadcastable(function, argument, rate, shape, "the mask's shape")
     return expand_rank(rate, len(shape))
 
@@ -169,16 +142,13 @@ def is_zero(rate: np.ndarray | Array) -> bool:
 def as_number(function: str, argument: str, value: Any, low: float, high: float) -> float:
     """Require a finite Python or NumPy number within limits."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise type_error(function, argument, rule="must be a number", got=describe(value), fix="pass a Python float")
+        raise TypeError(f"{function}: {argument} must be a number, got {describe(value)}; pass a Python float")
     number = _as_float(value)
     if not low <= number <= high or np.isinf(number):
-        limits = f"must lie in [{low:g}, {high:g}]" if np.isfinite(high) else f"must be finite and at least {low:g}"
-        raise value_error(
-            function,
-            argument,
-            rule="must be finite" if low == -np.inf else limits,
-            got=describe(value),
-            fix="pass a number within the limits",
+        limits = f"lie in [{low:g}, {high:g}]" if np.isfinite(high) else f"be finite and at least {low:g}"
+        limits = "be finite" if low == -np.inf else limits
+        raise ValueError(
+            f"{function}: {argument} must {limits}, got {describe(value)}; pass a number within the limits"
         )
     return number
 
@@ -194,9 +164,9 @@ def _as_float(value: Any) -> float:
 def as_count(function: str, argument: str, value: Any, low: int = 1) -> int:
     """Require a Python or NumPy integer of at least ``low``."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise type_error(function, argument, rule="must be an integer", got=describe(value), fix="pass a Python int")
+        raise TypeError(f"{function}: {argument} must be an integer, got {describe(value)}; pass a Python int")
     if value < low:
-        raise value_error(function, argument, rule=f"must be at least {low}", got=value, fix="pass a larger int")
+        raise ValueError(f"{function}: {argument} must be at least {low}, got {value}; pass a larger int")
     return int(value)
 
 
@@ -208,26 +178,16 @@ def as_bool(function: str, argument: str, value: Any) -> bool:
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, jax.core.Tracer):
-        static = f"list {argument} in static_argnames"
-        raise type_error(
-            function,
-            argument,
-            rule="must be static",
-            got="a traced value",
-            fix=f"pass rate=jnp.where(train, rate, 0.), or {static}" if argument == "train" else static,
+        hint = "pass rate=jnp.where(train, rate, 0.), or " if argument == "train" else ""
+        raise TypeError(
+            f"{function}: {argument} must be static, got a traced value; {hint}list {argument} in static_argnames"
         )
-    raise type_error(
-        function, argument, rule="must be a bool", got=describe(value), fix=f"pass {argument}=True or False"
-    )
+    raise TypeError(f"{function}: {argument} must be a bool, got {describe(value)}; pass {argument}=True or False")
 
 
 def check_choice(function: str, argument: str, value: Any, choices: Sequence[str]) -> None:
     """Require one of a few strings."""
     if not isinstance(value, str) or value not in choices:
-        raise value_error(
-            function,
-            argument,
-            rule=f"must be {' or '.join(map(repr, choices))}",
-            got=describe(value),
-            fix="pick one of them",
+        raise ValueError(
+            f"{function}: {argument} must be {' or '.join(map(repr, choices))}, got {describe(value)}; pick one of them"
         )

@@ -1,29 +1,9 @@
-"""The wording of every error: ``function: argument rule, got value; fix``."""
+"""What errors say of values. Every error has the form ``function: argument rule, got value; fix``."""
 
 from typing import Any
 
 import jax
 import numpy as np
-
-
-def message(function: str, argument: str, rule: str, got: Any, fix: str) -> str:
-    """Word an error."""
-    return f"{function}: {argument} {rule}, got {got}; {fix}"
-
-
-def value_error(function: str, argument: str, rule: str, got: Any, fix: str) -> ValueError:
-    """Return the error for a value that breaks a rule."""
-    return ValueError(message(function, argument, rule, got, fix))
-
-
-def type_error(function: str, argument: str, rule: str, got: Any, fix: str) -> TypeError:
-    """Return the error for a value of the wrong type."""
-    return TypeError(message(function, argument, rule, got, fix))
-
-
-def unsupported(function: str, argument: str, rule: str, got: Any, fix: str) -> NotImplementedError:
-    """Return the error for an explicit option that cannot serve the other arguments."""
-    return NotImplementedError(message(function, argument, rule, got, fix))
 
 
 def describe(value: Any) -> str:

@@ -11,7 +11,6 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop._bits import Bits, FastBits, bits_for
-from jdrop._errors import unsupported
 from jdrop._platform import GENERIC, Platform
 from jdrop._random.indexing import window_index
 from jdrop._random.threefry import U64
@@ -113,12 +112,11 @@ def draw_mask(
     """
     bits = bits_for(function, key, generator, key_argument)
     if not bits.random_access and (random_access or start is not None):
-        raise unsupported(
-            function,
-            "generator",
-            rule='must be "fast" for a part of a mask, unless the bits of the key can be drawn by index',
-            got=f"'jax' with {key.dtype} key",
-            fix='use generator="fast", or a threefry2x32 key with jax_threefry_partitionable',
+        raise NotImplementedError(
+            f'{function}: generator must be "fast" for a part of a mask, unless the bits of the key can be drawn by '
+            "index, "
+            f"got 'jax' with {key.dtype} key; "
+            'use generator="fast", or a threefry2x32 key with jax_threefry_partitionable'
         )
     bits.check_shape(function, shape)
     return Mask(bits.seed(key), bits.rate(rate), start, shape, bits)

@@ -8,7 +8,6 @@ from jax import Array
 
 from jdrop._axes import as_axes
 from jdrop._checks import as_bool, as_rate, check_choice, check_key, is_zero
-from jdrop._errors import type_error
 from jdrop._mask import Mask, draw_mask
 from jdrop._sharding import check_key_varies, tile_axes, whole_array
 from jdrop._types import GENERATORS, Generator, RateLike, Shard
@@ -129,11 +128,8 @@ def shared_shape(axes: tuple[int, ...]) -> Callable[[Shape], Shape]:
 def require_key(function: str, key: Array | None, argument: str = "key") -> Array:
     """Require a key, because something is dropped."""
     if key is None:
-        raise type_error(
-            function,
-            argument,
-            rule="must be a PRNG key when something is dropped",
-            got="None",
-            fix="pass a key, or train=False, or rate=0.",
+        raise TypeError(
+            f"{function}: {argument} must be a PRNG key when something is dropped, got None; "
+            "pass a key, or train=False, or rate=0."
         )
     return key

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe
 from jdrop._random.threefry import U64
 from jdrop._types import Shard
 
@@ -19,27 +19,21 @@ def tile_axes(function: str, shape: Sequence[Any], shard: Shard) -> tuple[tuple[
     if shard is None:
         return ()
     if not isinstance(shard, PartitionSpec):
-        raise type_error(
-            function, "shard", rule="must be a PartitionSpec", got=describe(shard), fix="pass the in_specs entry of x"
+        raise TypeError(
+            f"{function}: shard must be a PartitionSpec, got {describe(shard)}; pass the in_specs entry of x"
         )
     axes = mesh_axes(shard)
     manual = jax.sharding.get_abstract_mesh().manual_axes
     used = [name for entry in axes for name in entry]
     if len(axes) > len(shape) or len(set(used)) != len(used):
-        raise value_error(
-            function,
-            "shard",
-            rule=f"must name each mesh axis once, over the {len(shape)} axes of x",
-            got=shard,
-            fix="pass the in_specs entry of x",
+        raise ValueError(
+            f"{function}: shard must name each mesh axis once, over the {len(shape)} axes of x, got {shard}; "
+            "pass the in_specs entry of x"
         )
     if not set(used) <= set(manual):
-        raise value_error(
-            function,
-            "shard",
-            rule=f"must name manual mesh axes, here {tuple(manual)}",
-            got=shard,
-            fix="use it inside jax.shard_map, over these axes",
+        raise ValueError(
+            f"{function}: shard must name manual mesh axes, here {tuple(manual)}, got {shard}; "
+            "use it inside jax.shard_map, over these axes"
         )
     return axes
 
@@ -66,22 +60,19 @@ def check_key_varies(
     if shard is not None or not manual or key is None:
         return
     if not types_tell():
-        raise value_error(
-            function,
-            argument,
-            rule=f"must be known to vary over the manual mesh axes {tuple(manual)} when shard is None",
-            got="a type without this information (jax.pmap, or check_vma=False)",
-            fix=f"{how} shard=PartitionSpec() to draw from the key as it is, or shard= the PartitionSpec of x",
+        raise ValueError(
+            f"{function}: {argument} must be known to vary over the manual mesh axes {tuple(manual)} when shard is "
+            "None, "
+            "got a type without this information (jax.pmap, or check_vma=False); "
+            f"{how} shard=PartitionSpec() to draw from the key as it is, or shard= the PartitionSpec of x"
         )
     of_data = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(data)))
     equal = [name for name in manual if name in of_data - jax.typeof(key).manual_axis_type.varying]
     if equal:
-        raise value_error(
-            function,
-            argument,
-            rule=f"must vary over the manual mesh axes {tuple(equal)} when shard is None",
-            got="the same key on every device",
-            fix=f"{how} shard=, the PartitionSpec of x, or shard=PartitionSpec() to give all tiles the same mask",
+        raise ValueError(
+            f"{function}: {argument} must vary over the manual mesh axes {tuple(equal)} when shard is None, "
+            "got the same key on every device; "
+            f"{how} shard=, the PartitionSpec of x, or shard=PartitionSpec() to give all tiles the same mask"
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from jdrop._checks import check_key, is_integer_array, is_typed_key
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe
 from jdrop._random.fast import USE_DERIVE, absorb, hash_key
 from jdrop._random.threefry import U64, WORD
 
@@ -52,7 +52,7 @@ def derive(key: Array, *path: str | int | Array) -> Array:
     """
     check_key("derive", key)
     if not path:
-        raise value_error("derive", "path", rule="must not be empty", got="()", fix='name the use, such as "encoder"')
+        raise ValueError('derive: path must not be empty, got (); name the use, such as "encoder"')
     return _derive(key, [block for element in path for block in _as_blocks("derive", "path", element)])
 
 
@@ -82,12 +82,9 @@ def per_example(key: Array, ids: Array) -> Array:
     """
     check_key("per_example", key)
     if not is_integer_array(ids):
-        raise type_error(
-            "per_example",
-            "ids",
-            rule="must be an integer array",
-            got=describe(ids),
-            fix="pass the examples' indices as an integer array",
+        raise TypeError(
+            f"per_example: ids must be an integer array, got {describe(ids)}; "
+            "pass the examples' indices as an integer array"
         )
 
     return _derive(key, [(_INT, _as_number(ids))])
@@ -129,31 +126,21 @@ def _as_blocks(function: str, argument: str, element: Any) -> list[tuple[int, An
         try:
             digest = hashlib.blake2b(element.encode(), digest_size=16).digest()
         except UnicodeEncodeError:
-            raise value_error(
-                function,
-                argument,
-                rule="must hold valid text",
-                got=describe(element),
-                fix="replace lone surrogates",
+            raise ValueError(
+                f"{function}: {argument} must hold valid text, got {describe(element)}; replace lone surrogates"
             ) from None
         a, b, c, d = np.frombuffer(digest, ">u4").astype(np.uint32)
         return [(_STR_HIGH, U64(a, b)), (_STR_LOW, U64(c, d))]
     if isinstance(element, int) and not isinstance(element, bool):
         if not 0 <= element < WORD * WORD:
-            raise value_error(
-                function,
-                argument,
-                rule="must hold ints from 0 to 2**64 - 1",
-                got=element,
-                fix="use a non-negative int, or an integer array",
+            raise ValueError(
+                f"{function}: {argument} must hold ints from 0 to 2**64 - 1, got {element}; "
+                "use a non-negative int, or an integer array"
             )
         return [(_INT, _as_number(element))]
     if is_integer_array(element) and element.ndim == 0:
         return [(_INT, _as_number(element))]
-    raise type_error(
-        function,
-        argument,
-        rule="must hold str, int or integer scalars",
-        got=describe(element),
-        fix="convert it to one of them",
+    raise TypeError(
+        f"{function}: {argument} must hold str, int or integer scalars, got {describe(element)}; "
+        "convert it to one of them"
     )

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from jdrop._axes import as_axes, as_axis, as_different_axes
 from jdrop._checks import as_bool, as_count, check_array
-from jdrop._errors import describe, type_error, unsupported, value_error
+from jdrop._errors import describe
 from jdrop._prepare import check_arguments, shared_shape
 from jdrop._primitive import MaskedOp, MaskView, masked_op
 from jdrop._types import Generator, RateLike, Shard, real_dtype
@@ -81,17 +81,12 @@ def drop_block(
     space = as_axes(name, "spatial_axes", spatial_axes, x.ndim)
     channel = as_axis(name, "channel_axis", channel_axis, x.ndim)
     if not 1 <= len(space) <= 3:
-        raise value_error(
-            name, "spatial_axes", rule="must be 1 to 3 axes", got=spatial_axes, fix="name the spatial axes"
-        )
+        raise ValueError(f"{name}: spatial_axes must be 1 to 3 axes, got {spatial_axes}; name the spatial axes")
     own = as_different_axes(name, x.ndim, spatial_axes=space, channel_axis=channel, batch_axes=batch_axes)
     if len(own) != x.ndim:
-        raise value_error(
-            name,
-            "batch_axes",
-            rule=f"must name each of the {x.ndim} axes of x, with spatial_axes and channel_axis",
-            got=batch_axes,
-            fix="add the remaining axes",
+        raise ValueError(
+            f"{name}: batch_axes must name each of the {x.ndim} axes of x, with spatial_axes and channel_axis, "
+            f"got {batch_axes}; add the remaining axes"
         )
     coupled = (channel,) if as_bool(name, "couple_channels", couple_channels) else ()
     sizes = tuple(x.shape[axis] for axis in space)
@@ -101,7 +96,7 @@ def drop_block(
         name, key, x, rate, train=train, mask_shape=blocks.starts, generator=generator, shard=shard
     )
     if any(arguments.tile_axes[axis] for axis in (*space, channel) if axis < len(arguments.tile_axes)):
-        raise unsupported(name, "shard", rule="must split batch axes only", got=shard, fix="gather the other axes")
+        raise NotImplementedError(f"{name}: shard must split batch axes only, got {shard}; gather the other axes")
     if arguments.is_identity:
         return x
     share = math.prod(sizes) / (math.prod(block) * math.prod(n - b + 1 for n, b in zip(sizes, block)))
@@ -134,11 +129,11 @@ def drop_block_mask(seeds: Array, block_size: int | Sequence[int]) -> Array:
     """
     name = "drop_block_mask"
     if not isinstance(seeds, (Array, np.ndarray)) or seeds.dtype != bool:
-        raise type_error(
-            name, "seeds", rule="must be a bool array", got=describe(seeds), fix="compare the seeds with a threshold"
+        raise TypeError(
+            f"{name}: seeds must be a bool array, got {describe(seeds)}; compare the seeds with a threshold"
         )
     if not 1 <= seeds.ndim <= 3:
-        raise value_error(name, "seeds", rule="must have 1 to 3 axes", got=seeds.shape, fix="use jax.vmap over others")
+        raise ValueError(f"{name}: seeds must have 1 to 3 axes, got {seeds.shape}; use jax.vmap over others")
     return ~_dilate(jnp.asarray(seeds), tuple(range(seeds.ndim)), _block_sizes(name, block_size, (None,) * seeds.ndim))
 
 
@@ -195,19 +190,12 @@ def _block_sizes(function: str, value: Any, sizes: Sequence[int | None]) -> tupl
     many = value if isinstance(value, Sequence) else (value,) * len(sizes)
     block = tuple(as_count(function, "block_size", b) for b in many)
     if len(block) != len(sizes):
-        raise value_error(
-            function,
-            "block_size",
-            rule=f"must be an int or {len(sizes)} of them",
-            got=value,
-            fix="give one size per axis",
+        raise ValueError(
+            f"{function}: block_size must be an int or {len(sizes)} of them, got {value}; give one size per axis"
         )
     if any(n is not None and b > n for b, n in zip(block, sizes)):
-        raise value_error(
-            function,
-            "block_size",
-            rule=f"must fit into the map of {'x'.join(map(str, sizes))}",
-            got=value,
-            fix="make the block smaller",
+        raise ValueError(
+            f"{function}: block_size must fit into the map of {'x'.join(map(str, sizes))}, got {value}; "
+            "make the block smaller"
         )
     return block

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdrop._checks import as_count, check_array, check_broadcastable, expand_rank, is_array
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe
 from jdrop._mask import Mask
 from jdrop._ops import SCALE
 from jdrop._prepare import check_arguments, prepare, require_key
@@ -68,19 +68,15 @@ def bias_dropout_add(
     check_array(name, "residual", residual)
     x, residual = jnp.asarray(x), jnp.asarray(residual)
     if (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise value_error(
-            name,
-            "residual",
-            rule=f"must be {describe(x)}, as x is",
-            got=describe(residual),
-            fix="pass the input of the branch",
+        raise ValueError(
+            f"{name}: residual must be {describe(x)}, as x is, got {describe(residual)}; pass the input of the branch"
         )
     if bias is not None:
         check_array(name, "bias", bias)
         check_broadcastable(name, "bias", bias, x.shape)
         bias = jnp.asarray(bias)
         if bias.dtype != x.dtype:
-            raise value_error(name, "bias", rule=f"must have the dtype of x, {x.dtype}", got=bias.dtype, fix="cast it")
+            raise ValueError(f"{name}: bias must have the dtype of x, {x.dtype}, got {bias.dtype}; cast it")
     arguments = check_arguments(
         name, key, (x, residual), rate, shape=x.shape, train=train, generator=generator, shard=shard
     )
@@ -147,7 +143,7 @@ def multi_sample_dropout(
     name = "multi_sample_dropout"
     check_array(name, "x", x)
     if not callable(head):
-        raise type_error(name, "head", rule="must be a function", got=describe(head), fix="pass the head")
+        raise TypeError(f"{name}: head must be a function, got {describe(head)}; pass the head")
     number = as_count(name, "num_samples", num_samples)
     arguments = check_arguments(name, key, x, rate, train=train, generator=generator, shard=shard)
     if arguments.is_identity:
@@ -167,11 +163,8 @@ def _with_mean(function: str, outputs: Any) -> Any:
     """Require outputs whose dtype a mean preserves."""
     for y in jax.tree.leaves(outputs):
         if not is_array(y) or y.dtype.name not in INEXACT:
-            raise type_error(
-                function,
-                "head",
-                rule="must return floating point arrays",
-                got=describe(y),
-                fix="return only outputs that have a mean",
+            raise TypeError(
+                f"{function}: head must return floating point arrays, got {describe(y)}; "
+                "return only outputs that have a mean"
             )
     return outputs

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import jet
 
 from jdrop._checks import check_array, is_array
-from jdrop._errors import describe, type_error, unsupported, value_error
+from jdrop._errors import describe
 from jdrop._mask import Mask
 from jdrop._platform import Target, at_lowering
 from jdrop._platform.generic import multiply
@@ -67,7 +67,7 @@ def stochastic_depth(
     name = "stochastic_depth"
     check_array(name, "x", x)
     if not callable(fn):
-        raise type_error(name, "fn", rule="must be a function", got=describe(fn), fix="pass the branch")
+        raise TypeError(f"{name}: fn must be a function, got {describe(fn)}; pass the branch")
     arguments = check_arguments(
         name, key, x, rate, train=train, mask_shape=lambda _: (), generator=generator, shard=shard
     )
@@ -75,12 +75,8 @@ def stochastic_depth(
     def branch(x: Array) -> Array:
         y = fn(x)
         if not is_array(y) or (y.shape, y.dtype) != (x.shape, x.dtype):
-            raise value_error(
-                name,
-                "fn",
-                rule=f"must return {describe(x)}, as x is",
-                got=describe(y),
-                fix="add a projection to the branch",
+            raise ValueError(
+                f"{name}: fn must return {describe(x)}, as x is, got {describe(y)}; add a projection to the branch"
             )
         return jnp.asarray(y)
 
@@ -95,12 +91,9 @@ def stochastic_depth(
         return x + multiply(branch(x), 1 / keep_probability, where=jnp.ones_like(kept))
 
     if isinstance(x, jet.JetTracer):
-        raise unsupported(
-            name,
-            "x",
-            rule="must not be traced by jax.experimental.jet, which has no rule for lax.cond",
-            got=describe(x),
-            fix="use x + jdrop.drop_path(key, fn(x), rate, train=train, batch_axes=())",
+        raise NotImplementedError(
+            f"{name}: x must not be traced by jax.experimental.jet, which has no rule for lax.cond, got {describe(x)}; "
+            "use x + jdrop.drop_path(key, fn(x), rate, train=train, batch_axes=())"
         )
     if not isinstance(kept, jax.core.Tracer):  # lax.cond would compile new functions at every call
         return added(x) if jax.device_get(kept) else x

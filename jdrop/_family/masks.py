@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop._axes import as_axes, as_index, as_shape
 from jdrop._checks import as_rate, check_choice, check_key, is_integer_array, is_zero
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe
 from jdrop._mask import Mask, draw_mask
 from jdrop._platform import Target, at_lowering
 from jdrop._prepare import require_key, shared_shape
@@ -86,28 +86,19 @@ def _as_window(function: str, shape: tuple[Any, ...], window: Any) -> tuple[tupl
     try:
         pairs = [(at if isinstance(at, Array) else as_index(at), as_index(n)) for at, n in window]
     except (TypeError, ValueError):
-        raise type_error(
-            function,
-            "window",
-            rule="must hold pairs of a start and a static size",
-            got=describe(window),
-            fix=fix,
+        raise TypeError(
+            f"{function}: window must hold pairs of a start and a static size, got {describe(window)}; {fix}"
         ) from None
     if len(pairs) != len(shape):
-        raise value_error(
-            function, "window", rule=f"must hold {len(shape)} pairs for shape {shape}", got=len(pairs), fix=fix
-        )
+        raise ValueError(f"{function}: window must hold {len(shape)} pairs for shape {shape}, got {len(pairs)}; {fix}")
     for (start, n), whole in zip(pairs, shape):
         if isinstance(start, Array) and (start.ndim or not is_integer_array(start)):
-            raise type_error(function, "window", rule="must start at integer scalars", got=describe(start), fix=fix)
+            raise TypeError(f"{function}: window must start at integer scalars, got {describe(start)}; {fix}")
         first = 0 if isinstance(start, Array) else start
         if first < 0 or n < 0 or (isinstance(whole, int) and first + n > whole):  # symbolic sizes are unknown here
-            raise value_error(
-                function,
-                "window",
-                rule=f"must lie inside shape {shape}",
-                got=f"({describe(start)}, {n})",
-                fix="keep 0 <= start <= start + size",
+            raise ValueError(
+                f"{function}: window must lie inside shape {shape}, got ({describe(start)}, {n}); "
+                "keep 0 <= start <= start + size"
             )
     starts = [jnp.stack(U64.of(start)) for start, _ in pairs]
     return tuple(n for _, n in pairs), jnp.stack(starts) if starts else jnp.zeros((0, 2), jnp.uint32)
@@ -118,30 +109,25 @@ def _out_sharding(function: str, size: tuple[int, ...], sharding: Any) -> tuple[
     if sharding is None:
         return None, None
     if not isinstance(sharding, (PartitionSpec, NamedSharding)):
-        raise type_error(
-            function,
-            "out_sharding",
-            rule="must be a PartitionSpec or NamedSharding",
-            got=describe(sharding),
-            fix="pass the PartitionSpec of the mask",
+        raise TypeError(
+            f"{function}: out_sharding must be a PartitionSpec or NamedSharding, got {describe(sharding)}; "
+            "pass the PartitionSpec of the mask"
         )
     spec, mesh = (sharding, None) if isinstance(sharding, PartitionSpec) else (sharding.spec, sharding.mesh)
     if mesh is None or mesh.explicit_axes:
         in_context = jax.sharding.get_abstract_mesh()
         if in_context.empty:
-            raise value_error(
-                function, "out_sharding", rule="needs a mesh in context", got=spec, fix="enter it with jax.set_mesh"
+            raise ValueError(
+                f"{function}: out_sharding needs a mesh in context, got {spec}; enter it with jax.set_mesh"
             )
         mesh = in_context if mesh is None else mesh
     parts, known = mesh_axes(spec), (*mesh.explicit_axes, *mesh.auto_axes)
     names = [name for part in parts for name in part]
     if len(spec) > len(size) or len(set(names)) < len(names) or not set(names) <= set(known):
-        raise value_error(
-            function,
-            "out_sharding",
-            rule=f"must name explicit or auto axes of the mesh, {known}, each once, for up to {len(size)} axes",
-            got=spec,
-            fix="give one entry per axis of the mask",
+        raise ValueError(
+            f"{function}: out_sharding must name explicit or auto axes of the mesh, {known}, each once, for up to "
+            f"{len(size)} axes, "
+            f"got {spec}; give one entry per axis of the mask"
         )
     whole = NamedSharding(mesh, spec) if isinstance(sharding, PartitionSpec) else sharding
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax import Array
 
 from jdrop._checks import check_array
-from jdrop._errors import describe, value_error
+from jdrop._errors import describe
 from jdrop._prepare import check_arguments, prepare
 from jdrop._primitive import MaskedOp, MaskView, masked_op
 from jdrop._types import FLOATS, RateLike, Shard, real_dtype
@@ -66,12 +66,8 @@ def gaussian_dropout(
     check_array(name, "x", x)
     arguments = check_arguments(name, key, x, rate, train=train, shared_axes=shared_axes, shard=shard)
     if isinstance(arguments.rate, np.ndarray) and np.any(arguments.rate == 1):
-        raise value_error(
-            name,
-            "rate",
-            rule="must lie in [0, 1): at 1 the variance is infinite",
-            got=describe(rate),
-            fix="pass a smaller rate",
+        raise ValueError(
+            f"{name}: rate must lie in [0, 1): at 1 the variance is infinite, got {describe(rate)}; pass a smaller rate"
         )
     return x if arguments.is_identity else masked_op(_MULTIPLY, arguments.draw(), x)
 

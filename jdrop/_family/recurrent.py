@@ -7,7 +7,7 @@ from jax import Array
 
 from jdrop._bits import expected_keep
 from jdrop._checks import check_array, is_zero
-from jdrop._errors import describe, value_error
+from jdrop._errors import describe
 from jdrop._ops import SELECT, SELECT_DROPPED
 from jdrop._platform.generic import multiply
 from jdrop._prepare import check_arguments
@@ -62,12 +62,8 @@ def zoneout(
     check_array(name, "old", old)
     after, before = jnp.asarray(new), jnp.asarray(old)
     if (before.shape, before.dtype) != (after.shape, after.dtype):
-        raise value_error(
-            name,
-            "old",
-            rule=f"must be {describe(after)}, as new is",
-            got=describe(before),
-            fix="pass the state before the step",
+        raise ValueError(
+            f"{name}: old must be {describe(after)}, as new is, got {describe(before)}; pass the state before the step"
         )
     arguments = check_arguments(name, key, new, rate, train=train, generator=generator, shard=shard)
     if is_zero(arguments.rate):

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jdrop._axes import as_axis
 from jdrop._checks import as_count, as_number, check_array, check_broadcastable, check_integers, expand_rank
-from jdrop._errors import describe, type_error, unsupported, value_error
+from jdrop._errors import describe
 from jdrop._mask import Mask
 from jdrop._platform import Target, at_lowering
 from jdrop._prepare import check_arguments
@@ -76,12 +76,8 @@ def token_dropout(
     if protect is not None:
         check_broadcastable(name, "protect", protect, ids.shape)
         if protect.dtype != bool:
-            raise type_error(
-                name,
-                "protect",
-                rule="must be a bool array",
-                got=describe(protect),
-                fix="pass a comparison, such as ids < 2",
+            raise TypeError(
+                f"{name}: protect must be a bool array, got {describe(protect)}; pass a comparison, such as ids < 2"
             )
     if arguments.is_identity:
         return ids
@@ -96,12 +92,9 @@ def _as_ids(function: str, given: Any, ids: Array) -> Array:
         check_integers(function, "replacement", replacement)
         check_broadcastable(function, "replacement", replacement, ids.shape)
     if not isinstance(replacement, Array) and not np.all((replacement >= limits.min) & (replacement <= limits.max)):
-        raise value_error(
-            function,
-            "replacement",
-            rule=f"must fit the dtype of ids, {ids.dtype}",
-            got=describe(given),
-            fix="pass an id within its range",
+        raise ValueError(
+            f"{function}: replacement must fit the dtype of ids, {ids.dtype}, got {describe(given)}; "
+            "pass an id within its range"
         )
     return expand_rank(jnp.asarray(replacement).astype(ids.dtype), ids.ndim)
 
@@ -171,18 +164,15 @@ def patch_dropout(
     axis = as_axis(name, "token_axis", token_axis, x.ndim)
     prefix = as_count(name, "num_prefix", num_prefix, 0)
     if prefix >= x.shape[axis]:
-        raise value_error(
-            name,
-            "num_prefix",
-            rule=f"must be below the number of tokens, {x.shape[axis]}",
-            got=prefix,
-            fix="leave a token to choose from",
+        raise ValueError(
+            f"{name}: num_prefix must be below the number of tokens, {x.shape[axis]}, got {prefix}; "
+            "leave a token to choose from"
         )
     n = x.shape[axis] - prefix
     decided = functools.partial(_token_shape, axis, prefix)
     arguments = check_arguments(name, key, x, share, train=train, mask_shape=decided, shard=shard)
     if axis < len(arguments.tile_axes) and arguments.tile_axes[axis]:
-        raise unsupported(name, "shard", rule="must not split token_axis", got=shard, fix="gather the tokens")
+        raise NotImplementedError(f"{name}: shard must not split token_axis, got {shard}; gather the tokens")
     if arguments.is_identity:
         return x, _positions(x, axis, x.shape[axis])
     keep = max(1, math.floor(n * (1 - Fraction(str(share))) + Fraction(1, 2)))  # exact for the decimal rate

@@ -10,7 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jdrop._checks import as_count, check_array, check_integers, is_array, is_typed_key
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe
 from jdrop._ops import SCALE
 from jdrop._prepare import check_arguments, prepare, require_key
 from jdrop._primitive import masked_op
@@ -68,21 +68,16 @@ def drop_connect(
     """
     name = "drop_connect"
     if where is not None and not callable(where):
-        raise type_error(
-            name, "where", rule="must be a predicate on path and leaf", got=describe(where), fix="pass a function"
-        )
+        raise TypeError(f"{name}: where must be a predicate on path and leaf, got {describe(where)}; pass a function")
     arguments = check_arguments(name, key, None, rate, shape=(), train=train, generator=generator)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     shards = _like(name, shard, tree, leaves)
     chosen = [_is_floating(leaf) and (where is None or bool(where(path, leaf))) for path, leaf in leaves]
     for (_, leaf), drop in zip(leaves, chosen):
         if drop and leaf.dtype.name not in INEXACT:
-            raise type_error(
-                name,
-                "params",
-                rule="must be float16, bfloat16, float32, float64 or complex where weights are dropped",
-                got=describe(leaf),
-                fix="leave it out with where=",
+            raise TypeError(
+                f"{name}: params must be float16, bfloat16, float32, float64 or complex where weights are dropped, "
+                f"got {describe(leaf)}; leave it out with where="
             )
     if arguments.is_identity:
         return params
@@ -118,12 +113,9 @@ def _like(function: str, shard: Any, tree: Any, leaves: Sequence[Any]) -> list[A
         try:
             found = tree.flatten_up_to(shard)
         except (TypeError, ValueError):
-            raise value_error(
-                function,
-                "shard",
-                rule="must be a PartitionSpec, or a pytree of them like params",
-                got=shard,
-                fix="give each leaf its own",
+            raise ValueError(
+                f"{function}: shard must be a PartitionSpec, or a pytree of them like params, got {shard}; "
+                "give each leaf its own"
             ) from None
     for (_, leaf), spec in zip(leaves, found):
         if _is_floating(leaf):
@@ -188,25 +180,22 @@ def embedding_dropout(
     size = None if vocab_size is None else as_count(name, "vocab_size", vocab_size)
     if ids is None:
         if size is not None and (not x.ndim or size != x.shape[0]):
-            raise value_error(
-                name, "vocab_size", rule="must be the number of rows of x", got=size, fix="leave it out with a table"
+            raise ValueError(
+                f"{name}: vocab_size must be the number of rows of x, got {size}; leave it out with a table"
             )
         if not x.ndim:
-            raise value_error(name, "x", rule="must have an axis of rows", got=x.shape, fix="pass [vocab, features]")
+            raise ValueError(f"{name}: x must have an axis of rows, got {x.shape}; pass [vocab, features]")
         mask = prepare(name, key, x, rate, train=train, shared_axes=range(1, x.ndim), generator=generator, shard=shard)
         return x if mask is None else masked_op(SCALE, mask, x)
     check_integers(name, "ids", ids)
     if ids.ndim > x.ndim or ids.shape != x.shape[: ids.ndim]:
-        raise value_error(
-            name,
-            "ids",
-            rule=f"must have the leading axes of x, whose shape is {x.shape}",
-            got=f"shape {ids.shape}",
-            fix="pass x = table[ids]",
+        raise ValueError(
+            f"{name}: ids must have the leading axes of x, whose shape is {x.shape}, got shape {ids.shape}; "
+            "pass x = table[ids]"
         )
     if size is None and not isinstance(ids, Array) and np.any(np.asarray(ids) < 0):
-        raise value_error(
-            name, "ids", rule="must not be negative without vocab_size", got=int(np.min(ids)), fix="pass vocab_size"
+        raise ValueError(
+            f"{name}: ids must not be negative without vocab_size, got {int(np.min(ids))}; pass vocab_size"
         )
     shared = range(ids.ndim, x.ndim)
     arguments = check_arguments(name, key, x, rate, train=train, shared_axes=shared, generator=generator, shard=shard)

@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 import jdrop
 from jdrop._checks import as_bool, as_rate, check_broadcastable, check_key, expand_rank, is_zero
-from jdrop._errors import unsupported, value_error
 from jdrop._sharding import check_key_varies, types_tell
 from jdrop._types import Generator, RateLike, Shard
 
@@ -107,13 +106,8 @@ def dot_product_attention(
     for argument, given in unsupported_arguments.items():
         if given is not None:
             fix = "leave it out, or use Flax's own function"
-            raise unsupported(
-                NAME,
-                argument,
-                rule="must be None",
-                got=type(given).__name__,
-                fix="run the step under jax.default_matmul_precision" if argument == "precision" else fix,
-            )
+            fix = "run the step under jax.default_matmul_precision" if argument == "precision" else fix
+            raise NotImplementedError(f"{NAME}: {argument} must be None, got {type(given).__name__}; {fix}")
     train = not as_bool(NAME, "deterministic", deterministic)
     rate = as_rate(NAME, dropout_rate, (), "dropout_rate")
     drops = train and not is_zero(rate)
@@ -128,8 +122,8 @@ def dot_product_attention(
     batch = query.shape[:-3]
     for argument, x in (("key", key), ("value", value)):
         if x.shape[:-3] != batch:
-            raise value_error(
-                NAME, argument, rule=f"must have the batch axes of query, {batch}", got=x.shape[:-3], fix="broadcast it"
+            raise ValueError(
+                f"{NAME}: {argument} must have the batch axes of query, {batch}, got {x.shape[:-3]}; broadcast it"
             )
     scores = (*batch, query.shape[-2], query.shape[-3], key.shape[-3])
     bias = _one_batch_axis("bias", bias, scores)
@@ -138,12 +132,9 @@ def dot_product_attention(
         try:
             query, key, value = (x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:]) for x in (query, key, value))
         except Exception as error:  # JAX has no public name for this error of explicit meshes
-            raise unsupported(
-                NAME,
-                "query, key and value",
-                rule="must have batch axes that JAX can merge",
-                got=f"{jax.typeof(query)}, {jax.typeof(key)}, {jax.typeof(value)}",
-                fix="shard only the first of them",
+            raise NotImplementedError(
+                f"{NAME}: query, key and value must have batch axes that JAX can merge, "
+                f"got {jax.typeof(query)}, {jax.typeof(key)}, {jax.typeof(value)}; shard only the first of them"
             ) from error
     out = jdrop.dot_product_attention(
         dropout_rng,

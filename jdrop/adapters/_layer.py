@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from jdrop._axes import all_axes_but, as_axes
 from jdrop._checks import check_array, check_key
-from jdrop._errors import message
 from jdrop._ops import SCALE
 from jdrop._prepare import check_arguments
 from jdrop._primitive import masked_op
@@ -20,8 +19,9 @@ from jdrop._types import Generator, RateLike, Shard
 
 def missing(module: str, library: str, distribution: str, error: ImportError) -> ImportError:
     """Return the error of an adapter whose library cannot be imported."""
-    fix = f"run pip install {distribution}"
-    return ImportError(message(module, library, "must be installed", f"{error!r}", fix), name=library)
+    return ImportError(
+        f"{module}: {library} must be installed, got {error!r}; run pip install {distribution}", name=library
+    )
 
 
 def drop(

@@ -8,7 +8,6 @@ import numpy as np
 from jax import Array
 
 from jdrop._checks import as_bool
-from jdrop._errors import message
 from jdrop._types import Generator, RateLike, Shard
 from jdrop.adapters import _layer
 
@@ -90,9 +89,10 @@ class Dropout(equinox.nn.Dropout):
 
         def get_key() -> Array:
             if key is None:
-                fix = "pass key=, or inference=True, or p=0."
-                rule = "must be a PRNG key when something is dropped"
-                raise RuntimeError(message(function, "key", rule, None, fix))
+                raise RuntimeError(
+                    f"{function}: key must be a PRNG key when something is dropped, got None; "
+                    "pass key=, or inference=True, or p=0."
+                )
             return key
 
         rounded = isinstance(self.p, (np.generic, np.ndarray))  # by lax.stop_gradient; it leaves Python floats as is

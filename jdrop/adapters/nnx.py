@@ -7,7 +7,6 @@ import jax
 from jax import Array
 
 from jdrop._checks import as_bool
-from jdrop._errors import type_error, value_error
 from jdrop._types import Generator, RateLike, Shard
 from jdrop.adapters import _layer
 from jdrop.adapters._attention import dot_product_attention as dot_product_attention
@@ -93,12 +92,9 @@ class Dropout(nnx.Dropout):
     ) -> Array:
         inactive = self.deterministic if deterministic is None else deterministic
         if inactive is None:
-            raise value_error(
-                function,
-                "deterministic",
-                rule="must be passed",
-                got=None,
-                fix="pass it to the constructor or to the call, or set it with nnx.view",
+            raise ValueError(
+                f"{function}: deterministic must be passed, got None; "
+                "pass it to the constructor or to the call, or set it with nnx.view"
             )
         train = not as_bool(function, "deterministic", inactive)
         stream: Any = self.rngs if rngs is None else rngs
@@ -108,13 +104,10 @@ class Dropout(nnx.Dropout):
                 return stream
             if isinstance(stream, (nnx.Rngs, nnx.RngStream)):
                 return (stream[self.rng_collection] if isinstance(stream, nnx.Rngs) else stream)()
-            wrong = value_error if stream is None else type_error
+            wrong = ValueError if stream is None else TypeError
             raise wrong(
-                function,
-                "rngs",
-                rule="must be nnx.Rngs, a stream or a key",
-                got=repr(stream),
-                fix="pass it to the constructor or to the call",
+                f"{function}: rngs must be nnx.Rngs, a stream or a key, got {stream!r}; "
+                "pass it to the constructor or to the call"
             )
 
         return _layer.drop(

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jdrop._checks import as_count, as_number, check_array, check_broadcastable, check_integers
-from jdrop._errors import describe, type_error, value_error
+from jdrop._errors import describe
 from jdrop._prepare import Arguments
 from jdrop._sharding import explicit_sharding
 from jdrop._types import FLOATS, real_dtype
@@ -21,44 +21,29 @@ def check_data(query: Array, key: Array, value: Array) -> None:
     for argument, x in (("query", query), ("key", key), ("value", value)):
         check_array(NAME, argument, x, FLOATS)
         if x.ndim not in (3, 4):
-            raise value_error(
-                NAME,
-                argument,
-                rule="must be [batch, length, heads, width] or [length, heads, width]",
-                got=describe(x),
-                fix="reshape it",
+            raise ValueError(
+                f"{NAME}: {argument} must be [batch, length, heads, width] or [length, heads, width], "
+                f"got {describe(x)}; reshape it"
             )
     if key.dtype != query.dtype or value.dtype != query.dtype:
-        raise type_error(
-            NAME,
-            "query, key and value",
-            rule="must have one dtype",
-            got=f"{query.dtype}, {key.dtype} and {value.dtype}",
-            fix="convert them",
+        raise TypeError(
+            f"{NAME}: query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}; "
+            "convert them"
         )
     if value.shape != key.shape:
-        raise value_error(
-            NAME,
-            "value",
-            rule=f"must have the shape of key, {key.shape}",
-            got=value.shape,
-            fix="give each key a value of the same width",
+        raise ValueError(
+            f"{NAME}: value must have the shape of key, {key.shape}, got {value.shape}; "
+            "give each key a value of the same width"
         )
     if query.ndim != key.ndim or query.shape[:-3] != key.shape[:-3] or query.shape[-1] != key.shape[-1]:
-        raise value_error(
-            NAME,
-            "key",
-            rule=f"must have batch and width of query, {query.shape}",
-            got=key.shape,
-            fix="give them the same batch and width",
+        raise ValueError(
+            f"{NAME}: key must have batch and width of query, {query.shape}, got {key.shape}; "
+            "give them the same batch and width"
         )
     if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2]:
-        raise value_error(
-            NAME,
-            "key",
-            rule="must have a number of heads that divides query's",
-            got=f"{key.shape[-2]} for {query.shape[-2]}",
-            fix="group query heads evenly",
+        raise ValueError(
+            f"{NAME}: key must have a number of heads that divides query's, got {key.shape[-2]} for {query.shape[-2]}; "
+            "group query heads evenly"
         )
 
 
@@ -67,12 +52,9 @@ def check_sharding(query: Array, key: Array, value: Array) -> None:
     for argument, x, axes in (("query", query, (3,)), ("key", key, (1, 3)), ("value", value, (1, 3))):
         sharding = explicit_sharding(jax.typeof(x).sharding)
         if sharding is not None and any(sharding.spec[axis] for axis in axes):
-            raise value_error(
-                NAME,
-                argument,
-                rule=f"must not be sharded along {'width' if argument == 'query' else 'keys and width'}",
-                got=jax.typeof(x),
-                fix="use jax.sharding.reshard first",
+            raise ValueError(
+                f"{NAME}: {argument} must not be sharded along {'width' if argument == 'query' else 'keys and width'}, "
+                f"got {jax.typeof(x)}; use jax.sharding.reshard first"
             )
 
 
@@ -82,14 +64,8 @@ def as_scores(argument: str, x: Array | None, shape: tuple[int, ...], dtypes: Se
         return None
     check_broadcastable(NAME, argument, x, shape, "[batch, heads, queries, keys] =")
     if x.dtype.name not in dtypes:
-        to_bool = dtypes == ("bool",)
-        raise type_error(
-            NAME,
-            argument,
-            rule="must be bool" if to_bool else "must be floating",
-            got=describe(x),
-            fix="pass x != 0" if to_bool else "convert it",
-        )
+        kind, fix = ("bool", "pass x != 0") if dtypes == ("bool",) else ("floating", "convert it")
+        raise TypeError(f"{NAME}: {argument} must be {kind}, got {describe(x)}; {fix}")
     return jnp.reshape(x, (1,) * (4 - x.ndim) + x.shape)
 
 
@@ -99,7 +75,7 @@ def as_lengths(argument: str, x: Array | None, batch: int) -> Array | None:
         return None
     check_integers(NAME, argument, x)
     if x.shape != (batch,):
-        raise value_error(NAME, argument, rule=f"must have shape {(batch,)}", got=x.shape, fix="pass one per example")
+        raise ValueError(f"{NAME}: {argument} must have shape {(batch,)}, got {x.shape}; pass one per example")
     most = np.iinfo(np.int32).max  # a longer length sees everything too
     if np.iinfo(x.dtype).max > most:
         clip = jnp if isinstance(x, Array) else np
@@ -130,10 +106,7 @@ def as_scaled(query: Array, scale: Any) -> tuple[Array, float]:
 def check_whole_keys(arguments: Arguments) -> None:
     """Require ``shard=`` not to split the keys."""
     if any(arguments.tile_axes[3:]):
-        raise value_error(
-            NAME,
-            "shard",
-            rule="must not split the keys",
-            got=arguments.shard,
-            fix="gather keys and values first: a softmax needs all of them",
+        raise ValueError(
+            f"{NAME}: shard must not split the keys, got {arguments.shard}; "
+            "gather keys and values first: a softmax needs all of them"
         )

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from jax import Array, lax
 
 from jdrop._checks import check_choice
-from jdrop._errors import unsupported
 from jdrop._prepare import Arguments
 from jdrop.attention import _blockwise, _reference
 
@@ -41,12 +40,9 @@ def choose(arguments: Arguments, implementation: str | None, *arrays: Array) -> 
         check_choice(arguments.function, "implementation", implementation, tuple(IMPLEMENTATIONS))
         reason = IMPLEMENTATIONS[implementation].refusal(arguments, *arrays)
         if reason:
-            raise unsupported(
-                arguments.function,
-                "implementation",
-                rule=f'must be "reference" for {reason}',
-                got=repr(implementation),
-                fix='pass "reference"',
+            raise NotImplementedError(
+                f'{arguments.function}: implementation must be "reference" for {reason}, got {implementation!r}; '
+                'pass "reference"'
             )
         return IMPLEMENTATIONS[implementation].attend
     preferred = functools.partial(_preferred, arguments, arrays)
