@@ -25,7 +25,7 @@ LAYERS = [
     ["_random.key_words", "_platform.generic", "keys", "schedules"],
     ["_platform.cpu", "_platform.gpu", "_platform.tpu"],
     ["_platform"],
-    ["_bits"],
+    ["_bits", "_lowering"],
     ["_mask"],
     ["_prepare", "_primitive", "attention._spec"],
     ["_ops", "attention._checks", "attention._blocking"],

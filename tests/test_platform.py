@@ -9,7 +9,8 @@ import pytest
 from members import MEMBERS
 
 import jdrop
-from jdrop._platform import GENERIC, PLATFORMS, Target, at_lowering
+from jdrop._lowering import at_lowering
+from jdrop._platform import GENERIC, PLATFORMS, Target
 
 KEY = jax.random.key(7)
 X = jnp.asarray(((np.arange(2 * 3 * 8 * 128) % 61 - 29.5) / 16).astype(np.float32).reshape(2, 3, 8, 128))

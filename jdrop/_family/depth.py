@@ -12,8 +12,9 @@ from jax.experimental import jet
 
 from jdrop._checks import check_array, is_array
 from jdrop._errors import describe
+from jdrop._lowering import at_lowering
 from jdrop._mask import Mask
-from jdrop._platform import Target, at_lowering
+from jdrop._platform import Target
 from jdrop._platform.generic import multiply
 from jdrop._prepare import check_arguments
 from jdrop._sharding import vary_like, vary_together

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jdrop._axes import as_axes, as_index, as_shape
 from jdrop._checks import as_rate, check_choice, check_key, is_integer_array, is_zero
 from jdrop._errors import describe
+from jdrop._lowering import at_lowering
 from jdrop._mask import Mask, draw_mask
-from jdrop._platform import Target, at_lowering
+from jdrop._platform import Target
 from jdrop._prepare import require_key, shared_shape
 from jdrop._random.threefry import U64
 from jdrop._sharding import mesh_axes

@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jdrop._axes import as_axis
 from jdrop._checks import as_count, as_number, check_array, check_broadcastable, check_integers, expand_rank
 from jdrop._errors import describe
+from jdrop._lowering import at_lowering
 from jdrop._mask import Mask
-from jdrop._platform import Target, at_lowering
+from jdrop._platform import Target
 from jdrop._prepare import check_arguments
 from jdrop._primitive import view
 from jdrop._sharding import explicit_sharding

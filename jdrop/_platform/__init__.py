@@ -4,34 +4,21 @@
 TPUs take the plain forms until a measurement says otherwise.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import jet
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import mlir
 
 from jdrop._platform.cpu import Cpu
 from jdrop._platform.generic import GENERIC, BlockSizes, Platform
 from jdrop._platform.gpu import Gpu
 from jdrop._platform.tpu import Tpu
-from jdrop._sharding import repeat_like
 
-__all__ = [
-    "GENERIC",
-    "PLATFORMS",
-    "BlockSizes",
-    "Platform",
-    "Target",
-    "at_lowering",
-    "linear_at_lowering",
-    "register_lowerings",
-]
+__all__ = ["GENERIC", "PLATFORMS", "BlockSizes", "Platform", "Target", "register_lowerings"]
 
 PLATFORMS: dict[str, Platform] = {"cpu": Cpu(), "cuda": Gpu(), "rocm": Gpu(), "tpu": Tpu()}
 
@@ -67,192 +54,3 @@ def _num_devices(context: Any) -> int:
     if mesh.manual_axes:
         return math.prod(n for name, n in mesh.shape.items() if name not in mesh.manual_axes)
     return getattr(getattr(context.module_context, "axis_context", None), "num_devices", 1)
-
-
-# ---------------------------------------------------------------------------------- functions of the target
-
-Function = Callable[..., Any]  # (target, *operands) -> pytree of arrays
-
-_at_lowering_p = Primitive("jdrop_at_lowering")
-_at_lowering_p.multiple_results = True
-
-
-def at_lowering(f: Function, *operands: Any, types: Any = None) -> Any:
-    """Return ``f(target, *operands)`` for the target that the program is lowered for.
-
-    Args:
-      f: a function at module level, or a callable frozen dataclass: functions are compared by value. Its results have
-        the same shapes and dtypes for all targets.
-      *operands: pytrees of arrays.
-      types: the results' types, as ``jax.typeof`` returns them. ``None`` traces ``f`` once more to find out.
-    """
-    leaves, tree = jax.tree.flatten(operands)
-    flat = _Flat(f, tree)
-    if types is None:
-        types = jax.eval_shape(functools.partial(_call, f=flat, target=Target()), *leaves)
-        results = _bind(flat, leaves)
-    else:
-        results = _at_lowering_p.bind(*leaves, f=flat, avals=tuple(jax.tree.leaves(types)))
-    return jax.tree.unflatten(jax.tree.structure(types), results)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flat:
-    """A function of pytrees as one of arrays."""
-
-    f: Function
-    tree: Any
-
-    def __call__(self, target: Target, *leaves: Any) -> Any:
-        return self.f(target, *jax.tree.unflatten(self.tree, leaves))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Mapped:
-    """A function of arrays under vmap."""
-
-    f: Function
-    axes: tuple[int | None, ...]
-
-    def __call__(self, target: Target, *leaves: Any) -> Any:
-        return jax.vmap(functools.partial(self.f, target), in_axes=self.axes)(*leaves)
-
-
-@functools.partial(jax.jit, static_argnames=("f", "target"))
-def _call(*leaves: Any, f: Function, target: Target) -> Any:
-    return f(target, *leaves)
-
-
-def _call_flat(*leaves: Any, f: Function, avals: Any, target: Target) -> list[Any]:
-    del avals
-    return jax.tree.leaves(_call(*leaves, f=f, target=target))
-
-
-def _call_linear(*leaves: Any, f: Function, target: Target, **params: Any) -> list[Any]:
-    del params
-    return jax.tree.leaves(_call(*leaves, f=f, target=target))
-
-
-def _bind(f: Function, leaves: Sequence[Any]) -> list[Any]:
-    avals = jax.make_jaxpr(functools.partial(_call, f=f, target=Target()))(*leaves).out_avals
-    return _at_lowering_p.bind(*leaves, f=f, avals=tuple(avals))
-
-
-def _batch(leaves: Any, axes: Any, *, f: Function, avals: Any) -> Any:
-    del avals
-    results = _bind(_Mapped(f, tuple(axes)), leaves)
-    return results, [0] * len(results)
-
-
-def _jvp(primals: Any, tangents: Any, *, f: Function, avals: Any) -> Any:
-    """Differentiate the plain form. First derivatives have rules of their own, so only second ones come here."""
-    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
-    if not moving:
-        return _at_lowering_p.bind(*primals, f=f, avals=avals), [ad.Zero(aval.to_tangent_aval()) for aval in avals]
-    plain = functools.partial(_plain, f, primals, moving)
-    return jax.jvp(plain, [primals[i] for i in moving], [tangents[i] for i in moving])
-
-
-def _transpose(cotangents: Any, *leaves: Any, f: Function, avals: Any) -> Any:
-    """Transpose the plain form, for ``jax.linear_transpose`` of a function that is linear in some of its operands."""
-    moving = [i for i, x in enumerate(leaves) if ad.is_undefined_primal(x)]
-    plain = functools.partial(_plain, f, leaves, moving)
-    transposed = jax.linear_transpose(plain, *(leaves[i].aval for i in moving))
-    given = [
-        ct if not isinstance(ct, ad.Zero) else jnp.zeros(aval.shape, aval.dtype) for ct, aval in zip(cotangents, avals)
-    ]
-    results = dict(zip(moving, transposed(given)))
-    return [results.get(i) for i in range(len(leaves))]
-
-
-def _jet(primals: Any, series: Any, *, f: Function, avals: Any) -> Any:
-    del avals
-    moving = [i for i, x in enumerate(primals) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    plain = functools.partial(_plain, f, primals, moving)
-    return jet.jet(plain, [primals[i] for i in moving], [series[i] for i in moving])
-
-
-def _plain(f: Function, operands: Sequence[Any], moving: Sequence[int], *values: Any) -> list[Any]:
-    """Return the results of the plain form with some of the operands replaced."""
-    changed = dict(zip(moving, values))
-    return jax.tree.leaves(f(Target(), *(changed.get(i, x) for i, x in enumerate(operands))))
-
-
-_bind_jit = jax.jit(_at_lowering_p.bind, static_argnames=("f", "avals"))
-_at_lowering_p.def_impl(lambda *leaves, **params: _bind_jit(*leaves, **params))
-_at_lowering_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
-register_lowerings(_at_lowering_p, _call_flat, multiple_results=True)
-batching.primitive_batchers[_at_lowering_p] = _batch
-ad.primitive_jvps[_at_lowering_p] = _jvp
-ad.primitive_transposes[_at_lowering_p] = _transpose
-jet.jet_rules[_at_lowering_p] = _jet  # type: ignore[assignment]
-
-
-# ---------------------------------------------------------------------------------- linear functions of the target
-
-_linear_p = Primitive("jdrop_linear_at_lowering")
-_linear_p.multiple_results = True
-
-
-def linear_at_lowering(f: Function, transpose: Function, operands: Any, linear: Any, types: Any) -> Any:
-    """Return ``f(target, operands, linear)``, linear in ``linear``, with a transpose of its own.
-
-    Args:
-      f: a function, as for :func:`at_lowering`.
-      transpose: ``(target, operands, cotangents)`` to the cotangents of ``linear``.
-      operands: pytree of arrays.
-      linear: pytree of arrays.
-      types: types of the results.
-    """
-    leaves, linear_leaves = jax.tree.leaves(operands), jax.tree.leaves(linear)
-    avals, results_tree = jax.tree.flatten(types)
-    results = _linear_p.bind(
-        *leaves,
-        *linear_leaves,
-        f=_Flat(f, jax.tree.structure((operands, linear))),
-        transpose=_Flat(transpose, jax.tree.structure((operands, types))),
-        avals=tuple(avals),
-        count=len(linear_leaves),
-    )
-    return jax.tree.unflatten(results_tree, results)
-
-
-def _linear_jvp(primals: Any, tangents: Any, *, f: Function, count: int, **params: Any) -> Any:
-    results = _linear_p.bind(*primals, f=f, count=count, **params)
-    if all(isinstance(tangent, ad.Zero) for tangent in tangents[:-count]):
-        moved = [ad.instantiate_zeros(tangent) for tangent in tangents[-count:]]
-        return results, _linear_p.bind(*primals[:-count], *moved, f=f, count=count, **params)
-    moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
-    plain = functools.partial(_plain, f, primals, moving)
-    return results, jax.jvp(plain, [primals[i] for i in moving], [tangents[i] for i in moving])[1]
-
-
-def _linear_transpose(cotangents: Any, *leaves: Any, transpose: Function, count: int, **params: Any) -> Any:
-    del params
-    operands, linear = leaves[:-count], leaves[-count:]
-    cotangents = [ad.instantiate_zeros(ct) for ct in cotangents]
-    types = tuple(x.aval if ad.is_undefined_primal(x) else jax.typeof(x) for x in linear)
-    results = _at_lowering_p.bind(*operands, *cotangents, f=transpose, avals=types)
-    return [None] * len(operands) + [ct if ad.is_undefined_primal(x) else None for x, ct in zip(linear, results)]
-
-
-def _linear_batch(leaves: Any, axes: Any, *, f: Function, transpose: Function, avals: Any, count: int) -> Any:
-    mapped = next((x, axis) for x, axis in zip(leaves, axes) if axis is not None)
-    moved = list(leaves[:-count])
-    for x, axis in zip(leaves[-count:], axes[-count:]):  # JAX sums the cotangents of the copies
-        moved.append(repeat_like(x, *mapped) if axis is None else jnp.moveaxis(x, axis, 0))
-    axes = tuple(axes[:-count])
-    f = _Mapped(f, (*axes, *[0] * count))
-    transpose = _Mapped(transpose, (*axes, *[0] * len(avals)))
-    avals = jax.make_jaxpr(functools.partial(_call, f=f, target=Target()))(*moved).out_avals
-    results = _linear_p.bind(*moved, f=f, transpose=transpose, avals=tuple(avals), count=count)
-    return results, [0] * len(results)
-
-
-_bind_linear_jit = jax.jit(_linear_p.bind, static_argnames=("f", "transpose", "avals", "count"))
-_linear_p.def_impl(lambda *leaves, **params: _bind_linear_jit(*leaves, **params))
-_linear_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
-register_lowerings(_linear_p, _call_linear, multiple_results=True)
-batching.primitive_batchers[_linear_p] = _linear_batch
-ad.primitive_jvps[_linear_p] = _linear_jvp
-ad.primitive_transposes[_linear_p] = _linear_transpose

@@ -19,7 +19,8 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
 from jdrop._bits import bits_for
-from jdrop._platform import BlockSizes, Target, at_lowering, linear_at_lowering
+from jdrop._lowering import at_lowering, linear_at_lowering
+from jdrop._platform import BlockSizes, Target
 from jdrop._prepare import Arguments
 from jdrop._random.threefry import U64
 from jdrop._sharding import explicit_sharding, tile_axes, vary_like, vary_together, whole_array
