@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import jet
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching
+from jax.interpreters import partial_eval as pe
 
 from jdrop._platform import Target, register_lowerings
 from jdrop._sharding import repeat_like
@@ -56,9 +57,29 @@ class _Mapped:
 
     f: Function
     axes: tuple[int | None, ...]
+    out_axes: tuple[int | None, ...]
 
-    def __call__(self, target: Target, *leaves: Any) -> Any:
-        return jax.vmap(functools.partial(self.f, target), in_axes=self.axes)(*leaves)
+    def __call__(self, target: Target, *leaves: Any) -> list[Any]:
+        def flat(*leaves: Any) -> tuple[Any, ...]:
+            return tuple(jax.tree.leaves(self.f(target, *leaves)))
+
+        return list(jax.vmap(flat, in_axes=self.axes, out_axes=self.out_axes)(*leaves))
+
+
+def _map(f: Function, axes: Sequence[int | None], leaves: Sequence[Any], num_results: int) -> _Mapped:
+    """Map a function, but not the results that do not depend on mapped operands."""
+
+    def is_mapped(i: int) -> bool:
+        def result(*leaves: Any) -> Any:
+            return jax.tree.leaves(f(Target(), *leaves))[i]
+
+        try:
+            jax.eval_shape(jax.vmap(result, in_axes=tuple(axes), out_axes=None), *leaves)
+        except ValueError:  # "vmap has mapped output but out_axes is None"
+            return True
+        return False
+
+    return _Mapped(f, tuple(axes), tuple(0 if is_mapped(i) else None for i in range(num_results)))
 
 
 @functools.partial(jax.jit, static_argnames=("f", "target"))
@@ -68,12 +89,19 @@ def _call(*leaves: Any, f: Function, target: Target) -> Any:
 
 def _call_flat(*leaves: Any, f: Function, avals: Any, target: Target) -> list[Any]:
     del avals
-    return jax.tree.leaves(_call(*leaves, f=f, target=target))
+    return _without_dead_code(f, target, leaves)
 
 
 def _call_linear(*leaves: Any, f: Function, target: Target, **params: Any) -> list[Any]:
     del params
-    return jax.tree.leaves(_call(*leaves, f=f, target=target))
+    return _without_dead_code(f, target, leaves)
+
+
+def _without_dead_code(f: Function, target: Target, leaves: Sequence[Any]) -> list[Any]:
+    """Call a function, without the parts of its loops that no result needs: XLA would compute them."""
+    closed = jax.make_jaxpr(functools.partial(_call, f=f, target=target))(*leaves)
+    jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
+    return jaxpr_as_fun(ClosedJaxpr(jaxpr, closed.consts))(*leaves)
 
 
 def _bind(f: Function, leaves: Sequence[Any]) -> list[Any]:
@@ -82,9 +110,8 @@ def _bind(f: Function, leaves: Sequence[Any]) -> list[Any]:
 
 
 def _batch(leaves: Any, axes: Any, *, f: Function, avals: Any) -> Any:
-    del avals
-    results = _bind(_Mapped(f, tuple(axes)), leaves)
-    return results, [0] * len(results)
+    mapped = _map(f, axes, leaves, len(avals))
+    return _bind(mapped, leaves), list(mapped.out_axes)
 
 
 def _jvp(primals: Any, tangents: Any, *, f: Function, avals: Any) -> Any:
@@ -185,8 +212,8 @@ def _linear_batch(leaves: Any, axes: Any, *, f: Function, transpose: Function, a
     for x, axis in zip(leaves[-count:], axes[-count:]):  # JAX sums the cotangents of the copies
         moved.append(repeat_like(x, *mapped) if axis is None else jnp.moveaxis(x, axis, 0))
     axes = tuple(axes[:-count])
-    f = _Mapped(f, (*axes, *[0] * count))
-    transpose = _Mapped(transpose, (*axes, *[0] * len(avals)))
+    f = _Mapped(f, (*axes, *[0] * count), (0,) * len(avals))
+    transpose = _Mapped(transpose, (*axes, *[0] * len(avals)), (0,) * count)
     avals = jax.make_jaxpr(functools.partial(_call, f=f, target=Target()))(*moved).out_avals
     results = _linear_p.bind(*moved, f=f, transpose=transpose, avals=tuple(avals), count=count)
     return results, [0] * len(results)

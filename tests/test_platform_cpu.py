@@ -1,5 +1,8 @@
 """Operations on elements in the forms for a CPU: the same bits as the plain ones."""
 
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,3 +81,15 @@ def test_a_selection_is_made_of_bits():
     f = lambda x, seed, p: p.select(x > 0, x, -x, seed=seed)
     assert "stablehlo.xor" in text_of(lambda x, s: f(x, s, CPU), x, seed)
     assert "stablehlo.xor" not in text_of(lambda x, s: f(x, s, GENERIC), x, seed)
+
+
+def test_every_form_names_tests_that_exist():
+    """Each form has its symptom, gain, JAX version and test beside it."""
+    folder = pathlib.Path(__file__).parent
+    source = pathlib.Path(cpu.__file__).read_text()
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in folder.glob("test_*.py")), re.M))
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", source))
+    assert named <= defined and all((folder / name).exists() for name in re.findall(r"\btest_\w+\.py", source))
+    forms = [name for name in vars(cpu.Cpu) if not name.startswith("_")]
+    assert source.count("Symptom:") >= len(forms) - 1  # a table of sizes has none
+    assert source.count("Gain:") + source.count("Gain ") >= len(forms) - 1 and source.count("Seen: jax") >= len(forms)

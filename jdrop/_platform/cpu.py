@@ -26,7 +26,7 @@ class Cpu(generic.Platform):
 
     # Symptom: an operation on a block [1, 1, 1, T, S] never reuses its operand's buffer for its result.
     # Gain: dropout adds no array of scores (before: one forward and two backward); 5 to 24% of the time at length 4096.
-    # Seen: jax 0.10.2, 0.12.0. Test: test_blockwise.py, test_dropout_takes_no_memory.
+    # Seen: jax 0.10.2, 0.12.0. Test: test_attention_blockwise.py, test_dropout_takes_no_memory.
     squeezes_blocks = True
     # The best of a search over lengths 256 to 8192 and 1 to 8 heads. Seen: jax 0.10.2.
     block_sizes = generic.BlockSizes(target_scores=2**21)
@@ -100,7 +100,8 @@ class Cpu(generic.Platform):
         Symptom: XLA orders only operations that depend on each other; it runs all segments of causal attention at once
         and keeps their blocks, or makes the probabilities of the backward pass in the forward pass. Gain: 11 in place
         of 68 MB at 8192 with a window; 3.2 in place of 7.4 MB per layer at 512. Seen: jax 0.10.2, 0.12.0. Test:
-        test_blockwise.py, test_segments_take_turns_in_memory and test_layers_hold_no_scores_for_the_backward_pass.
+        test_attention_blockwise.py, test_segments_take_turns_in_memory and
+        test_layers_hold_no_scores_for_the_backward_pass.
 
         Where subnormal numbers count as 0, as for XLA on CPU, they do here.
         """
@@ -113,7 +114,7 @@ class Cpu(generic.Platform):
         """Keep transposes out of matrix products.
 
         Symptom: XLA has no fast kernel for a product that it fused a transpose of its operand into. Gain: 10 to 15% of
-        the products for the gradients of keys and values. Seen: jax 0.10.2. Test: test_blockwise.py,
+        the products for the gradients of keys and values. Seen: jax 0.10.2. Test: test_attention_blockwise.py,
         test_transposes_stay_out_of_products_on_a_cpu; the time by scripts/bench_attention.py.
         """
         return lax.optimization_barrier(arrays)
@@ -122,7 +123,7 @@ class Cpu(generic.Platform):
         """Contract by einsum.
 
         Symptom: ``jnp.sum(x * y, -1)`` takes up to 30 times as long with a batch of one (YNNPACK's reduction). Gain: 24
-        of 740 ms at length 4096. Seen: jax 0.10.2. Test: test_blockwise.py,
+        of 740 ms at length 4096. Seen: jax 0.10.2. Test: test_attention_blockwise.py,
         test_the_sums_for_gradients_are_one_exact_product_on_a_cpu.
         """
         return jnp.einsum("...h,...h->...", x, y, precision="highest")
