@@ -1,4 +1,4 @@
-"""Claim: a gradient with dropout needs no more temporary memory than without, within 0.5%, and stores no mask.
+"""Claim: a gradient with dropout stores no mask: it needs as much temporary memory as with a fixed mask.
 
 The tables show the temporary bytes of the compiled gradient of a transformer, as reported by XLA, one table per
 variant: unrolled or scanned over layers, plain or with ``jax.checkpoint`` around each layer, with one key or with

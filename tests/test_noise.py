@@ -1,5 +1,7 @@
 """Gaussian members: the quantile function, moments, shares, and what they do at the limits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,9 @@ import pytest
 from scipy import stats
 
 import jdrop
+from jdrop._family.noise import _ADD
+from jdrop._mask import draw_mask
+from jdrop._primitive import masked_op
 from jdrop._random import normal
 
 KEY = jax.random.key(21)
@@ -134,3 +139,15 @@ def test_sixteen_bit_floats_are_rounded_once():
     np.testing.assert_array_equal(jdrop.gaussian_dropout(KEY, x, 0.5, train=True), wide.astype("bfloat16"))
     wide = jdrop.gaussian_noise(KEY, x.astype("float32"), 0.5, train=True)
     np.testing.assert_array_equal(jdrop.gaussian_noise(KEY, x, 0.5, train=True), wide.astype("bfloat16"))
+
+
+def test_noise_of_a_tile_of_one_element_is_as_close_as_promised():
+    """The words are equal; the arithmetic of another program may round differently."""
+    x = jnp.zeros((8, 300))
+    whole = np.asarray(jax.jit(lambda x: jdrop.gaussian_noise(KEY, x, 1.0, train=True))(x), np.float64)
+    mask = draw_mask("test", KEY, np.asarray(1.0), x.shape)
+    for i, j in ((0, 0), (3, 131), (7, 299)):
+        start = jnp.array([(0, i), (0, j)], jnp.uint32)
+        tile = dataclasses.replace(mask, start=start)
+        one = float(jax.jit(lambda x, tile=tile: masked_op(_ADD, tile, x))(jnp.zeros((1, 1)))[0, 0])
+        assert abs(one - whole[i, j]) <= 2.0**-24 * (42 * abs(whole[i, j]) + 4)

@@ -55,6 +55,7 @@ def gaussian_dropout(
       Each noise value is computed from 32 random bits. It lies within 6.34 standard deviations and is accurate to 5e-6
       standard deviations. The random bits are the same on every platform, but floating-point results may differ if one
       platform fuses ``a * b + c`` and another does not: by at most ``2**-24 * (42 * abs(z) + 4)``, a few millionths.
+      The same holds between two programs on one platform, such as a tile and the whole array.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdrop

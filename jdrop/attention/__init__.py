@@ -103,7 +103,8 @@ def dot_product_attention(
 
     Limits:
       The mask depends on the shape ``[B, N, T, S]``; see :func:`jdrop.dropout`. Second derivatives of ``"chunked"``
-      store the intermediate values that they differentiate.
+      store the intermediate values that they differentiate. NaN in a hidden key or value spreads, as in ``jax.nn``: its
+      product with a probability of 0 is NaN.
 
     Example:
       >>> import jax, jdrop
