@@ -104,6 +104,11 @@ def _without_dead_code(f: Function, target: Target, leaves: Sequence[Any]) -> li
     return jaxpr_as_fun(ClosedJaxpr(jaxpr, closed.consts))(*leaves)
 
 
+def _run_compiled(bind: Callable[..., Any], *leaves: Any, **params: Any) -> Any:
+    with jax.disable_jit(False):  # a primitive runs compiled, even where the user disables jit
+        return bind(*leaves, **params)
+
+
 def _bind(f: Function, leaves: Sequence[Any]) -> list[Any]:
     avals = jax.make_jaxpr(functools.partial(_call, f=f, target=Target()))(*leaves).out_avals
     return _at_lowering_p.bind(*leaves, f=f, avals=tuple(avals))
@@ -149,7 +154,7 @@ def _plain(f: Function, operands: Sequence[Any], moving: Sequence[int], *values:
 
 
 _bind_jit = jax.jit(_at_lowering_p.bind, static_argnames=("f", "avals"))
-_at_lowering_p.def_impl(lambda *leaves, **params: _bind_jit(*leaves, **params))
+_at_lowering_p.def_impl(functools.partial(_run_compiled, _bind_jit))
 _at_lowering_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
 register_lowerings(_at_lowering_p, _call_flat, multiple_results=True)
 batching.primitive_batchers[_at_lowering_p] = _batch
@@ -220,7 +225,7 @@ def _linear_batch(leaves: Any, axes: Any, *, f: Function, transpose: Function, a
 
 
 _bind_linear_jit = jax.jit(_linear_p.bind, static_argnames=("f", "transpose", "avals", "count"))
-_linear_p.def_impl(lambda *leaves, **params: _bind_linear_jit(*leaves, **params))
+_linear_p.def_impl(functools.partial(_run_compiled, _bind_linear_jit))
 _linear_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
 register_lowerings(_linear_p, _call_linear, multiple_results=True)
 batching.primitive_batchers[_linear_p] = _linear_batch

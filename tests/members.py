@@ -189,7 +189,7 @@ MEMBERS = {
             "identity": Exempt("evaluation adds the branch", X_ITSELF),
             "traced at one": Exempt("x stays where the branch is dropped", ZERO_AT_ONE),
             "contained": Exempt("x stays where the branch is dropped", DROPPED_IS_ZERO),
-            "residuals": Exempt("the branch keeps what its own derivative needs", SEED_AND_RATE),
+            "residuals": Exempt("the branch keeps what its own derivative needs", NOT_STACKED),
             "taylor": Exempt(
                 "jet has no rule for its condition", "traced by jax.experimental.jet", NotImplementedError
             ),
