@@ -30,7 +30,7 @@ def pytest_configure(config):
     by_name = set(re.findall(r"\w+", re.sub(r"\bnot \w+", "", asked)))
     whole = not asked or bool(by_name & {"compiled", "long"})
     flags = os.environ.get("XLA_FLAGS", "").split()
-    given = any(flag.startswith(LEVEL) for flag in flags)  # by .ci/run, to compile all tiers as users do
+    given = any(flag.startswith(LEVEL) for flag in flags)  # by whoever wants another level
     flags += [flag for flag in (DEVICES, *QUICK * (not whole and not given)) if flag not in flags]
     os.environ["XLA_FLAGS"] = " ".join(flags)
     if QUICK[0] in flags:
