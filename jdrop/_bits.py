@@ -149,8 +149,9 @@ def _seed(words: Array) -> Array:
 
 
 def recomputed(x: Any) -> Any:
-    """Return x, so that what is made from it is made again in the backward pass, not stored.
+    """Return x behind a barrier, so that the backward pass computes again what the forward pass made from it.
 
-    XLA merges equal computations. It must not see that those of the forward and the backward pass are equal.
+    XLA merges equal computations, and would store a mask that both passes need. On CPU the barriers of the two passes
+    keep them apart. On GPU and TPU, XLA merges the barriers as well: there this alone does not prevent a stored mask.
     """
     return lax.optimization_barrier(x)

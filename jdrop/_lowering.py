@@ -87,18 +87,9 @@ def _call(*leaves: Any, f: Function, target: Target) -> Any:
     return f(target, *leaves)
 
 
-def _call_flat(*leaves: Any, f: Function, avals: Any, target: Target) -> list[Any]:
-    del avals
-    return _without_dead_code(f, target, leaves)
-
-
-def _call_linear(*leaves: Any, f: Function, target: Target, **params: Any) -> list[Any]:
+def _call_without_dead_code(*leaves: Any, f: Function, target: Target, **params: Any) -> list[Any]:
+    """Call a function, without the parts of its loops that no result needs: XLA for CPU computes them."""
     del params
-    return _without_dead_code(f, target, leaves)
-
-
-def _without_dead_code(f: Function, target: Target, leaves: Sequence[Any]) -> list[Any]:
-    """Call a function, without the parts of its loops that no result needs: XLA would compute them."""
     closed = jax.make_jaxpr(functools.partial(_call, f=f, target=target))(*leaves)
     jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
     return jaxpr_as_fun(ClosedJaxpr(jaxpr, closed.consts))(*leaves)
@@ -130,13 +121,11 @@ def _jvp(primals: Any, tangents: Any, *, f: Function, avals: Any) -> Any:
 
 def _transpose(cotangents: Any, *leaves: Any, f: Function, avals: Any) -> Any:
     """Transpose the plain form, for ``jax.linear_transpose`` of a function that is linear in some of its operands."""
+    del avals
     moving = [i for i, x in enumerate(leaves) if ad.is_undefined_primal(x)]
     plain = functools.partial(_plain, f, leaves, moving)
     transposed = jax.linear_transpose(plain, *(leaves[i].aval for i in moving))
-    given = [
-        ct if not isinstance(ct, ad.Zero) else jnp.zeros(aval.shape, aval.dtype) for ct, aval in zip(cotangents, avals)
-    ]
-    results = dict(zip(moving, transposed(given)))
+    results = dict(zip(moving, transposed([ad.instantiate_zeros(ct) for ct in cotangents])))
     return [results.get(i) for i in range(len(leaves))]
 
 
@@ -156,7 +145,7 @@ def _plain(f: Function, operands: Sequence[Any], moving: Sequence[int], *values:
 _bind_jit = jax.jit(_at_lowering_p.bind, static_argnames=("f", "avals"))
 _at_lowering_p.def_impl(functools.partial(_run_compiled, _bind_jit))
 _at_lowering_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
-register_lowerings(_at_lowering_p, _call_flat, multiple_results=True)
+register_lowerings(_at_lowering_p, _call_without_dead_code, multiple_results=True)
 batching.primitive_batchers[_at_lowering_p] = _batch
 ad.primitive_jvps[_at_lowering_p] = _jvp
 ad.primitive_transposes[_at_lowering_p] = _transpose
@@ -170,7 +159,7 @@ _linear_p.multiple_results = True
 
 
 def linear_at_lowering(f: Function, transpose: Function, operands: Any, linear: Any, types: Any) -> Any:
-    """Return ``f(target, operands, linear)``, linear in ``linear``, with a transpose of its own.
+    """Return ``f(target, operands, linear)``, linear in ``linear``, with its own transpose.
 
     Args:
       f: a function, as for :func:`at_lowering`.
@@ -227,7 +216,7 @@ def _linear_batch(leaves: Any, axes: Any, *, f: Function, transpose: Function, a
 _bind_linear_jit = jax.jit(_linear_p.bind, static_argnames=("f", "transpose", "avals", "count"))
 _linear_p.def_impl(functools.partial(_run_compiled, _bind_linear_jit))
 _linear_p.def_abstract_eval(lambda *leaves, avals, **params: list(avals))
-register_lowerings(_linear_p, _call_linear, multiple_results=True)
+register_lowerings(_linear_p, _call_without_dead_code, multiple_results=True)
 batching.primitive_batchers[_linear_p] = _linear_batch
 ad.primitive_jvps[_linear_p] = _linear_jvp
 ad.primitive_transposes[_linear_p] = _linear_transpose

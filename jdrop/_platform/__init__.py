@@ -1,7 +1,7 @@
 """One place for what exists only because of a compiler, chosen when a program is lowered.
 
-``generic.py`` has each operation in its plain form, and there is one file per platform for forms of its own. GPUs and
-TPUs take the plain forms until a measurement says otherwise.
+``generic.py`` has each operation in its plain form, and there is one file per platform for its own forms. GPUs and TPUs
+take the plain forms until a measurement says otherwise.
 """
 
 import functools

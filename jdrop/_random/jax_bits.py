@@ -16,7 +16,7 @@ from jdrop._random.threefry import Pair, threefry2x32
 
 
 def has_random_access(implementation: str) -> bool:
-    """Tell whether ``jax.random`` draws a bit of such a key from the index of its element alone."""
+    """Tell whether ``jax.random`` draws a bit of such a key only from the index of its element."""
     config: Any = jax.config
     return implementation == "threefry2x32" and config.jax_threefry_partitionable
 

@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
-from jdrop._checks import as_bool, check_choice
+from jdrop._checks import as_bool
 from jdrop._prepare import check_arguments
 from jdrop._sharding import whole_array
 from jdrop._types import FLOATS, Generator, RateLike, Shard
@@ -20,7 +20,7 @@ from jdrop.attention._checks import (
     check_sharding,
     check_whole_keys,
 )
-from jdrop.attention._registry import IMPLEMENTATIONS, choose
+from jdrop.attention._registry import choose
 from jdrop.attention._spec import AttentionInputs, AttentionSpec
 
 __all__ = ["dot_product_attention"]
@@ -123,8 +123,6 @@ def dot_product_attention(
     key_lengths = as_lengths("key_value_seq_lengths", key_value_seq_lengths, shape[0])
     causal, window = as_bool(NAME, "is_causal", is_causal), as_window(local_window_size)
     query, factor = as_scaled(query, scale)
-    if implementation is not None:
-        check_choice(NAME, "implementation", implementation, tuple(IMPLEMENTATIONS))
     arguments = check_arguments(
         NAME,
         prng_key,
