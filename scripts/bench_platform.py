@@ -1,4 +1,4 @@
-"""Claim: every form in ``jdrop/_platform/cpu.py`` makes a program faster or smaller than the plain form does.
+"""Claim: the forms in ``jdrop/_platform/cpu.py`` make programs faster or smaller, each by what this table says.
 
 For each form, the program that it serves is compiled twice: with all forms for CPU, and with this one replaced by the
 plain form. The table shows the time of the first as a multiple of the second, as medians and quartiles over rounds in
