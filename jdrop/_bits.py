@@ -66,9 +66,9 @@ class FastBits:
             strides(shape)
         except TypeError:
             raise ValueError(
-                f"{function}: shape of the mask must have static sizes on the trailing axes that hold {MIN_COLUMNS} "
-                "elements, except for its first axis, "
-                f'got {shape}; export with those sizes fixed, or use generator="jax"'
+                f"{function}: shape of the mask must have static sizes on the trailing axes that hold "
+                f"{MIN_COLUMNS} elements, except for its first axis, got {shape}; "
+                'export with those sizes fixed, or use generator="jax"'
             ) from None
 
     def word_at(self, seed: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:

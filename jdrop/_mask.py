@@ -113,9 +113,8 @@ def draw_mask(
     bits = bits_for(function, key, generator, key_argument)
     if not bits.random_access and (random_access or start is not None):
         raise NotImplementedError(
-            f'{function}: generator must be "fast" for a part of a mask, unless the bits of the key can be drawn by '
-            "index, "
-            f"got 'jax' with {key.dtype} key; "
+            f'{function}: generator must be "fast" for a part of a mask, '
+            f"unless the bits of the key can be drawn by index, got 'jax' with {key.dtype} key; "
             'use generator="fast", or a threefry2x32 key with jax_threefry_partitionable'
         )
     bits.check_shape(function, shape)
