@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.experimental import jet
 from jax.extend.core import Primitive
@@ -23,7 +22,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jdrop._mask import Mask
 from jdrop._platform import GENERIC, Platform, Target, register_lowerings
 from jdrop._random import normal
-from jdrop._random.indexing import window_index
 from jdrop._random.threefry import U64
 from jdrop._sharding import explicit_sharding, repeat_like, vary_together
 
@@ -118,13 +116,13 @@ def _impl(*operands: Array, op: MaskedOp, tree: Any, target: Target, under_vmap:
     """Apply an op to one example."""
     data, (mask, index) = operands[: op.num_inputs], jax.tree.unflatten(tree, operands[op.num_inputs :])
     shape = data[0].shape
+    platform = target.platform
     can_fold = not under_vmap and index is None and _can_fold(mask, data[0])
-    width = target.platform.fold(shape[0], target.devices) if can_fold else 0
-    if width:
-        rows, columns = window_index((shape[0] // width, width))
-        index = [U64(rows.hi, rows.lo * np.uint32(width) + columns.lo)]
-        data = tuple(x.reshape(-1, width) for x in data)
-    return op.value(view(mask, data[0], target.platform, index), *data).reshape(shape)
+    fold = platform.fold(shape[0], target.devices) if can_fold else None
+    if fold is not None:
+        mask, platform = dataclasses.replace(mask, shape=(shape[0] // fold.width, fold.width)), fold.platform
+        data = tuple(x.reshape(mask.shape) for x in data)
+    return op.value(view(mask, data[0], platform, index), *data).reshape(shape)
 
 
 def _can_fold(mask: Mask, x: Array) -> bool:

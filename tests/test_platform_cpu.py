@@ -59,8 +59,9 @@ def test_select_is_where(dtype):
 
 
 def test_an_axis_is_folded_within_the_columns_of_one():
-    assert [CPU.fold(n, 1) for n in (2**32, 2**32 + 1024, 2**33, 2**14 + 1)] == [1024, 0, 0, 0]
-    assert CPU.fold(2**32, 2) == GENERIC.fold(2**32, 1) == 0
+    assert CPU.fold(2**32, 1).width == 1024
+    assert not any(CPU.fold(n, 1) for n in (2**32 + 1024, 2**33, 2**14 + 1))
+    assert CPU.fold(2**32, 2) is GENERIC.fold(2**32, 1) is None
 
 
 def text_of(f, *args):

@@ -1,9 +1,9 @@
 """The forms that XLA for CPU makes the fastest and smallest programs of.
 
 Each states its symptom, its gain, the JAX version where this was last seen, and the test that fails without it. Gains
-depend on the processor. Those "on an EPYC" are times with a form against without it, on two cores of an AMD EPYC, with
-other work beside some of them (``scripts/bench_platform.py``, ``scripts/results/platform.json``); the others were
-measured when the form was made, on an Intel Xeon with AVX-512 or on an EPYC.
+depend on the processor. Those "on an EPYC" are times with a form against without it, on two idle cores of an AMD EPYC
+(``scripts/bench_platform.py``, ``scripts/results/platform.json``); the others were measured when the form was made, on
+an Intel Xeon with AVX-512 or on an EPYC.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax import Array, lax
 from jdrop._platform import generic
 from jdrop._random import fast
 from jdrop._random.indexing import MIN_COLUMNS
-from jdrop._random.threefry import WORD, Pair
+from jdrop._random.threefry import WORD, ZERO, Pair
 
 _SHARING = 16  # how many elements have to share each byte that materialize stores
 _LONG, _WIDEST = 2**14, 1024  # elements of an axis that is folded, and of its rows
@@ -37,7 +37,7 @@ class Cpu(generic.Platform):
         """Hash rows outside the loop over columns.
 
         Symptom: XLA fuses the 20 rounds of Threefry into the loop over elements and repeats them for each one. Gain:
-        none in time on an EPYC (1.02, 0.88 to 1.07), where XLA leaves the hash outside by itself. Seen: jax 0.10.2,
+        none in time on an EPYC (0.96, 0.72 to 1.04), where XLA leaves the hash outside by itself. Seen: jax 0.10.2,
         0.12.0. Test: test_primitive.py, test_forward_is_one_loop_over_elements_with_the_row_hash_outside.
         """
         return _out_of_loops(fast.row_key(seed, row))
@@ -46,7 +46,7 @@ class Cpu(generic.Platform):
         """Store decisions or noise, if enough elements share them, except along the last axis.
 
         Symptom: XLA computes a shared decision again for each element that shares it; along the last axis, LLVM moves
-        it out of the loop. Gain: locked_dropout from 1.20 to 1.48 times ``x * c`` to 0.95 to 1.07; on an EPYC 0.66.
+        it out of the loop. Gain: locked_dropout from 1.20 to 1.48 times ``x * c`` to 0.95 to 1.07; on an EPYC 0.81.
         Seen: jax 0.10.2, 0.12.0. Test: test_primitive.py, test_shared_decisions_are_drawn_once_on_a_cpu.
         """
         size = math.prod(shape)
@@ -59,7 +59,7 @@ class Cpu(generic.Platform):
         """Multiply by the factor times 1, and add -0.0, neither of which the compiler knows.
 
         Symptom: LLVM makes load, single operation and selection one masked load, which waits for the mask. Gain: half
-        of the time where memory is fast; on an EPYC 0.78 in bfloat16, and none in float32 (1.07). Seen: jax 0.10.2,
+        of the time where memory is fast; on an EPYC 0.78 in bfloat16, and none in float32 (0.99). Seen: jax 0.10.2,
         0.12.0. Test: test_platform_cpu.py, test_a_product_hides_its_factor; the time by scripts/bench_platform.py.
         """
         if jnp.iscomplexobj(x):
@@ -74,8 +74,8 @@ class Cpu(generic.Platform):
     def select(self, kept: Array, x: Array, y: Array, *, seed: Array) -> Array:
         """Select bit by bit.
 
-        Symptom and gain: as for :meth:`multiply`, where a selection is all that is done; none on an EPYC (1.09, 0.88 to
-        1.13). Seen: jax 0.10.2, 0.12.0. Test: test_platform_cpu.py, test_a_selection_is_made_of_bits; the time by
+        Symptom and gain: as for :meth:`multiply`, where a selection is all that is done; a loss on an EPYC (1.07).
+        Seen: jax 0.10.2, 0.12.0. Test: test_platform_cpu.py, test_a_selection_is_made_of_bits; the time by
         scripts/bench_platform.py.
         """
         if jnp.iscomplexobj(x):
@@ -86,16 +86,17 @@ class Cpu(generic.Platform):
         mask = jnp.where(kept, ~zero.astype(bits), jnp.zeros((), bits))
         return lax.bitcast_convert_type(((a ^ b) & mask) ^ b, x.dtype)
 
-    def fold(self, size: int, devices: int) -> int:
+    def fold(self, size: int, devices: int) -> generic.Fold | None:
         """Loop over a long axis in rows: a power of two of columns that divides its size.
 
         Symptom: in a loop over all of a long axis LLVM counts in 64 bits, in vectors twice as wide as the others, which
         slows down all of them; over rows it counts in 32 bits. Gain: 2.05 to 1.46 times ``x * c`` on a Xeon; on an EPYC
-        a loss (1.13, 1.11 to 1.14). On a mesh no device could fold its part of an axis without the others. Seen: jax
-        0.10.2. Test: test_primitive.py, test_a_long_axis_is_folded_on_one_cpu_and_keeps_its_bits.
+        0.82. On a mesh no device could fold its part of an axis without the others. Seen: jax 0.10.2. Test:
+        test_primitive.py, test_a_long_axis_is_folded_on_one_cpu_and_keeps_its_bits.
         """
         width = min(size & -size, _WIDEST)  # size & -size is the largest power of two that divides size
-        return width if devices == 1 and _LONG <= size <= WORD and width >= MIN_COLUMNS else 0
+        fits = devices == 1 and _LONG <= size <= WORD and width >= MIN_COLUMNS
+        return generic.Fold(width, _Folded(width)) if fits else None
 
     def order_after(self, x: Array, dependency: Array | None) -> Array:
         """Add a -0.0 that is made from the dependency, which changes no number.
@@ -132,6 +133,18 @@ class Cpu(generic.Platform):
         return jnp.einsum("...h,...h->...", x, y, precision="highest")
 
 
+class _Folded(Cpu):
+    """The forms for a single axis, whose one row is folded in rows."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+    def row_key(self, seed: Pair, row: Pair) -> Pair:
+        """Make a key for each part of the one row; the loop reads them, or XLA would make it a loop over one axis."""
+        first = row[1] * np.uint32(self.width)
+        return _out_of_loops(fast.key_from(fast.row_key(seed, ZERO), first))
+
+
 def _out_of_loops(pair: Pair) -> Pair:
     """Return two arrays of one shape so that XLA does not fuse what makes them into a loop that reads both.
 
@@ -163,7 +176,7 @@ def _opaque_constant(word: Array, bits: int) -> Array:
 def _round_to_bfloat16(x: Array) -> Array:
     """Round float32 to the nearest bfloat16, ties to even, in five integer operations.
 
-    Symptom: XLA's own form takes eight. Gain: 0.79 of the time on an EPYC. Seen: jax 0.10.2. Test:
+    Symptom: XLA's own form takes eight. Gain: 0.78 of the time on an EPYC. Seen: jax 0.10.2. Test:
     test_platform_cpu.py, test_bfloat16_is_rounded_as_xla_does_for_every_value; the time by scripts/bench_platform.py.
 
     It leaves out NaN with a payload only in the lower half, which no product with a bfloat16 has.

@@ -53,10 +53,10 @@ class Platform:
         del seed
         return jnp.where(kept, x, y)
 
-    def fold(self, size: int, devices: int) -> int:
-        """Return the width of the rows in which to loop over the whole of a single axis, or 0 to leave it as it is."""
+    def fold(self, size: int, devices: int) -> "Fold | None":
+        """Return how to loop over the whole of a single axis in rows, or ``None`` to leave it as it is."""
         del size, devices
-        return 0
+        return None
 
     def order_after(self, x: Array, dependency: Array | None) -> Array:
         """Return x, not computed from before a dependency is."""
@@ -78,6 +78,14 @@ def multiply(x: Array, factor: Array, *, where: Array) -> Array:
         return jnp.where(where, lax.complex(x.real * factor, x.imag * factor), jnp.zeros((), x.dtype))
     product = jnp.where(where, x.astype(factor.dtype) * factor, jnp.zeros((), factor.dtype))
     return product.astype(x.dtype)
+
+
+class Fold(NamedTuple):
+    """A single axis in rows."""
+
+    width: int
+    platform: Platform
+    """Makes the keys of these rows so that their words are those of the axis."""
 
 
 GENERIC = Platform()

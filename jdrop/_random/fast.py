@@ -41,6 +41,14 @@ def row_key(seed: Pair, row: Pair) -> Pair:
     return threefry2x32(seed, row)
 
 
+def key_from(key: Pair, first: Array) -> Pair:
+    """Return the key with which columns count from ``first`` on: ``mix(key_from(key, i), j) == mix(key, i + j)``.
+
+    No bit may be set in both i and j.
+    """
+    return first * _GOLDEN + key[0], first ^ key[1]
+
+
 def mix(key: Pair, col: Array) -> Array:
     """Mix the key of a row and a column into a word: two words feed each other, so no permutation of ``col``.
 
