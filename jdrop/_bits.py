@@ -16,7 +16,7 @@ from jdrop._random import fast, jax_bits
 from jdrop._random.indexing import MIN_COLUMNS, row_and_column, strides
 from jdrop._random.key_words import key_words
 from jdrop._random.threefry import U64
-from jdrop._types import Generator
+from jdrop._types import Generator, Rate
 
 
 class Bits(Protocol):
@@ -29,21 +29,21 @@ class Bits(Protocol):
     def seed(self, key: Array) -> Array:
         """Use a key up, and return what a mask holds of it."""
 
-    def rate(self, rate: np.ndarray | Array) -> Array:
-        """Return the drop rate as a mask holds it."""
+    def rate(self, rate: Rate) -> Rate:
+        """Return the drop rate as a mask holds it. What is concrete stays so: outside jit, to move it takes time."""
 
     def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:
         """Require a shape of decisions that the bits can serve."""
 
     def keep_at(
-        self, seed: Array, rate: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+        self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
         """Return which elements are kept, at the index along each axis of the whole array."""
 
-    def keep_all(self, seed: Array, rate: Array, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+    def keep_all(self, seed: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
         """Return which elements of a whole array are kept, without random access."""
 
-    def keep_probability(self, rate: Array, dtype: Any) -> Array:
+    def keep_probability(self, rate: Rate, dtype: Any) -> Array:
         """Return the probability that an element is really kept with, in ``dtype``; NaN for NaN."""
 
 
@@ -56,10 +56,10 @@ class FastBits:
         return True
 
     def seed(self, key: Array) -> Array:
-        return _seed(key_words(key))
+        return _seed(key)
 
-    def rate(self, rate: np.ndarray | Array) -> Array:
-        return jnp.asarray(rate, jnp.float32)
+    def rate(self, rate: Rate) -> Rate:
+        return np.asarray(rate, np.float32) if isinstance(rate, np.ndarray) else rate.astype(jnp.float32)
 
     def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:
         try:
@@ -78,15 +78,15 @@ class FastBits:
         return fast.mix(platform.row_key((seed[0], seed[1]), row), col)
 
     def keep_at(
-        self, seed: Array, rate: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+        self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
-        return fast.keep(self.word_at(seed, shape, index, platform), rate)
+        return fast.keep(self.word_at(seed, shape, index, platform), jnp.asarray(rate))
 
-    def keep_all(self, seed: Array, rate: Array, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+    def keep_all(self, seed: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
         raise NotImplementedError("these bits have random access")
 
-    def keep_probability(self, rate: Array, dtype: Any) -> Array:
-        return fast.keep_probability(rate, dtype)
+    def keep_probability(self, rate: Rate, dtype: Any) -> Array:
+        return fast.keep_probability(jnp.asarray(rate), dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,27 +100,27 @@ class JaxBits:
     def seed(self, key: Array) -> Array:
         return key_words(key)
 
-    def rate(self, rate: np.ndarray | Array) -> Array:
+    def rate(self, rate: Rate) -> Array:
         return jax_bits.realized_rate(rate)
 
     def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:
         del function, shape
 
     def keep_at(
-        self, seed: Array, rate: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+        self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
         del platform
         # One barrier around both: an index that does not depend on the key would move out of a scan, and be stored.
         seed, index = recomputed((seed, index))
         flat, _ = row_and_column(shape, index, columns=False)
-        return jax_bits.keep(jax_bits.bits_at((seed[0], seed[1]), flat, rate.dtype), rate)
+        return jax_bits.keep(jax_bits.bits_at((seed[0], seed[1]), flat, rate.dtype), jnp.asarray(rate))
 
-    def keep_all(self, seed: Array, rate: Array, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+    def keep_all(self, seed: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
         key = jax.random.wrap_key_data(seed, impl=self.implementation)
         return jax.random.bernoulli(key, 1 - rate, shape, out_sharding=sharding) | jnp.isnan(rate)
 
-    def keep_probability(self, rate: Array, dtype: Any) -> Array:
-        return jax_bits.keep_probability(rate, dtype)
+    def keep_probability(self, rate: Rate, dtype: Any) -> Array:
+        return jax_bits.keep_probability(jnp.asarray(rate), dtype)
 
 
 def bits_for(function: str, key: Array, generator: Generator, argument: str = "key") -> Bits:
@@ -137,15 +137,15 @@ def bits_for(function: str, key: Array, generator: Generator, argument: str = "k
     return JaxBits(implementation, jax_bits.has_random_access(implementation))
 
 
-def expected_keep(rate: np.ndarray | Array, generator: Generator, dtype: Any) -> Array:
+def expected_keep(rate: Rate, generator: Generator, dtype: Any) -> Array:
     """Return the keep probability without a key: what evaluation multiplies by where training does not divide."""
     bits: Bits = FastBits() if generator == "fast" else JaxBits("", False)
     return bits.keep_probability(lax.stop_gradient(bits.rate(rate)), dtype)
 
 
 @jax.jit
-def _seed(words: Array) -> Array:
-    return jnp.stack(fast.hash_key(words, fast.USE_SEED), axis=-1)
+def _seed(key: Array) -> Array:
+    return jnp.stack(fast.hash_key(key_words(key), fast.USE_SEED), axis=-1)
 
 
 def recomputed(x: Any) -> Any:

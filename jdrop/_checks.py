@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jdrop._errors import describe
-from jdrop._types import FLOATS, INEXACT, RATE_DTYPES
+from jdrop._types import FLOATS, INEXACT, RATE_DTYPES, Rate
 
 KEY_WORDS = (1, 2, 4)  # lengths of the key data of JAX's PRNG implementations
 
@@ -105,9 +105,7 @@ def expand_rank(value: Array, ndim: int) -> Array:
 # ---------------------------------------------------------------------------------- rates and numbers
 
 
-def as_rate(
-    function: str, value: Any, shape: Sequence[int], argument: str = "rate", high: float = 1.0
-) -> np.ndarray | Array:
+def as_rate(function: str, value: Any, shape: Sequence[int], argument: str = "rate", high: float = 1.0) -> Rate:
     """Require a drop probability, or an array of them that broadcasts to the mask's shape.
 
     Python and NumPy values are checked to lie in [0, high] and returned as NumPy arrays. Arrays of JAX are never read.
@@ -134,7 +132,7 @@ def as_rate(
     return expand_rank(rate, len(shape))
 
 
-def is_zero(rate: np.ndarray | Array) -> bool:
+def is_zero(rate: Rate) -> bool:
     """Tell whether a checked rate drops nothing for certain: a concrete 0."""
     return isinstance(rate, np.ndarray) and not np.any(rate)
 

@@ -14,7 +14,7 @@ from jdrop._bits import Bits, FastBits, bits_for
 from jdrop._platform import GENERIC, Platform
 from jdrop._random.indexing import window_index
 from jdrop._random.threefry import U64
-from jdrop._types import Generator
+from jdrop._types import Generator, Rate
 
 
 @jax.tree_util.register_dataclass
@@ -24,7 +24,7 @@ class Mask:
 
     seed: Array
     """uint32: the seed ([2], fast), or the data words of the key (jax)."""
-    rate: Array
+    rate: Rate
     """The drop rate: a scalar, or an array that broadcasts to the decisions."""
     start: Array | None
     """Where the tile starts, uint32 [ndim, 2] of ``(hi, lo)``; ``None`` for the whole array."""
@@ -90,7 +90,7 @@ class Mask:
 def draw_mask(
     function: str,
     key: Array,
-    rate: np.ndarray | Array,
+    rate: Rate,
     shape: tuple[Any, ...],
     generator: Generator = "fast",
     *,

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
 
-import numpy as np
 from jax import Array
 
 from jdrop._axes import as_axes
 from jdrop._checks import as_bool, as_rate, check_choice, check_key, is_zero
 from jdrop._mask import Mask, draw_mask
-from jdrop._sharding import check_key_varies, tile_axes, whole_array
-from jdrop._types import GENERATORS, Generator, RateLike, Shard
+from jdrop._sharding import check_key_varies, check_sharded_as, tile_axes, whole_array
+from jdrop._types import GENERATORS, Generator, Rate, RateLike, Shard
 
 Shape = tuple[Any, ...]
 
@@ -23,7 +22,7 @@ class Arguments(NamedTuple):
     data: Any
     """The data: an array, or a pytree of arrays."""
     shape: Shape
-    rate: np.ndarray | Array
+    rate: Rate
     train: bool
     mask_shape: Callable[[Shape], Shape]
     """Shape of the data to shape of the decisions."""
@@ -92,6 +91,8 @@ def check_arguments(
     if mask_shape is None:
         mask_shape = shared_shape(as_axes(function, "shared_axes", shared_axes, len(shape)))
     checked_rate = as_rate(function, rate, mask_shape(shape), rate_argument, highest_rate)
+    if isinstance(data, Array):
+        check_sharded_as(function, rate_argument, checked_rate, data)
     axes = tile_axes(function, shape, shard)
     if key is not None:
         check_key(function, key, key_argument)

@@ -105,7 +105,7 @@ def masked_op(op: MaskedOp, mask: Mask, *data: Array, index: Sequence[U64] | Non
         broadcast to the data.
     """
     leaves, tree = jax.tree.flatten((mask, index))
-    operands = vary_together(*map(jnp.asarray, data), *leaves)
+    operands = vary_together(*(x if isinstance(x, Array) else jnp.asarray(x) for x in data), *leaves)
     return _masked_op_p.bind(*operands, op=op, tree=tree, batch=())
 
 

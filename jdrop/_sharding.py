@@ -95,6 +95,20 @@ def explicit_sharding(sharding: NamedSharding) -> NamedSharding | None:
     return sharding if sharding.mesh.explicit_axes else None
 
 
+def check_sharded_as(function: str, argument: str, value: Any, data: Array, whose: str = "the data") -> None:
+    """On an explicit mesh, require what broadcasts to the data not to be sharded otherwise along any axis."""
+    sharding = explicit_sharding(jax.typeof(data).sharding) if isinstance(value, Array) and value.ndim else None
+    if sharding is None:
+        return
+    axes, used = mesh_axes(sharding.spec), {name for names in mesh_axes(sharding.spec) for name in names}
+    for mine, theirs in zip(reversed(mesh_axes(jax.typeof(value).sharding.spec)), reversed(axes)):
+        if mine and mine != theirs and (theirs or used & set(mine)):
+            raise ValueError(
+                f"{function}: {argument} must be sharded along each axis as {whose}, {jax.typeof(data)}, or not there, "
+                f"got {jax.typeof(value)}; use jax.sharding.reshard first"
+            )
+
+
 def repeat_like(x: Array, mapped: Array, axis: int) -> Array:
     """Repeat x along a new first axis, with the size and on an explicit mesh the sharding of an axis of ``mapped``."""
     sharding = explicit_sharding(jax.typeof(mapped).sharding)

@@ -8,7 +8,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-RateLike = float | np.ndarray | Array
+RateLike = float | np.ndarray | Array  # as an argument
+Rate = np.ndarray | Array  # as checked
 Generator = Literal["fast", "jax"]
 Shard = PartitionSpec | None
 Window = Sequence[tuple[int | Array, int]]

@@ -32,6 +32,10 @@ Words = Callable[[Array, np.ndarray, np.ndarray], np.ndarray]
 """``words(keys [k], rows uint64 [r], cols uint32 [c]) -> uint32 [k, r, c]``: the generator under test."""
 
 
+RowKeys = Callable[[Array, np.ndarray], np.ndarray]
+"""``row_keys(keys [k], rows uint64 [r]) -> uint32 [k, r, 2]``: the keys of rows, which its words are mixed from."""
+
+
 class Result(NamedTuple):
     """One test: its subject, its statistic, and the p-value."""
 
@@ -52,8 +56,21 @@ def _library(key_words: Array, hi: Array, lo: Array, cols: Array) -> Array:
 
 def library(key: Array, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
     """Return the words of the library."""
-    hi, lo = (rows >> np.uint64(32)).astype(np.uint32), rows.astype(np.uint32)
-    return np.asarray(_library(jax.random.key_data(key), hi, lo, cols))
+    return np.asarray(_library(jax.random.key_data(key), *_halves(rows), cols))
+
+
+@jax.jit
+def _library_row_keys(key_words: Array, hi: Array, lo: Array) -> Array:
+    return jax.vmap(lambda words: jnp.stack(fast.row_key(fast.hash_key(words, fast.USE_SEED), (hi, lo)), -1))(key_words)
+
+
+def library_row_keys(key: Array, rows: np.ndarray) -> np.ndarray:
+    """Return the keys of rows of the library."""
+    return np.asarray(_library_row_keys(jax.random.key_data(key), *_halves(rows)))
+
+
+def _halves(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return (numbers >> np.uint64(32)).astype(np.uint32), numbers.astype(np.uint32)
 
 
 # ---------------------------------------------------------------------------------- statistics
@@ -219,6 +236,54 @@ def mask_images(words: Words, key: Array, n: int) -> Iterator[Result]:
                 yield Result(f"mask [{len(w)}, {columns}] at rate {rate}", statistic, p)
 
 
+def avalanche(row_keys: RowKeys, key: Array, n: int) -> Iterator[Result]:
+    """Test that each bit of a row's number, and of a PRNG key, changes each bit of the row's key half of the time."""
+    at = [apart(n // 32, 2**power) for power in range(64)]
+    yield from _flips("row", (np.split(row_keys(key[None], np.concatenate(pair))[0], 2) for pair in at))
+    row = np.zeros(1, np.uint64)
+    of_keys = (row_keys(_keys_of(np.concatenate(pair)), row)[:, 0] for pair in at)
+    yield from _flips("PRNG key", (np.split(of_key, 2) for of_key in of_keys))
+
+
+def _keys_of(numbers: np.ndarray) -> Array:
+    return jax.random.wrap_key_data(jnp.stack(_halves(numbers), -1), impl="threefry2x32")
+
+
+def _flips(subject: str, pairs: Iterator[list[np.ndarray]]) -> Iterator[Result]:
+    """Test the bits that differ between two keys of rows; each pair is for one bit that was flipped."""
+    z = []
+    for a, b in pairs:
+        ones = np.unpackbits((a ^ b).view(np.uint8), axis=1).sum(0, dtype=np.int64)  # ~ Binomial(n, 1/2)
+        z.append((2.0 * ones - len(a)) / np.sqrt(len(a)))
+    z = np.concatenate(z)
+    yield Result(f"one bit of the {subject} flipped", f"{z.size} pairs of bits, largest z", normal(z))
+    yield Result(
+        f"one bit of the {subject} flipped", f"{z.size} pairs of bits, chi2", chi_squared((z**2).sum(), z.size)
+    )
+
+
+def children(row_keys: RowKeys, key: Array, n: int) -> Iterator[Result]:
+    """Test the keys of rows against what ``jax.random`` makes of the same PRNG key: other keys, and bits."""
+    count = n // 16
+    index = np.arange(count, dtype=np.uint32)
+    of_rows = row_keys(key[None], index.astype(np.uint64))[0]
+    relatives = {
+        "jax.random.split(key)": jax.random.key_data(jax.random.split(key, count)),
+        "jax.random.fold_in(key, i)": jax.random.key_data(jax.vmap(lambda i: jax.random.fold_in(key, i))(index)),
+        "jax.random.bits(key)": jax.random.bits(key, (count, 1)),
+    }
+    ours = {"first word": of_rows[:, 0], "second word": of_rows[:, 1], "xor of words": of_rows[:, 0] ^ of_rows[:, 1]}
+    for name, words in relatives.items():
+        for part, a in ours.items():
+            for b in np.asarray(words).T:
+                for statistic, p in couple(a, b):
+                    yield Result(f"{part} of keys of rows and {name}", statistic, p)
+
+
+ROW_KEY_GROUPS: dict[str, Callable[[RowKeys, Array, int], Iterator[Result]]] = {
+    "avalanche of row keys": avalanche,
+    "row keys and jax.random": children,
+}
 GROUPS: dict[str, Callable[[Words, Array, int], Iterator[Result]]] = {
     "one stream": one_stream,
     "pairs of columns": column_pairs,
@@ -235,6 +300,14 @@ def check(words: Words, log2_words: int, key_seed: int, groups: list[str] | None
     return {name: list(GROUPS[name](words, key, 2**log2_words)) for name in groups or GROUPS}
 
 
+def check_row_keys(
+    row_keys: RowKeys, log2_words: int, key_seed: int, groups: list[str] | None = None
+) -> dict[str, list[Result]]:
+    """Run the groups of tests on the keys of rows."""
+    key = jax.random.key(key_seed)
+    return {name: list(ROW_KEY_GROUPS[name](row_keys, key, 2**log2_words)) for name in groups or ROW_KEY_GROUPS}
+
+
 def rejected(results: dict[str, list[Result]]) -> list[Result]:
     """Return the tests that fail."""
     every = [result for group in results.values() for result in group]
@@ -249,6 +322,7 @@ def main() -> int:
     arguments = parser.parse_args()
     begin = time.perf_counter()
     results = check(library, arguments.log2_words, arguments.key_seed)
+    results |= check_row_keys(library_row_keys, arguments.log2_words, arguments.key_seed)
     failures, count = rejected(results), sum(map(len, results.values()))
     print(f"{'group':24} {'tests':>5}  {'smallest p':>10}  in")
     for group, tests in results.items():

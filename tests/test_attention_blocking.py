@@ -44,7 +44,7 @@ def plan(
     key_heads = heads if key_heads is None else key_heads
     q = jax.ShapeDtypeStruct((batch, queries, heads, 8), jnp.float32)
     k = jax.ShapeDtypeStruct((batch, keys, key_heads, 8), jnp.float32)
-    return make_plan(AttentionSpec(1.0, causal, window, tiled), q, k, platform, sizes, devices)
+    return make_plan(AttentionSpec(causal, window, tiled), q, k, platform, sizes, devices)
 
 
 # ---------------------------------------------------------------------------------- segments

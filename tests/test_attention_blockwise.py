@@ -29,7 +29,7 @@ from attention_suite import (
 
 from jdrop._mask import draw_mask
 from jdrop._platform import GENERIC, PLATFORMS, BlockSizes
-from jdrop.attention import _blockwise
+from jdrop.attention import _blockwise, _scaled
 from jdrop.attention._blocking import Block, Segment, make_plan, split, split_scores
 from jdrop.attention._registry import Implementation
 from jdrop.attention._spec import AttentionInputs, AttentionSpec
@@ -80,10 +80,11 @@ def test_a_block_agrees_with_the_formula(batch, key_heads, groups, rate, platfor
     out, dq, dk, dv, ds = formula(*arrays[:3], do, factor, seen=seen, scale=0.3, bias=np.zeros(shape))
     delta = (do * out).sum(-1, keepdims=True)
 
-    spec = AttentionSpec(0.3, True, None, queries_are_tiled=False)
+    spec = AttentionSpec(True, None, queries_are_tiled=False, scales_queries=False)
     plan = make_plan(spec, *arrays[:2], platform, BlockSizes(), 1)
     assert plan.batch == (batch, 1) and plan.heads == (key_heads, 1)
-    inputs = AttentionInputs(dropout=draw_mask("test", KEY, np.float32(rate), shape) if rate else None)
+    dropout = draw_mask("test", KEY, np.float32(rate), shape) if rate else None
+    inputs = AttentionInputs(jnp.float32(0.3), dropout=dropout)
     part = lambda x: split(jnp.asarray(x), plan)[0]
 
     @quick
@@ -116,8 +117,10 @@ def test_a_block_agrees_with_the_formula(batch, key_heads, groups, rate, platfor
 def test_the_scale_goes_into_queries_where_that_rounds_as_little(dtype, scale, moves):
     q = jnp.asarray(normal(0, 1, 300, 1, 16), dtype)
     exact = np.asarray(q, np.float64) * np.float64(np.float32(scale))
-    spec, scaled = _blockwise._scale_queries(AttentionSpec(scale, False, None, False), q)
-    assert spec.scale == (1.0 if moves else scale) and scaled.dtype == q.dtype
+    q, factor, scales_queries = _scaled(q, scale)
+    spec = AttentionSpec(False, None, False, scales_queries)
+    scaled, inputs = _blockwise._scale_queries(spec, q, AttentionInputs(factor))
+    assert inputs.scale == (None if moves else np.float32(scale)) and scaled.dtype == q.dtype
     np.testing.assert_allclose(np.asarray(scaled, np.float64), exact if moves else q, rtol=2**-24)
 
 
@@ -238,7 +241,7 @@ def test_what_is_kept_for_the_backward_pass():
             pull = jax.eval_shape(f, q, k, v, rate)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
 
-    without = q.nbytes + k.nbytes + v.nbytes + q.nbytes + 2 * 4 * 2 * 4 * 200
+    without = q.nbytes + k.nbytes + v.nbytes + q.nbytes + 2 * 4 * 2 * 4 * 200 + 4  # two numbers a row, and the scale
     assert bytes_kept(0.0) == bytes_kept(0.0, is_causal=True) == without
     assert bytes_kept(jnp.float32(0.5)) == bytes_kept(0.5) == without + 2 * 4 + 4
     assert bytes_kept(jnp.full([2, 1, 200, 1], 0.5)) == without + 2 * 4 + 2 * 200 * 4

@@ -13,9 +13,9 @@ PRODUCTS = normal(0, *SHAPE)
 
 
 def logits(inputs=None, bias=None, scale=1.0, causal=False, window=None, first=0):
-    inputs = AttentionInputs() if inputs is None else inputs
+    inputs = (AttentionInputs() if inputs is None else inputs)._replace(scale=jnp.float32(scale))
     queries, keys = (jnp.arange(n, dtype=jnp.int32) for n in SHAPE[2:])
-    spec = AttentionSpec(scale, causal, window, queries_are_tiled=False)
+    spec = AttentionSpec(causal, window, queries_are_tiled=False)
     positions = queries[None, None, :, None] + first, keys[None, None, None]
     return visible_logits(spec, jnp.asarray(PRODUCTS), bias, inputs, *positions)
 
@@ -41,7 +41,7 @@ def test_hidden_keys_have_logits_of_minus_infinity(causal, window):
 
 def test_positions_count_from_the_whole_array():
     start = jnp.array([(0, 5), (0, 6), (0, 3), (0, 0)], jnp.uint32)
-    whole, tile = (AttentionSpec(1.0, True, None, queries_are_tiled=tiled) for tiled in (False, True))
+    whole, tile = (AttentionSpec(True, None, queries_are_tiled=tiled) for tiled in (False, True))
     assert first_query(whole, AttentionInputs()) == first_query(whole, AttentionInputs(start=start)) == 0
     assert first_query(tile, AttentionInputs()) == 0
     s, _ = logits(causal=True, first=first_query(tile, AttentionInputs(start=start)))

@@ -13,6 +13,7 @@ import pytest
 import reference
 
 import jdrop
+from jdrop._random import fast
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "scripts"
 LOG2_WORDS = 16
@@ -125,6 +126,65 @@ BROKEN = [
 @pytest.mark.parametrize(("broken", "group"), BROKEN, ids=lambda value: getattr(value, "__name__", value))
 def test_broken_generators_are_rejected(broken, group):
     assert randomness.rejected(randomness.check(broken, LOG2_WORDS, 0, [group]))
+
+
+@jax.jit
+def hash_keys(words):
+    return fast.hash_key(words, fast.USE_SEED)
+
+
+def few_rounds(rounds):
+    """Keys of rows by a Threefry that stops early."""
+
+    def row_keys(key, rows):
+        seed = np.stack(hash_keys(jax.random.key_data(key)), -1)[..., None]
+        hi, lo = (rows >> np.uint64(32)).astype(np.uint32)[None], rows.astype(np.uint32)[None]
+        return np.stack(np.broadcast_arrays(*short_threefry(seed[:, 0], seed[:, 1], hi, lo, rounds)), -1)
+
+    return row_keys
+
+
+def short_threefry(k0, k1, x, y, rounds):
+    keys = (k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA))
+    x, y = x + k0, y + k1
+    for i in range(rounds):
+        r = np.uint32(((13, 15, 26, 6), (17, 29, 16, 24))[i // 4 % 2][i % 4])
+        x = x + y
+        y = x ^ (y << r | y >> (np.uint32(32) - r))
+        if i % 4 == 3:
+            j = i // 4
+            x, y = x + keys[(j + 1) % 3], y + keys[(j + 2) % 3] + np.uint32(j + 1)
+    return x, y
+
+
+def unhashed_seed(key, rows):
+    """Keys of rows as jax.random splits a key: with the key's words as the seed."""
+    words = np.asarray(jax.random.key_data(key))[:, :, None]
+    row = rows[None, :]
+    return np.stack(reference.threefry2x32((words[:, 0], words[:, 1]), (row >> np.uint64(32), row)), -1)
+
+
+BROKEN_ROW_KEYS = {
+    "8 rounds": (few_rounds(8), "avalanche of row keys"),
+    "unhashed seed": (unhashed_seed, "row keys and jax.random"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN_ROW_KEYS)
+def test_broken_row_keys_are_rejected(broken):
+    row_keys, group = BROKEN_ROW_KEYS[broken]
+    assert randomness.rejected(randomness.check_row_keys(row_keys, LOG2_WORDS, 0, [group]))
+
+
+@pytest.mark.parametrize("group", randomness.ROW_KEY_GROUPS)
+def test_the_row_keys_of_the_library_pass(group):
+    results = randomness.check_row_keys(randomness.library_row_keys, LOG2_WORDS, 0, [group])
+    assert results[group] and not randomness.rejected(results)
+
+
+def test_broken_row_keys_start_from_healthy_ones():
+    key, rows = jax.random.split(jax.random.key(3), 2), np.array([0, 5, 2**32 + 1], np.uint64)
+    np.testing.assert_array_equal(few_rounds(20)(key, rows), randomness.library_row_keys(key, rows))
 
 
 @pytest.mark.parametrize("group", randomness.GROUPS)

@@ -12,7 +12,17 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from members import COLLECTIVES
 
-from jdrop import dropout, dropout_mask
+from jdrop import (
+    bias_dropout_add,
+    drop_path,
+    dropout,
+    dropout_mask,
+    embedding_dropout,
+    gaussian_noise,
+    stochastic_depth,
+    token_dropout,
+    zoneout,
+)
 from jdrop.keys import derive, per_example
 
 KEY = jax.random.key(21)
@@ -345,3 +355,43 @@ def test_a_mesh_axis_named_twice():
     )
     with pytest.raises(ValueError, match="dropout: shard must name each mesh axis once"):
         tiled(KEY, jnp.ones((8, 16)))
+
+
+OPERANDS = {  # for x of [8, 16]: which argument, its shape, and the call
+    "rates": ("rate", (8, 16), lambda x, other: dropout(KEY, x, other, train=True)),
+    "rates of rows": ("rate", (8, 1), lambda x, other: drop_path(KEY, x, other, train=True)),
+    "noise": ("stddev", (8, 16), lambda x, other: gaussian_noise(KEY, x, other, train=True)),
+    "old state": ("old", (8, 16), lambda x, other: zoneout(KEY, x, 0.3, other, train=True)),
+    "old state in evaluation": ("old", (8, 16), lambda x, other: zoneout(KEY, x, 0.3, other, train=False)),
+    "residual": ("residual", (8, 16), lambda x, other: bias_dropout_add(KEY, x, 0.3, None, other, train=True)),
+    "bias": ("bias", (16,), lambda x, other: bias_dropout_add(KEY, x, 0.3, other, x, train=True)),
+    "protect": ("protect", (8, 16), lambda x, y: token_dropout(KEY, x.astype(int), 0.3, 5, train=True, protect=y > 0)),
+    "replacement": (
+        "replacement",
+        (8, 16),
+        lambda x, y: token_dropout(KEY, x.astype(int), 0.3, y.astype(int), train=True),
+    ),
+    "ids": ("ids", (8, 16), lambda x, y: embedding_dropout(KEY, x, 0.3, train=True, ids=y.astype(int))),
+    "branch": ("the result of fn", (8, 16), lambda x, y: stochastic_depth(KEY, x, 0.0, lambda x: y, train=True)),
+}
+
+
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_operands_on_an_explicit_mesh_are_sharded_as_the_data(operand, jit):
+    argument, shape, f = OPERANDS[operand]
+    f, the_mesh = jax.jit(f) if jit else f, mesh(AxisType.Explicit)
+    x, other = np.ones((8, 16), np.float32), np.full(shape, 0.5, np.float32)
+
+    def call(spec, spec_of_other):
+        spec_of_other = P(*(s if n > 1 else None for n, s in zip(shape, spec_of_other[-len(shape) :])))
+        with jax.set_mesh(the_mesh):
+            arrays = [(x, P(*spec)), (other, spec_of_other)]
+            return f(*(jax.device_put(array, NamedSharding(the_mesh, spec)) for array, spec in arrays))
+
+    expected = f(jnp.asarray(x), jnp.asarray(other))
+    for spec in [("a", "b"), (None, None), ("a", None)]:
+        np.testing.assert_array_equal(call(("a", "b"), spec), expected)
+    wrong = {(8, 16): ("b", "a"), (8, 1): ("b", None), (16,): (None, "a")}[shape]
+    with pytest.raises(ValueError, match=f": {argument} must be sharded along each axis as "):
+        call(("a", "b"), wrong)

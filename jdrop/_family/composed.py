@@ -14,6 +14,7 @@ from jdrop._ops import SCALE
 from jdrop._prepare import check_arguments, prepare, require_key
 from jdrop._primitive import masked_op
 from jdrop._random.key_words import mark_used
+from jdrop._sharding import check_sharded_as
 from jdrop._types import INEXACT, Generator, RateLike, Shard, real_dtype
 from jdrop.keys import derive
 
@@ -71,12 +72,14 @@ def bias_dropout_add(
         raise ValueError(
             f"{name}: residual must be {describe(x)}, as x is, got {describe(residual)}; pass the input of the branch"
         )
+    check_sharded_as(name, "residual", residual, x)
     if bias is not None:
         check_array(name, "bias", bias)
         check_broadcastable(name, "bias", bias, x.shape)
         bias = jnp.asarray(bias)
         if bias.dtype != x.dtype:
             raise ValueError(f"{name}: bias must have the dtype of x, {x.dtype}, got {bias.dtype}; cast it")
+        check_sharded_as(name, "bias", bias, x)
     arguments = check_arguments(
         name, key, (x, residual), rate, shape=x.shape, train=train, generator=generator, shard=shard
     )

@@ -17,7 +17,7 @@ from jdrop._mask import Mask
 from jdrop._platform import Target
 from jdrop._platform.generic import multiply
 from jdrop._prepare import check_arguments
-from jdrop._sharding import vary_like, vary_together
+from jdrop._sharding import check_sharded_as, vary_like, vary_together
 from jdrop._types import Generator, RateLike, Shard, real_dtype
 
 
@@ -79,6 +79,7 @@ def stochastic_depth(
             raise ValueError(
                 f"{name}: fn must return {describe(x)}, as x is, got {describe(y)}; add a projection to the branch"
             )
+        check_sharded_as(name, "the result of fn", y, x, "x")
         return jnp.asarray(y)
 
     x = jnp.asarray(x)

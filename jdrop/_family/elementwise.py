@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jdrop._bits import expected_keep
@@ -13,7 +12,7 @@ from jdrop._ops import SCALE, SELECT
 from jdrop._platform.generic import multiply
 from jdrop._prepare import check_arguments, prepare
 from jdrop._primitive import MaskedOp, MaskView, masked_op
-from jdrop._types import FLOATS, Generator, RateLike, Shard, real_dtype
+from jdrop._types import FLOATS, Generator, Rate, RateLike, Shard, real_dtype
 
 
 def dropout(
@@ -94,7 +93,7 @@ def dropout(
     return _expectation(x, arguments.rate, generator)
 
 
-def _expectation(x: Array, rate: np.ndarray | Array, generator: Generator) -> Array:
+def _expectation(x: Array, rate: Rate, generator: Generator) -> Array:
     """Return ``x * keep_probability``, the evaluation step of the original form."""
     x = jnp.asarray(x)
     keep_probability = expected_keep(rate, generator, real_dtype(x))

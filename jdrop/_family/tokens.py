@@ -20,7 +20,7 @@ from jdrop._mask import Mask
 from jdrop._platform import Target
 from jdrop._prepare import check_arguments
 from jdrop._primitive import view
-from jdrop._sharding import explicit_sharding
+from jdrop._sharding import check_sharded_as, explicit_sharding
 from jdrop._types import Generator, RateLike, Shard
 
 
@@ -80,6 +80,7 @@ def token_dropout(
             raise TypeError(
                 f"{name}: protect must be a bool array, got {describe(protect)}; pass a comparison, such as ids < 2"
             )
+        check_sharded_as(name, "protect", protect, ids, "ids")
     if arguments.is_identity:
         return ids
     return _replace(arguments.draw(), jnp.asarray(ids), new, protect)
@@ -92,12 +93,18 @@ def _as_ids(function: str, given: Any, ids: Array) -> Array:
     if type(given) is not int:
         check_integers(function, "replacement", replacement)
         check_broadcastable(function, "replacement", replacement, ids.shape)
+        check_sharded_as(function, "replacement", replacement, ids, "ids")
     if not isinstance(replacement, Array) and not np.all((replacement >= limits.min) & (replacement <= limits.max)):
         raise ValueError(
             f"{function}: replacement must fit the dtype of ids, {ids.dtype}, got {describe(given)}; "
             "pass an id within its range"
         )
-    return expand_rank(jnp.asarray(replacement).astype(ids.dtype), ids.ndim)
+    replacement = expand_rank(jnp.asarray(replacement).astype(ids.dtype), ids.ndim)
+    sharding = explicit_sharding(jax.typeof(ids).sharding)
+    if sharding is None or not replacement.ndim:
+        return replacement
+    spec = (s if n > 1 else None for s, n in zip(sharding.spec, replacement.shape))
+    return jax.sharding.reshard(replacement, PartitionSpec(*spec))
 
 
 @jax.jit

@@ -16,7 +16,7 @@ from jdrop._prepare import check_arguments, prepare, require_key
 from jdrop._primitive import masked_op
 from jdrop._random.key_words import mark_used
 from jdrop._random.threefry import U64
-from jdrop._sharding import tile_axes
+from jdrop._sharding import check_sharded_as, tile_axes
 from jdrop._types import INEXACT, Generator, RateLike, Shard
 from jdrop.keys import derive
 
@@ -197,11 +197,13 @@ def embedding_dropout(
         raise ValueError(
             f"{name}: ids must not be negative without vocab_size, got {int(np.min(ids))}; pass vocab_size"
         )
+    aligned = ids.reshape(ids.shape + (1,) * (x.ndim - ids.ndim))
+    check_sharded_as(name, "ids", aligned, x)
     shared = range(ids.ndim, x.ndim)
     arguments = check_arguments(name, key, x, rate, train=train, shared_axes=shared, generator=generator, shard=shard)
     if arguments.is_identity:
         return x
-    rows = _rows_of(ids.reshape(ids.shape + (1,) * (x.ndim - ids.ndim)), size)
+    rows = _rows_of(aligned, size)
     every_id = (2**64, 1)  # the decisions of a table that holds them all
     mask = arguments.draw(one_for_all_tiles=True, random_access=True, mask_shape=every_id)
     return masked_op(SCALE, mask, x, index=[rows, U64(jnp.uint32(0), jnp.zeros((1,) * x.ndim, jnp.uint32))])

@@ -1,5 +1,6 @@
 """Dot-product attention with dropout on the attention probabilities."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -9,11 +10,11 @@ from jax import Array
 from jdrop._checks import as_bool
 from jdrop._prepare import check_arguments
 from jdrop._sharding import whole_array
-from jdrop._types import FLOATS, Generator, RateLike, Shard
+from jdrop._types import FLOATS, Generator, RateLike, Shard, real_dtype
 from jdrop.attention._checks import (
     NAME,
     as_lengths,
-    as_scaled,
+    as_scale,
     as_scores,
     as_window,
     check_data,
@@ -122,7 +123,7 @@ def dot_product_attention(
     query_lengths = as_lengths("query_seq_lengths", query_seq_lengths, shape[0])
     key_lengths = as_lengths("key_value_seq_lengths", key_value_seq_lengths, shape[0])
     causal, window = as_bool(NAME, "is_causal", is_causal), as_window(local_window_size)
-    query, factor = as_scaled(query, scale)
+    scale = as_scale(query, scale)
     arguments = check_arguments(
         NAME,
         prng_key,
@@ -139,7 +140,17 @@ def dot_product_attention(
     attend = choose(arguments, implementation, query, key, value)
     dropout = None if arguments.is_identity else arguments.draw()
     start = whole_array(shape, arguments.tile_axes)[1]
-    inputs = AttentionInputs(mask, query_lengths, key_lengths, start, dropout)
-    spec = AttentionSpec(factor, causal, window, queries_are_tiled=any(arguments.tile_axes[2:3]))
+    query, factor, scales_queries = _scaled(query, scale)
+    inputs = AttentionInputs(factor, mask, query_lengths, key_lengths, start, dropout)
+    spec = AttentionSpec(causal, window, any(arguments.tile_axes[2:3]), scales_queries)
     out = attend(spec, query, key, value, bias, inputs)
     return out[0] if unbatched else out
+
+
+def _scaled(query: Array, scale: float | Array) -> tuple[Array, Array | None, bool]:
+    """Return the query, the scale of its products, and whether to multiply the query by it. An array already is."""
+    real = real_dtype(query)
+    if isinstance(scale, Array):  # so that gradients flow to it
+        return (query.astype(real) * scale.astype(real)).astype(query.dtype), None, True
+    power_of_two = query.dtype == jnp.bfloat16 and math.frexp(abs(scale))[0] == 0.5
+    return query, jnp.asarray(scale, real), query.dtype == real or power_of_two

@@ -8,7 +8,6 @@ large size would swallow the logarithm.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,7 @@ from jdrop._sharding import explicit_sharding, tile_axes, vary_like, vary_togeth
 from jdrop._types import real_dtype
 from jdrop.attention import _blocking
 from jdrop.attention._blocking import Block, Plan, Segment
-from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, visible_logits
+from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, reshard_as_scores, visible_logits
 
 
 def refusal(arguments: Arguments, *arrays: Array) -> str | None:
@@ -149,13 +148,11 @@ def _plan(target: Target, spec: AttentionSpec, sizes: BlockSizes | None, query: 
     return _blocking.make_plan(spec, query, key, target.platform, sizes, target.devices)
 
 
-def _scale_queries(spec: AttentionSpec, query: Array) -> tuple[AttentionSpec, Array]:
+def _scale_queries(spec: AttentionSpec, query: Array, inputs: AttentionInputs) -> tuple[Array, AttentionInputs]:
     """Multiply the queries by the scale, instead of each logit, where that rounds no more than their products do."""
-    full_precision = query.dtype == real_dtype(query)
-    power_of_two = math.frexp(abs(spec.scale))[0] == 0.5
-    if not (full_precision or (query.dtype == jnp.bfloat16 and power_of_two)):
-        return spec, query
-    return spec._replace(scale=1.0), query * spec.scale
+    if inputs.scale is None or not spec.scales_queries:
+        return query, inputs
+    return query * inputs.scale.astype(query.dtype), inputs._replace(scale=None)
 
 
 def _dependency(plan: Plan, before: list[Array]) -> Array | None:
@@ -187,7 +184,7 @@ class _Forward:
         self, target: Target, query: Array, key: Array, value: Array, bias: Array | None, inputs: AttentionInputs
     ) -> tuple[Array, ...]:
         plan = _plan(target, self.spec, self.sizes, query, key)
-        spec, scaled = _scale_queries(self.spec, query)
+        scaled, inputs = _scale_queries(self.spec, query, inputs)
         bias, inputs = _blocking.split_scores((bias, inputs), plan)
 
         def step(x: tuple[Any, ...]) -> tuple[Array, ...]:
@@ -199,7 +196,7 @@ class _Forward:
 
                 def block(carry: None, first: Array, segment: Segment = segment, after: Any = after) -> Any:
                     at = Block(plan, segment, batch, head, first, after)
-                    return carry, _forward_block(Scores.of(at, spec, bias, inputs), *arrays)
+                    return carry, _forward_block(Scores.of(at, self.spec, bias, inputs), *arrays)
 
                 results.append(_over_blocks(block, None, segment)[1])
             return tuple(jnp.concatenate(parts, axis=3) for parts in zip(*results))
@@ -222,7 +219,8 @@ class _Backward:
             # Without a loop that takes do, the probabilities could be made in the forward pass, and held until here.
             # Under a vmap over PRNG keys they are then made for each.
             query = platform.order_after(query, do[..., :1])
-        spec, scaled = _scale_queries(self.spec, query)
+        scale = inputs.scale
+        scaled, inputs = _scale_queries(self.spec, query, inputs)
         bias, inputs = _blocking.split_scores((whole_bias, inputs), plan)
         # The sum over keys of p times its gradient is that over H of out times its own, but not with 16 bits of out.
         delta = [] if out is None else [platform.sum_of_products(do, out)[..., None]]
@@ -242,14 +240,15 @@ class _Backward:
 
                 def block(carry: Any, first: Array, segment: Segment = segment, after: Any = after) -> Any:
                     (dk, dv, dbias), at = carry, Block(plan, segment, batch, head, first, after)
-                    dq, more_dk, more_dv, ds = _backward_block(Scores.of(at, spec, bias, inputs), *arrays)
+                    dq, more_dk, more_dv, ds = _backward_block(Scores.of(at, self.spec, bias, inputs), *arrays)
                     return (dk + more_dk, dv + more_dv, _add(dbias, ds, at)), dq
 
                 seen = (..., slice(segment.low, segment.high))
                 (dk_seen, dv_seen, dbias), dq = _over_blocks(block, (dk[seen], dv[seen], dbias), segment)
                 dk, dv = dk.at[seen].set(dk_seen), dv.at[seen].set(dv_seen)
                 dqs.append(dq)
-            dq, dk = jnp.concatenate(dqs, axis=3) * self.spec.scale, dk * spec.scale
+            dq = jnp.concatenate(dqs, axis=3)
+            dq, dk = dq if scale is None else dq * scale, dk if inputs.scale is None else dk * inputs.scale
             return dbias, (dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype))
 
         dbias: Any = None if bias is None else zeros(*bias.shape)
@@ -362,17 +361,16 @@ def attend(
         return _attend_on_device(spec, sizes, query, key, value, bias, inputs)
     batch, _, heads, _ = sharding.spec
 
-    def spec_of(x: Array) -> PartitionSpec:
-        return PartitionSpec(*(s if n > 1 else None for s, n in zip((batch, heads), x.shape if x.ndim == 4 else ())))
-
     def on_device(query: Array, key: Array, value: Array, bias: Array | None, inputs: AttentionInputs) -> Array:
         shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         _, start = whole_array(shape, tile_axes("attend", shape, PartitionSpec(batch, heads)))
         return _attend_on_device(spec, sizes, query, key, value, bias, inputs._replace(start=start))
 
-    specs = jax.tree.map(spec_of, (bias, inputs))
-    bias, inputs = jax.tree.map(jax.sharding.reshard, (bias, inputs), specs)
-    specs = (*(PartitionSpec(batch, None, heads),) * 3, *specs)
+    bias, inputs = reshard_as_scores((bias, inputs), query)
+    specs = (
+        *(PartitionSpec(batch, None, heads),) * 3,
+        *jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (bias, inputs)),
+    )
     return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(query, key, value, bias, inputs)
 
 

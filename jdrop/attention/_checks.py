@@ -12,7 +12,7 @@ from jdrop._checks import as_count, as_number, check_array, check_broadcastable,
 from jdrop._errors import describe
 from jdrop._prepare import Arguments
 from jdrop._sharding import explicit_sharding
-from jdrop._types import FLOATS, real_dtype
+from jdrop._types import FLOATS
 
 NAME = "dot_product_attention"
 
@@ -91,16 +91,15 @@ def as_window(size: Any) -> tuple[int, int] | None:
     return left, right
 
 
-def as_scaled(query: Array, scale: Any) -> tuple[Array, float]:
-    """Return the query, and the number that logits are multiplied by; an array's factor goes into the query."""
+def as_scale(query: Array, scale: Any) -> float | Array:
+    """Require a number, or a scalar array. ``None`` means ``1 / sqrt(H)``."""
     if scale is None:
-        return query, max(query.shape[-1], 1) ** -0.5
+        return float(max(query.shape[-1], 1) ** -0.5)
     if isinstance(scale, Array):
         check_array(NAME, "scale", scale, FLOATS)
         check_broadcastable(NAME, "scale", scale, ())
-        real = real_dtype(query)
-        return (query.astype(real) * scale.astype(real)).astype(query.dtype), 1.0
-    return query, as_number(NAME, "scale", scale, -np.inf, np.inf)
+        return scale
+    return as_number(NAME, "scale", scale, -np.inf, np.inf)
 
 
 def check_whole_keys(arguments: Arguments) -> None:

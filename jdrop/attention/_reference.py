@@ -11,7 +11,7 @@ from jdrop._prepare import Arguments
 from jdrop._primitive import masked_op
 from jdrop._sharding import explicit_sharding
 from jdrop._types import real_dtype
-from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, visible_logits
+from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, reshard_as_scores, visible_logits
 
 
 def refusal(arguments: Arguments, *arrays: Array) -> str | None:
@@ -25,6 +25,7 @@ def attend(
     spec: AttentionSpec, query: Array, key: Array, value: Array, bias: Array | None, inputs: AttentionInputs
 ) -> Array:
     """Return ``dropout(softmax(query @ key.T * scale + bias)) @ value``; arguments as for ``_blockwise.attend``."""
+    bias, inputs = reshard_as_scores((bias, inputs), query)
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         sharding = explicit_sharding(jax.typeof(key).sharding)

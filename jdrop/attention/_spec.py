@@ -5,28 +5,36 @@ Scores have the axes [batch, head, query, key], or finer ones that split batch a
 
 import functools
 import operator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jdrop._mask import Mask
+from jdrop._sharding import explicit_sharding
+
+T = TypeVar("T")
 
 
 class AttentionSpec(NamedTuple):
     """What is static about a call."""
 
-    scale: float
     causal: bool
     window: tuple[int, int] | None
     """How many keys a query sees to its left and to its right."""
     queries_are_tiled: bool
     """Whether the queries are a tile of those of the whole array, so that their positions count from its start."""
+    scales_queries: bool = True
+    """Whether queries times the scale round no more than their products times the scale."""
 
 
 class AttentionInputs(NamedTuple):
     """The inputs that no gradient flows to. Those that broadcast to scores have four axes."""
 
+    scale: Array | None = None
+    """What the products are multiplied by; ``None`` for 1. It is an operand, so that another one does not recompile."""
     visible: Array | None = None
     query_lengths: Array | None = None
     key_lengths: Array | None = None
@@ -34,6 +42,21 @@ class AttentionInputs(NamedTuple):
     """Where a tile of ``jax.shard_map`` starts: uint32 [4, 2], ``(hi, lo)`` for each axis of the scores."""
     dropout: Mask | None = None
     """The mask of the scores; ``None`` if nothing is dropped."""
+
+
+def reshard_as_scores(operands: T, query: Array) -> T:
+    """On an explicit mesh, lay arrays that broadcast to scores out as the query lays out the scores."""
+    sharding = explicit_sharding(jax.typeof(query).sharding)
+    if sharding is None:
+        return operands
+    batch, queries, heads, _ = sharding.spec
+
+    def one(x: Array) -> Array:
+        sizes = x.shape if x.ndim == 4 else ()  # the seed and the scale are on every device
+        spec = (s if n > 1 else None for s, n in zip((batch, heads, queries, None), sizes))
+        return jax.sharding.reshard(x, PartitionSpec(*spec))
+
+    return jax.tree.map(one, operands)
 
 
 def first_query(spec: AttentionSpec, inputs: AttentionInputs) -> Array | int:
@@ -50,7 +73,7 @@ def visible_logits(
 
     ``queries`` and ``keys`` are positions; ``bias`` and ``inputs`` broadcast to the products.
     """
-    logits = products * spec.scale
+    logits = products if inputs.scale is None else products * inputs.scale
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
     conditions = [] if inputs.visible is None else [inputs.visible]
