@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from jdrop._errors import describe
-from jdrop._types import FLOATS, INEXACT, RATE_DTYPES, Rate
+from jdrop._types import FLOAT8, INEXACT, RATE_DTYPES, Rate
 
 KEY_WORDS = (1, 2, 4)  # lengths of the key data of JAX's PRNG implementations
 
@@ -62,9 +62,18 @@ def check_array(function: str, argument: str, value: Any, dtypes: Sequence[str] 
     check_byte_order(function, argument, value)
     if is_typed_key(value) or value.dtype.name not in dtypes:
         raise TypeError(
-            f"{function}: {argument} must be {', '.join(FLOATS)}{' or complex' if dtypes == INEXACT else ''}, "
+            f"{function}: {argument} must be {names_of(dtypes)}, "
             f"got {describe(value)}; pass key first, then a float array"
         )
+
+
+def names_of(dtypes: Sequence[str]) -> str:
+    """Name dtypes for an error, all kinds of float8 and of complex by one name."""
+    kinds = (
+        "float8" if name in FLOAT8 else name.rstrip("0123456789") if "complex" in name else name for name in dtypes
+    )
+    *first, last = dict.fromkeys(kinds)
+    return f"{', '.join(first)} or {last}"
 
 
 def check_byte_order(function: str, argument: str, value: Any) -> None:

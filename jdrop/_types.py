@@ -16,7 +16,10 @@ Window = Sequence[tuple[int | Array, int]]
 
 GENERATORS = ("fast", "jax")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-INEXACT = (*FLOATS, "complex64", "complex128")
+# Those with a zero: all but float8_e8m0fnu.
+FLOAT8 = tuple(f"float8_{name}" for name in ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz"))
+REAL = (*FLOAT8, *FLOATS)
+INEXACT = (*REAL, "complex64", "complex128")
 RATE_DTYPES = FLOATS
 
 

@@ -120,7 +120,7 @@ def test_rate_out_of_range(library, layer):
             f(KEY, X, rate)
     with pytest.raises(TypeError, match=f"^{name}: {argument} must be a number"):
         f(KEY, X, "0.5")
-    with pytest.raises(TypeError, match=f"^{name}: (x|inputs) must be float16"):
+    with pytest.raises(TypeError, match=f"^{name}: (x|inputs) must be float8"):
         f(KEY, jnp.arange(3), 0.5)
     with pytest.raises(ValueError, match=f"^{name}: {key} must be one key"):
         f(jax.random.split(KEY), X, 0.5)

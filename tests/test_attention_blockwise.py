@@ -27,6 +27,7 @@ from attention_suite import (
     visible,
 )
 
+from jdrop import dot_product_attention
 from jdrop._mask import draw_mask
 from jdrop._platform import GENERIC, PLATFORMS, BlockSizes
 from jdrop.attention import _blockwise, _scaled
@@ -245,6 +246,22 @@ def test_what_is_kept_for_the_backward_pass():
     assert bytes_kept(0.0) == bytes_kept(0.0, is_causal=True) == without
     assert bytes_kept(jnp.float32(0.5)) == bytes_kept(0.5) == without + 2 * 4 + 4
     assert bytes_kept(jnp.full([2, 1, 200, 1], 0.5)) == without + 2 * 4 + 2 * 200 * 4
+
+
+def test_saved_by_name_the_forward_pass_runs_once():
+    """Of jax.checkpoint(policy=...): the forward pass, what it repeats of it, and the backward pass."""
+    q = jnp.ones((1, 32, 2, 8))
+
+    def loss(q):
+        return dot_product_attention(KEY, q, q, q, 0.1, train=True, implementation="chunked").sum()
+
+    def passes(policy):
+        text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=policy)))(q))
+        return len(re.findall(r"jdrop_at_lowering\[", text))
+
+    policies = jax.checkpoint_policies
+    assert passes(policies.nothing_saveable) == 3
+    assert passes(policies.save_only_these_names("jdrop_attention")) == 2
 
 
 @pytest.mark.compiled

@@ -33,9 +33,9 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
     ("f", "error", "text"),
     [
         (call(q=[1.0]), TypeError, "query must be an array, got [1.0]; convert it with jnp.asarray"),
-        (call(q=KEY), TypeError, "query must be float16, bfloat16, float32, float64, got key<fry>[]; pass key first"),
-        (call(k=K.astype(int)), TypeError, "key must be float16, bfloat16, float32, float64, got int32[2,10,2,16];"),
-        (call(v=K.astype(complex)), TypeError, "value must be float16, bfloat16, float32, float64, got complex64["),
+        (call(q=KEY), TypeError, "query must be float16, bfloat16, float32 or float64, got key<fry>[]; pass key first"),
+        (call(k=K.astype(int)), TypeError, "key must be float16, bfloat16, float32 or float64, got int32[2,10,2,16];"),
+        (call(v=K.astype(complex)), TypeError, "value must be float16, bfloat16, float32 or float64, got complex64["),
         (
             call(q=Q[0, 0]),
             ValueError,
@@ -100,7 +100,7 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
         (call(scale="1"), TypeError, "scale must be a number, got '1'; pass a Python float"),
         (call(scale=True), TypeError, "scale must be a number, got True; pass a Python float"),
         (call(scale=jnp.ones(2)), ValueError, "scale must broadcast to shape (), got shape (2,);"),
-        (call(scale=jnp.int32(2)), TypeError, "scale must be float16, bfloat16, float32, float64, got int32[]"),
+        (call(scale=jnp.int32(2)), TypeError, "scale must be float16, bfloat16, float32 or float64, got int32[]"),
         (call(scale=np.nan), ValueError, "scale must be finite, got nan; pass a number within the limits"),
         (call(scale=-np.inf), ValueError, "scale must be finite, got -inf; pass a number within the limits"),
         (

@@ -1,9 +1,13 @@
 """dropout: what it returns, for every dtype, key, shape, rate and mode."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import members
 import numpy as np
 import pytest
+from members import MEMBERS
 
 import jdrop
 from jdrop import dropout, dropout_mask
@@ -13,6 +17,7 @@ from jdrop._ops import SCALE
 from jdrop._platform import GENERIC
 from jdrop._primitive import view
 from jdrop._random import fast
+from jdrop._types import FLOAT8
 
 KEY = jax.random.key(0)
 SHAPES = [(), (0, 3), (7,), (300,), (200, 1), (2, 5, 7, 3), (6, 4, 256)]
@@ -64,6 +69,24 @@ def test_kept_values_are_the_product_rounded_once(dtype, rate, on_cpu_kernel, x6
         y = jax.jit(lambda x: SCALE.value(view(mask, x, GENERIC), x))(x)
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(y, expected(x, dropout_mask(KEY, x.shape, rate), rate))
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_every_float8_is_scaled_in_float32_and_rounded_once(dtype):
+    values = np.tile(np.arange(256, dtype=np.uint8), 8).view(dtype)
+    with np.errstate(all="ignore"):
+        scaled = expected(values, dropout_mask(KEY, values.shape, 0.3), 0.3)
+    for y in (jax.jit(lambda x: dropout(KEY, x, 0.3, train=True))(values), dropout(KEY, values, 0.3, train=True)):
+        assert y.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(y).astype(np.float32), scaled.astype(np.float32))  # NaN is NaN
+
+
+@pytest.mark.parametrize("member", [name for name in MEMBERS if name not in ("dot_product_attention", "token_dropout")])
+def test_members_take_float8(member):
+    x = jax.ShapeDtypeStruct(members.SHAPE, jnp.float8_e5m2)
+    for train in (True, False):
+        y = jax.eval_shape(functools.partial(MEMBERS[member], rate=0.3, train=train), KEY, x)
+        assert {leaf.dtype for leaf in jax.tree.leaves(y)} <= {x.dtype, jnp.dtype("int32")}
 
 
 def test_zeros_keep_their_signs():

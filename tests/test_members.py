@@ -31,6 +31,15 @@ import jdrop
 KEY = jax.random.key(5)
 X = jnp.asarray(((np.arange(np.prod(SHAPE)) % 61 - 29.5) / 16).astype(np.float32).reshape(SHAPE))
 CHECKS = {}
+COMPILATIONS = []
+
+
+def on_event(event, seconds, **details):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILATIONS.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(on_event)
 
 
 def check(f):
@@ -59,6 +68,11 @@ def jit(name):
         same(jax.jit(lambda k, x, r=rate: train(name)(k, x, r))(KEY, X), train(name)(KEY, X, rate), "eager bits", name)
     off = lambda x: MEMBERS[name](None, x, 0.3, train=False)
     same(jax.jit(off)(X), off(X), "eager bits in evaluation", name)
+    counts = []
+    for key in list(jax.random.split(KEY, 16)):
+        train(name)(key, X, 0.3), off(X)
+        counts.append(len(COMPILATIONS))
+    assert counts[7] == counts[-1], "eager calls compile once"  # by then a branch was kept, and skipped
 
 
 @check

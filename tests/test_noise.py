@@ -129,7 +129,7 @@ def test_limits():
             jdrop.gaussian_noise(KEY, x, bad, train=True)
     np.testing.assert_array_equal(jdrop.gaussian_noise(KEY, x, jnp.float32(-1), train=True), x)
     assert float(jdrop.gaussian_noise(KEY, x, 30.0, train=True).std()) > 20
-    with pytest.raises(TypeError, match="gaussian_noise: x must be float16, bfloat16, float32, float64, got"):
+    with pytest.raises(TypeError, match="gaussian_noise: x must be float8, float16, bfloat16, float32 or float64, got"):
         jdrop.gaussian_noise(KEY, x.astype("complex64"), 1.0, train=True)
 
 

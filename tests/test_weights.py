@@ -110,9 +110,9 @@ def test_drop_connect_errors():
             "drop_connect: shard must be",
         ),
         (
-            lambda: jdrop.drop_connect(KEY, {"w": jnp.ones(3, jnp.float8_e4m3fn)}, 0.5, train=True),
+            lambda: jdrop.drop_connect(KEY, {"w": jnp.ones(3, jnp.float8_e8m0fnu)}, 0.5, train=True),
             TypeError,
-            r"drop_connect: params must be float16, .*got float8_e4m3fn\[3\]; leave it out with where=",
+            r"drop_connect: params must be float8, .*got float8_e8m0fnu\[3\]; leave it out with where=",
         ),
     ]:
         with pytest.raises(error, match=text):

@@ -38,7 +38,7 @@ def bias_dropout_add(
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is a Python or NumPy 0.
       x: floating or complex array of any shape, such as ``[batch, time, feature]``: a matrix product before its bias is
-        added. 16-bit floats are added and scaled in float32 and rounded once.
+        added. Floats of 8 and 16 bits are added and scaled in float32 and rounded once.
       rate: drop rate, or an array of rates that broadcasts to x, as in :func:`jdrop.dropout`.
       bias: array with the dtype of x that broadcasts to x, such as ``[feature]``; or ``None``.
       residual: array with the shape and dtype of x.

@@ -12,7 +12,7 @@ from jdrop._ops import SCALE, SELECT
 from jdrop._platform.generic import multiply
 from jdrop._prepare import check_arguments, prepare
 from jdrop._primitive import MaskedOp, MaskView, masked_op
-from jdrop._types import FLOATS, Generator, Rate, RateLike, Shard, real_dtype
+from jdrop._types import REAL, Generator, Rate, RateLike, Shard, real_dtype
 
 
 def dropout(
@@ -38,8 +38,9 @@ def dropout(
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is a Python or NumPy 0. Typed and
         legacy keys of any implementation are supported.
-      x: float16, bfloat16, float32, float64, or complex array of any shape. 16-bit floats are scaled in float32 and
-        rounded once. Dropped elements and their gradients are exactly 0, even where x is NaN or infinite.
+      x: float8, float16, bfloat16, float32, float64, or complex array of any shape. Floats of 8 and 16 bits are scaled
+        in float32 and rounded once. Dropped elements and their gradients are exactly 0, even where x is NaN or
+        infinite.
       rate: drop rate. A Python or NumPy value must lie in [0, 1]. A JAX array may be traced: values below 0 act as 0,
         values above 1 as 1, NaN gives NaN, and no gradient flows to it. An array of rates broadcasts to the decisions,
         whose shape is that of x with 1 on shared axes. ``generator="fast"`` first rounds the rate to float32.
@@ -122,8 +123,8 @@ def alpha_dropout(
 
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is a Python or NumPy 0.
-      x: float16, bfloat16, float32, or float64 array of any shape: activations with mean 0 and variance 1. Dropped
-        elements become ``a * s + b`` and their gradients exactly 0, even where x is NaN or infinite.
+      x: float8, float16, bfloat16, float32, or float64 array of any shape: activations with mean 0 and variance 1.
+        Dropped elements become ``a * s + b`` and their gradients exactly 0, even where x is NaN or infinite.
       rate: drop rate, or an array of rates that broadcasts to the decisions, as in :func:`jdrop.dropout`. Rate 1 gives
         zeros, the limit of the formula.
       train: ``True`` draws a mask; ``False`` returns x itself.
@@ -149,7 +150,7 @@ def alpha_dropout(
       (0.0, 1.0)
     """
     name = "alpha_dropout"
-    check_array(name, "x", x, FLOATS)
+    check_array(name, "x", x, REAL)
     mask = prepare(name, key, x, rate, train=train, shared_axes=shared_axes, generator=generator, shard=shard)
     return x if mask is None else masked_op(_ALPHA, mask, x)
 

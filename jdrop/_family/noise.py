@@ -10,7 +10,7 @@ from jdrop._checks import check_array
 from jdrop._errors import describe
 from jdrop._prepare import check_arguments, prepare
 from jdrop._primitive import MaskedOp, MaskView, masked_op
-from jdrop._types import FLOATS, RateLike, Shard, real_dtype
+from jdrop._types import REAL, RateLike, Shard, real_dtype
 
 _BELOW_ONE = 1 - 2.0**-24  # the largest float32 below 1
 
@@ -31,8 +31,8 @@ def gaussian_dropout(
 
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is a Python or NumPy 0.
-      x: float16, bfloat16, float32, float64, or complex array of any shape. 16-bit floats are multiplied in float32
-        and rounded once.
+      x: float8, float16, bfloat16, float32, float64, or complex array of any shape. Floats of 8 and 16 bits are
+        multiplied in float32 and rounded once.
       rate: drop rate of the equivalent dropout, or an array of rates that broadcasts to the noise, as in
         :func:`jdrop.dropout`. At 1 the variance is infinite: a Python or NumPy 1 is an error, and a JAX array is
         clipped to the largest float32 below 1.
@@ -88,7 +88,8 @@ def gaussian_noise(
 
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``stddev`` is a Python or NumPy 0.
-      x: float16, bfloat16, float32, or float64 array of any shape. 16-bit floats are added in float32 and rounded once.
+      x: float8, float16, bfloat16, float32, or float64 array of any shape. Floats of 8 and 16 bits are added in float32
+        and rounded once.
       stddev: standard deviation in the units of x, or an array of them that broadcasts to the noise. A Python or NumPy
         value must be at least 0 and lie in the range of float32. Negative values in a JAX array act as 0. ``stddev`` is
         first rounded to float32, and no gradient flows to it.
@@ -116,7 +117,7 @@ def gaussian_noise(
       (1.0, 0.5)
     """
     name = "gaussian_noise"
-    check_array(name, "x", x, FLOATS)
+    check_array(name, "x", x, REAL)
     mask = prepare(
         name,
         key,

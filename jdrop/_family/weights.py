@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jdrop._checks import as_count, check_array, check_integers, is_array, is_typed_key
+from jdrop._checks import as_count, check_array, check_integers, is_array, is_typed_key, names_of
 from jdrop._errors import describe
 from jdrop._ops import SCALE
 from jdrop._prepare import check_arguments, prepare, require_key
@@ -76,7 +76,7 @@ def drop_connect(
     for (_, leaf), drop in zip(leaves, chosen):
         if drop and leaf.dtype.name not in INEXACT:
             raise TypeError(
-                f"{name}: params must be float16, bfloat16, float32, float64 or complex where weights are dropped, "
+                f"{name}: params must be {names_of(INEXACT)} where weights are dropped, "
                 f"got {describe(leaf)}; leave it out with where="
             )
     if arguments.is_identity:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 
@@ -27,6 +28,8 @@ from jdrop._types import real_dtype
 from jdrop.attention import _blocking
 from jdrop.attention._blocking import Block, Plan, Segment
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, reshard_as_scores, visible_logits
+
+CHECKPOINT_NAME = "jdrop_attention"
 
 
 def refusal(arguments: Arguments, *arrays: Array) -> str | None:
@@ -321,7 +324,7 @@ def _attend_jvp(
     spec: AttentionSpec, sizes: BlockSizes | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
     """Differentiate in both modes: forward mode by the tangent, reverse mode by its transpose."""
-    out, peak, log_sum = _attend_with_sums(spec, sizes, primals)
+    out, peak, log_sum = (checkpoint_name(x, CHECKPOINT_NAME) for x in _attend_with_sums(spec, sizes, primals))
     residuals = (*primals, peak, log_sum, out if out.dtype == peak.dtype else None)
     given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
     moving = tuple(t is not None for t in given)
