@@ -1,9 +1,10 @@
 """Claim: the words of the library are uniform, and independent along columns, rows, steps, and neighboring keys.
 
 Needs no external program and takes less than a minute: ``python scripts/check_randomness.py``; exit code 0 or 1. Every
-test has a statistic with a known distribution for truly random words, and a two-sided p-value: too even is as bad as
-too uneven. All keys are fixed. With N tests in total, the generator fails if any p-value is below ``1e-4 / N``
-(Bonferroni): a perfect generator fails at one ``--key-seed`` in 10,000. ``scripts/emit_bits.py`` feeds external suites.
+test has a statistic with a known distribution for truly random words. Its p-value is two-sided, because words that are
+too even are as bad as words that are too uneven. All keys are fixed. With N tests in total, the generator fails if any
+p-value is below ``1e-4 / N`` (Bonferroni): a perfect generator fails at one ``--key-seed`` in 10,000.
+``scripts/emit_bits.py`` feeds external suites.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def _halves(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normal(z: np.ndarray | float) -> float:
-    """Return p of the largest of one or several standard normal numbers; for several, the Bonferroni bound."""
+    """Return the two-sided p of a standard normal number; of several numbers, the Bonferroni bound of the largest."""
     z = np.atleast_1d(z)
     return min(1.0, 2 * float(stats.norm.sf(np.abs(z).max())) * z.size)
 
@@ -207,7 +208,7 @@ def key_families(key: Array) -> dict[str, Callable[[np.ndarray], Array]]:
 
 
 def key_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
-    """Test the same elements under neighboring keys: of seeds, steps, examples, and splits."""
+    """Test the same elements under neighboring keys, from seeds, steps, examples, and splits."""
     rows, cols = np.arange(KEY_ROWS, dtype=np.uint64), np.arange(KEY_COLUMNS, dtype=np.uint32)
     for name, keys_of in key_families(key).items():
         for start, power in [(1, 0), (0, 0), (0, 1), (0, 4), (0, 8), (0, 16), (0, 30)]:
