@@ -87,8 +87,8 @@ def init(seed: int, vocabulary: int) -> dict[str, np.ndarray]:
     shapes = {"embed": (vocabulary, WIDTH), "position": (TIME, WIDTH), "head": (WIDTH, vocabulary)}
     shapes |= {"qkv": (LAYERS, 3, WIDTH, HEADS, WIDTH // HEADS), "out": (LAYERS, HEADS, WIDTH // HEADS, WIDTH)}
     shapes |= {"up": (LAYERS, WIDTH, 4 * WIDTH), "down": (LAYERS, 4 * WIDTH, WIDTH)}
-    draw = np.random.default_rng([seed, 2**31])  # independent of the data order
-    return {name: draw.normal(0, WIDTH**-0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    rng = np.random.default_rng([seed, 2**31])  # independent of the data order
+    return {name: rng.normal(0, WIDTH**-0.5, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def forward(params: dict, words: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -201,11 +201,11 @@ def interleave(
     Returns:
       For each case, one measurement per round; ``None`` for skipped rounds.
     """
-    draw = random.Random(0)
+    rng = random.Random(0)
     measured: dict[Case, list[Any]] = {case: [] for block in blocks for case in block}
     for i in range(rounds):
-        for block in draw.sample(list(blocks), len(blocks)):
-            for case, measure in draw.sample(list(block.items()), len(block)):
+        for block in rng.sample(list(blocks), len(blocks)):
+            for case, measure in rng.sample(list(block.items()), len(block)):
                 measured[case].append(None if i % (every or {}).get(case, 1) else measure())
     return measured
 

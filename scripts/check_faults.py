@@ -73,10 +73,10 @@ def main() -> int:
         expected = finish(start(options, undisturbed, cache), options.limit)
         during_writes = 0
         for number in range(1, options.kills + 1):
-            run, began, before = start(options, killed, cache), time.monotonic(), newest(killed)
+            run, started, before = start(options, killed, cache), time.monotonic(), newest(killed)
             writing = number % 2 == 0
             while newest(killed) <= before or (writing and not list((killed / "checkpoints").glob("*tmp*"))):
-                if time.monotonic() - began > options.limit:
+                if time.monotonic() - started > options.limit:
                     sys.exit(f"a run hangs\n{kill(run)}")
                 if run.poll() is not None:
                     break

@@ -176,7 +176,7 @@ def test_rate_0_needs_no_key_and_returns_the_input(library, layer, rate):
 
 @LIBRARIES
 @LAYERS
-def test_a_key_is_used_up(library, layer):
+def test_a_key_is_consumed(library, layer):
     f, key = peers.ours(library, layer), jax.random.key(5)
     with jax.debug_key_reuse(True):
         f(key, X, 0.5)
@@ -295,7 +295,7 @@ def test_every_member_by_the_recipe(library, member):
 
 
 @LIBRARIES
-def test_in_shard_map_one_key_is_refused_with_a_way_out(library):
+def test_in_shard_map_one_key_for_all_tiles_is_an_error_with_a_fix(library):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     f = jax.shard_map(lambda x: peers.ours(library)(KEY, x, 0.5), mesh=mesh, in_specs=P("d"), out_specs=P("d"))
     with pytest.raises(ValueError, match=r"must vary over the manual mesh axes .* give the layer shard="):
@@ -328,7 +328,7 @@ def test_without_types_of_varying_values_a_layer_uses_the_key_as_it_is(library, 
 # ------------------------------------------------------------------------------------ the files
 
 
-def test_a_missing_library_is_named_with_what_to_install(tmp_path):
+def test_the_error_of_a_missing_library_says_what_to_install(tmp_path):
     for package in peers.ADAPTERS.values():
         (tmp_path / f"{package}.py").write_text("raise ModuleNotFoundError('nothing here')")
     code = f"""

@@ -138,7 +138,7 @@ def test_the_default_precision_is_accepted():
         attend(*data, precision="highest")
 
 
-def test_in_shard_map_one_key_is_refused_with_a_way_out():
+def test_in_shard_map_one_key_for_all_tiles_is_an_error_with_a_fix():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tiled = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("d"),) * 3, out_specs=P("d"))
     data, f = qkv(8), functools.partial(attend, dropout_rng=KEY, dropout_rate=0.5)
@@ -230,7 +230,7 @@ def test_nothing_is_dropped_in_evaluation(module):
 
 
 @BOTH
-def test_weights_that_are_never_formed_are_not_sown(module):
+def test_sow_weights_is_not_supported(module):
     if module is in_linen:
         layer = linen.MultiHeadDotProductAttention(2, attention_fn=attend)
         call = lambda: layer.init(KEY, jnp.ones((2, 4, 4)), sow_weights=True)

@@ -48,7 +48,7 @@ def test_the_flag_is_passed_once(layer):
 
 
 @LAYERS
-def test_no_rng_where_nothing_is_random(layer):
+def test_no_rng_is_needed_if_nothing_is_random(layer):
     for rate in (0, 0.0):
         assert layer(rate).apply({}, X, False) is X
     assert not layer(1.0).apply({}, X, False).any()

@@ -96,7 +96,7 @@ def test_streams_are_forked_and_advance_as_in_nnx(source):
     assert len(masks) == 7 if source != "stream" else len(masks) >= 4
 
 
-def test_no_key_is_taken_where_nothing_is_random():
+def test_no_key_is_used_if_nothing_is_random():
     for dropout in (nnx.Dropout, Ours):
         for rate, count in ((0.0, 0), (1.0, 0), (0.5, 1)):
             layer = dropout(rate, rngs=nnx.Rngs(0))

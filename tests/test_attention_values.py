@@ -244,7 +244,7 @@ def test_gradients_that_reach_blind_queries_are_not_read(implementation):
 # ---------------------------------------------------------------------------------- without dropout
 
 
-def test_without_dropout_it_is_the_formula_and_attention_of_jax(implementation):
+def test_without_dropout_it_equals_the_formula_and_jax_nn(implementation):
     """``jax.nn`` has no rule for queries that see no key, so these are compared only with the formula."""
     arrays = q, k, v, do = data()
     options = {

@@ -96,7 +96,7 @@ def test_pairs_are_sign_extended(value):
         assert (int(hi) << 32) + int(lo) == value % 2**64
 
 
-def test_a_word_is_the_same_alone_and_in_an_array():
+def test_a_word_is_the_same_for_one_element_and_in_an_array():
     seed = (jnp.uint32(5), jnp.uint32(6))
     row, col = at((9, 300), (9, 300))
     words = np.asarray(fast.word(seed, row, col))
@@ -130,7 +130,7 @@ def test_rows_from_2_to_the_32_on():
 
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("shape", [(3, 4, 5, 6), (2, 3, 200), (5, 127), (300,), (2**33, 3), (2**20, 2**20, 200)])
-def test_one_element_at_a_time_agrees_with_a_window(shape, columns):
+def test_single_elements_agree_with_a_window(shape, columns):
     """Single elements in any order have the row and column of a window."""
     rng = np.random.default_rng(0)
     index = [[int(rng.integers(n)) for n in shape] for _ in range(4)]

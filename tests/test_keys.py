@@ -49,7 +49,7 @@ def test_ten_thousand_steps_and_keys_do_not_collide():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
-def test_integers_count_by_value(dtype, x64):
+def test_integers_are_identified_by_value(dtype, x64):
     for value in {0, 3, 127} | ({-1, -128} if dtype.startswith("i") else {200}):
         traced = jax.jit(lambda i: derive(KEY, i))(jnp.asarray(value, dtype))
         same = derive(KEY, value) if value >= 0 else derive(KEY, np.uint64(value % 2**64))
@@ -79,7 +79,7 @@ def test_transforms_agree_with_eager():
     assert [words(k) for k in over_keys] == [words(derive(k, "a")) for k in keys]
 
 
-def test_derived_keys_are_fresh_and_the_base_key_is_not_used_up():
+def test_derived_keys_are_fresh_and_the_base_key_is_not_consumed():
     with jax.debug_key_reuse(True):
         key = jax.random.key(9)
         a, b = derive(key, "a"), derive(key, "b")

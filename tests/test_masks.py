@@ -122,7 +122,7 @@ def test_a_word_equal_to_the_threshold_is_kept():
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg", "threefry4x32", "philox2x32", "philox4x32"])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 130), (2, 5, 7, 3)])
-def test_generator_jax_is_bernoulli(impl, shape):
+def test_generator_jax_equals_bernoulli(impl, shape):
     key = jax.random.key(5, impl=impl)
     for rate in (0.1, 0.5, 0.999, np.float32(0.3), jnp.float32(0.7), jnp.bfloat16(0.1), jnp.float16(0.2)):
         mask = dropout_mask(key, shape, rate, generator="jax")

@@ -211,13 +211,13 @@ def test_readme_has_a_before_and_after_for_every_library():
         assert re.search(rf"^from jdrop.adapters.{module} import {name}  # before: from .* import {name}$", text, re.M)
 
 
-def test_readme_table_of_the_family_is_that_of_the_members():
+def test_the_family_table_of_the_readme_matches_the_members():
     text = (ROOT / "README.md").read_text().split("| function | what shares a decision |")[1].split("\n\n")[0]
     assert text.splitlines()[2:] == [readme_line(name) for name, member in MEMBERS.items() if member.readme]
 
 
 @pytest.mark.parametrize("name", [name for name, member in MEMBERS.items() if member.readme])
-def test_papers_and_peers_of_a_member_are_those_of_its_docstring_and_benchmark(name):
+def test_papers_and_peers_in_the_readme_match_docstring_and_benchmark(name):
     member, references = MEMBERS[name], inspect.getdoc(PUBLIC[name]).split("References:")[1]
     for author, year in re.findall(r"(\w+)[^,]* (\d{4})", member.readme.paper):
         assert author in references and f"({year})" in references

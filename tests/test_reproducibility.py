@@ -35,7 +35,7 @@ def test_known_answers_are_those_of_the_reference():
     assert script.digest(parts) == script.FROZEN
 
 
-def test_a_changed_bit_is_a_failure(monkeypatch):
+def test_a_changed_bit_fails(monkeypatch):
     parts = [part.copy() for part in script.frozen_parts()]
     parts[-1][3] ^= True
     monkeypatch.setattr(script, "frozen_parts", lambda: parts)
@@ -44,7 +44,7 @@ def test_a_changed_bit_is_a_failure(monkeypatch):
     assert script.same("", [(np.float32([0.0]), np.float32([-0.0]))], "").ok is False
 
 
-def test_related_masks_are_a_failure(monkeypatch):
+def test_related_masks_fail(monkeypatch):
     key = jax.random.key(5)
     assert script.uncorrelated("", [key, jax.random.key(6)], "").ok is True
     assert script.uncorrelated("", [key, key], "").ok is False

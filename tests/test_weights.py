@@ -47,7 +47,7 @@ def test_a_mask_depends_only_on_path_and_shape():
     same(jdrop.dropout(jdrop.keys.derive(KEY, "drop_connect"), jnp.ones(50), 0.5, train=True), single)
 
 
-def test_where_chooses_by_path_and_leaf():
+def test_where_selects_by_path_and_leaf():
     seen = []
 
     def hidden(path, leaf):
@@ -154,7 +154,7 @@ def test_narrow_ids_with_a_larger_vocabulary(dtype, vocab):
     same(y, jdrop.embedding_dropout(KEY, table, 0.5, train=True)[: len(ids)])
 
 
-def test_wide_numpy_ids_are_not_cut_off():
+def test_wide_numpy_ids_are_not_truncated():
     ids = np.array([0, 2**32, 5, 2**32 + 5, 2**40])
     rows = [jdrop.dropout_mask(KEY, (2**41, 1), 0.5, window=((int(i), 1), (0, 1)))[0, 0] for i in ids]
     y = jdrop.embedding_dropout(KEY, jnp.ones((5, 2)), 0.5, train=True, ids=ids)
