@@ -30,7 +30,7 @@ class Bits(Protocol):
         """Consume a key, and return the data that a mask keeps of it."""
 
     def rate(self, rate: Rate) -> Rate:
-        """Return the drop rate as a mask stores it. A concrete rate stays concrete: outside jit, moving it takes time."""
+        """Return the drop rate as a mask stores it. Concrete rates stay concrete, because moving them takes time."""
 
     def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:
         """Require a shape of decisions that the bits support."""

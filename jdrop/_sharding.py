@@ -96,7 +96,7 @@ def explicit_sharding(sharding: NamedSharding) -> NamedSharding | None:
 
 
 def check_sharded_as(function: str, argument: str, value: Any, data: Array, whose: str = "the data") -> None:
-    """On an explicit mesh, require what broadcasts to the data not to be sharded otherwise along any axis."""
+    """On an explicit mesh, forbid arrays that broadcast to the data but are sharded differently along an axis."""
     sharding = explicit_sharding(jax.typeof(data).sharding) if isinstance(value, Array) and value.ndim else None
     if sharding is None:
         return

@@ -99,19 +99,19 @@ def test_a_bias_that_broadcasts_on_an_explicit_mesh(implementation):
     close(results, truth(KEY, *ARRAYS, bias=bias))
 
 
-def test_operands_that_are_sharded_otherwise_on_an_explicit_mesh(implementation):
-    """They are laid out as the scores first."""
-    there, bias, seen = mesh(EXPLICIT, 4, 2), normal(4, B, N, T, S), normal(5, B, 1, T, S) > -1
+def test_operands_that_are_sharded_differently_on_an_explicit_mesh(implementation):
+    """They are first resharded like the scores."""
+    the_mesh, bias, seen = mesh(EXPLICIT, 4, 2), normal(4, B, N, T, S), normal(5, B, 1, T, S) > -1
     lengths, rate = np.arange(B, dtype=np.int32) + S - B, np.linspace(0, 0.5, B, dtype=np.float32).reshape(B, 1, 1, 1)
 
     def attend(q, k, v, bias, seen, lengths, rate):
         return implementation.attend(KEY, q, k, v, rate, bias=bias, mask=seen, key_value_seq_lengths=lengths)
 
     expected = quick(attend)(*ARRAYS[:3], bias, seen, lengths, rate)
-    with jax.set_mesh(there):
-        arrays = [place(there, x, "a", None, "b") for x in ARRAYS[:3]]
-        others = [place(there, bias, None, "a", None, "b"), place(there, seen, None, None, "b")]
-        others += [place(there, lengths, "b"), place(there, rate, "b")]
+    with jax.set_mesh(the_mesh):
+        arrays = [put(the_mesh, x, "a", None, "b") for x in ARRAYS[:3]]
+        others = [put(the_mesh, bias, None, "a", None, "b"), put(the_mesh, seen, None, None, "b")]
+        others += [put(the_mesh, lengths, "b"), put(the_mesh, rate, "b")]
         close([quick(attend)(*arrays, *others)], [expected])
 
 

@@ -134,7 +134,7 @@ def hash_keys(words):
 
 
 def few_rounds(rounds):
-    """Keys of rows by a Threefry that stops early."""
+    """Row keys by a Threefry that stops early."""
 
     def row_keys(key, rows):
         seed = np.stack(hash_keys(jax.random.key_data(key)), -1)[..., None]
@@ -158,7 +158,7 @@ def short_threefry(k0, k1, x, y, rounds):
 
 
 def unhashed_seed(key, rows):
-    """Keys of rows as jax.random splits a key: with the key's words as the seed."""
+    """Row keys as jax.random splits a key, with the words of the key as the seed."""
     words = np.asarray(jax.random.key_data(key))[:, :, None]
     row = rows[None, :]
     return np.stack(reference.threefry2x32((words[:, 0], words[:, 1]), (row >> np.uint64(32), row)), -1)

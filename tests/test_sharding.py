@@ -357,7 +357,7 @@ def test_a_mesh_axis_named_twice():
         tiled(KEY, jnp.ones((8, 16)))
 
 
-OPERANDS = {  # for x of [8, 16]: which argument, its shape, and the call
+OPERANDS = {  # for x of shape [8, 16]: the argument, its shape, and the call
     "rates": ("rate", (8, 16), lambda x, other: dropout(KEY, x, other, train=True)),
     "rates of rows": ("rate", (8, 1), lambda x, other: drop_path(KEY, x, other, train=True)),
     "noise": ("stddev", (8, 16), lambda x, other: gaussian_noise(KEY, x, other, train=True)),

@@ -42,7 +42,7 @@ mlir.register_lowering(_key_words_p, mlir.lower_fun(jax.random.key_data, multipl
 
 def key_words(key: Array) -> Array:
     """Return a key's data words, uint32, and mark a typed key as used."""
-    return _key_words_jit(key) if is_typed_key(key) else jnp.asarray(key)  # bind alone would ask for the key's type
+    return _key_words_jit(key) if is_typed_key(key) else jnp.asarray(key)  # bind would query the key's type
 
 
 def mark_used(key: Array) -> Array:

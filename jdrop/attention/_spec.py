@@ -45,14 +45,14 @@ class AttentionInputs(NamedTuple):
 
 
 def reshard_as_scores(operands: T, query: Array) -> T:
-    """On an explicit mesh, lay arrays that broadcast to scores out as the query lays out the scores."""
+    """On an explicit mesh, shard arrays that broadcast to scores like the scores of the query."""
     sharding = explicit_sharding(jax.typeof(query).sharding)
     if sharding is None:
         return operands
     batch, queries, heads, _ = sharding.spec
 
     def one(x: Array) -> Array:
-        sizes = x.shape if x.ndim == 4 else ()  # the seed and the scale are on every device
+        sizes = x.shape if x.ndim == 4 else ()  # the seed and the scale are replicated
         spec = (s if n > 1 else None for s, n in zip((batch, heads, queries, None), sizes))
         return jax.sharding.reshard(x, PartitionSpec(*spec))
 
