@@ -6,7 +6,7 @@ scanned, and each derives its keys from its layer number. ``--bf16`` computes in
 
     python examples/char_gpt.py
 
-Expect, after 6 minutes (2-core CPU busy with other work too, Python 3.11, jax 0.10.2), the loss in nats per character,
+Expect, after 6 minutes (2-core CPU with other work on it, Python 3.11, jax 0.10.2), the loss in nats per character,
 evaluated without dropout: training and held-out loss after the last step, and the lowest held-out loss during training:
 
     arm        | train | last  | lowest | at step
@@ -99,8 +99,8 @@ def forward(params: Params, ids: Array, key: Array | None, rates: Rates, train: 
     def at(*path: str | int | Array) -> Array | None:
         return None if key is None else derive(key, *path)
 
-    def block(x: Array, now: tuple[Array, Params]) -> tuple[Array, None]:
-        i, p = now
+    def block(x: Array, layer: tuple[Array, Params]) -> tuple[Array, None]:
+        i, p = layer
         qkv = (norm(x) @ p["qkv"]).reshape(*ids.shape, 3, HEADS, WIDTH // HEADS)
         q, k, v = (qkv[:, :, j] for j in range(3))
         options = {"train": train, "bias": alibi, "is_causal": True}
@@ -112,9 +112,9 @@ def forward(params: Params, ids: Array, key: Array | None, rates: Rates, train: 
         return x, None
 
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)  # the optimizer keeps float32 weights
-    table, place = params.pop("table"), jnp.arange(ids.shape[1])
+    table, position = params.pop("table"), jnp.arange(ids.shape[1])
     # Position biases as in ALiBi (Press, Smith, Lewis 2022): each head discounts distant keys with its own slope.
-    alibi = -(4.0 ** -jnp.arange(HEADS))[:, None, None] * (place[:, None] - place)
+    alibi = -(4.0 ** -jnp.arange(HEADS))[:, None, None] * (position[:, None] - position)
     x = jdrop.dropout(at("embedding"), table[ids], rates.embedding, train=train)
     x, _ = jax.lax.scan(block, x, (jnp.arange(LAYERS), params))
     return jnp.matmul(norm(x), table.T, preferred_element_type=jnp.float32)
@@ -156,7 +156,7 @@ def plot(path: Path, steps: list[int], curves: dict[str, list[list[float]]]) -> 
     for i, (name, curve) in enumerate(curves.items()):
         for values, style, label in zip(zip(*curve), ("--", "-"), ("training text", "held out"), strict=True):
             ax.plot(steps, values, style, color=f"C{i}", label=f"{name}, {label}")
-    ax.set(xlabel="step", ylabel="loss without dropout (nats a character)", title="a small GPT")
+    ax.set(xlabel="step", ylabel="loss without dropout (nats per character)", title="a small GPT")
     ax.legend()
     fig.savefig(path, dpi=120)
 
@@ -175,7 +175,7 @@ def main() -> None:
     code = {c: i for i, c in enumerate(characters)}
     text, held = (jnp.array([code[c] for c in part if c in code]) for part in (train_text, held_out))
 
-    def spread(text: Array) -> Array:
+    def evenly_spaced(text: Array) -> Array:
         starts = jnp.linspace(0, len(text) - TIME - 1, NUM_EVAL).astype(int)
         return text[starts[:, None] + jnp.arange(TIME + 1)]
 
@@ -184,16 +184,16 @@ def main() -> None:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=WEIGHT_DECAY))
     train_step = make_train_step(optimizer, text, dtype)
     evaluate = jax.jit(lambda params, sequences: loss_fn(params, sequences, None, Rates(), False, dtype))
-    sets = [spread(text), spread(held)]
+    sets = [evenly_spaced(text), evenly_spaced(held)]
 
-    print(f"{len(text)} training and {len(held)} validation characters, {len(characters)} of them different")
+    print(f"{len(text)} training and {len(held)} validation characters, {len(characters)} of them distinct")
     steps = [*range(EVAL_EVERY, args.steps, EVAL_EVERY), args.steps]
     curves: dict[str, list[list[float]]] = {}
     bar = tqdm(total=args.steps * len(ARMS))
-    for name, numbers in ARMS.items():
+    for name, arm in ARMS.items():
         bar.set_description(name)
         params = init(derive(key, "init"), len(characters))
-        opt_state, rates = optimizer.init(params), Rates(*map(jnp.float32, numbers))
+        opt_state, rates = optimizer.init(params), Rates(*map(jnp.float32, arm))
         curves[name] = []
         for t in range(args.steps):
             params, opt_state = train_step(params, opt_state, key, rates, jnp.uint32(t))

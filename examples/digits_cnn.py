@@ -62,7 +62,7 @@ PICTURE_RATE = 0.3
 Params = dict[str, Any]
 
 
-class Way(NamedTuple):
+class Method(NamedTuple):
     """A dropout function, and the drop rate of the last block. Rates of earlier blocks are lower."""
 
     drop: Callable[..., Array]
@@ -75,12 +75,12 @@ class Way(NamedTuple):
 
 
 REFERENCE = "no dropout"
-WAYS = {
-    REFERENCE: Way(jdrop.dropout, 0.0),
-    "element-wise": Way(jdrop.dropout, 0.6),
-    "channels": Way(jdrop.channel_dropout, 0.4),
-    "blocks": Way(partial(jdrop.drop_block, block_size=3, spatial_axes=(1, 2)), 0.2),
-    "branches": Way(jdrop.drop_path, 0.2),
+METHODS = {
+    REFERENCE: Method(jdrop.dropout, 0.0),
+    "element-wise": Method(jdrop.dropout, 0.6),
+    "channels": Method(jdrop.channel_dropout, 0.4),
+    "blocks": Method(partial(jdrop.drop_block, block_size=3, spatial_axes=(1, 2)), 0.2),
+    "branches": Method(jdrop.drop_path, 0.2),
 }
 
 
@@ -104,21 +104,21 @@ def conv(x: Array, layer: tuple[Array, Array], stride: int = 1) -> Array:
     return b + lax.conv_general_dilated(x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def forward(params: Params, x: Array, key: Array | None, way: Way, train: bool) -> Array:
+def forward(params: Params, x: Array, key: Array | None, method: Method, train: bool) -> Array:
     """Map images [batch, 14, 14, 1] to logits [batch, 10]; the blocks work on 7 x 7 maps."""
     x = conv(x, params["stem"], stride=2)
     for i, layer in enumerate(params["blocks"]):
         block_key = derive(key, "block", i) if key is not None else None
-        x = x + way.drop(block_key, conv(jax.nn.relu(x), layer), way.rates[i], train=train)
+        x = x + method.drop(block_key, conv(jax.nn.relu(x), layer), method.rates[i], train=train)
     w, b = params["head"]
     return jax.nn.relu(x).reshape(len(x), -1) @ w + b
 
 
-def make_train_step(way: Way, optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable:
+def make_train_step(method: Method, optimizer: optax.GradientTransformation, images: Array, labels: Array) -> Callable:
     """Return the train step for all seeds at once."""
 
     def loss_fn(params: Params, ids: Array, key: Array) -> Array:
-        logits = forward(params, images[ids], key, way, train=True)
+        logits = forward(params, images[ids], key, method, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels[ids]).mean()
 
     def step(
@@ -137,9 +137,9 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5)
 
 
-def picture(way: Way, key: Array, examples: int = 4, channels: int = 8, size: int = 7) -> np.ndarray:
+def picture(method: Method, key: Array, examples: int = 4, channels: int = 8, size: int = 7) -> np.ndarray:
     """Return masks as an image: one row per example, one column per channel; 0 is dropped, 1 kept."""
-    y = way.drop(key, jnp.ones((examples, size, size, channels)), PICTURE_RATE, train=True)
+    y = method.drop(key, jnp.ones((examples, size, size, channels)), PICTURE_RATE, train=True)
     tiles = np.pad(np.asarray(y != 0, float), [(0, 0), (0, 1), (0, 1), (0, 0)], constant_values=np.nan)
     return tiles.transpose(0, 1, 3, 2).reshape(examples * (size + 1), channels * (size + 1))[:-1, :-1]
 
@@ -154,12 +154,12 @@ def plot(path: Path, accuracies: dict[str, np.ndarray], key: Array) -> None:
         ax.plot(values, np.full(len(values), row) + 0.2, ".", color="gray", alpha=0.6)
         ax.errorbar(mean, row, xerr=2 * error, fmt="o", capsize=3)
     ax.set(yticks=range(len(accuracies)), yticklabels=list(accuracies), xlabel="test accuracy (%)")
-    ax.set_title(f"{NUM_TRAIN} training images: seeds (grey), mean and two standard errors", fontsize="medium")
+    ax.set_title(f"{NUM_TRAIN} training images: seeds (gray), mean and two standard errors", fontsize="medium")
     ax.invert_yaxis()
-    right.suptitle(f"dropped (dark), rate {PICTURE_RATE}: a row an example, a column a channel", fontsize="medium")
-    ways = {name: way for name, way in WAYS.items() if way.rate > 0}
-    for ax, (name, way) in zip(right.subplots(2, 2).flat, ways.items(), strict=True):
-        ax.imshow(picture(way, derive(key, "picture", name)), cmap="cividis", vmin=0, vmax=1)
+    right.suptitle(f"dropped (dark) at rate {PICTURE_RATE}: rows are examples, columns channels", fontsize="medium")
+    methods = {name: method for name, method in METHODS.items() if method.rate > 0}
+    for ax, (name, method) in zip(right.subplots(2, 2).flat, methods.items(), strict=True):
+        ax.imshow(picture(method, derive(key, "picture", name)), cmap="cividis", vmin=0, vmax=1)
         ax.set(title=name, xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     fig.savefig(path, dpi=120)
@@ -190,15 +190,15 @@ def main() -> None:
     @jax.jit
     def evaluate(params: Params, i: Array) -> Array:  # per seed: unbatched convolutions are faster on CPU
         ids, params = test_ids[i], jax.tree.map(lambda leaf: leaf[i], params)
-        logits = forward(params, images[ids], None, WAYS[REFERENCE], train=False)
+        logits = forward(params, images[ids], None, METHODS[REFERENCE], train=False)
         return 100 * jnp.mean(logits.argmax(-1) == labels[ids])
 
     accuracies: dict[str, np.ndarray] = {}
-    bar = tqdm(total=args.steps * len(WAYS))
-    for name, way in WAYS.items():
+    bar = tqdm(total=args.steps * len(METHODS))
+    for name, method in METHODS.items():
         bar.set_description(name)
         params, opt_state = start(keys)
-        train_step = make_train_step(way, optimizer, images, labels)
+        train_step = make_train_step(method, optimizer, images, labels)
         for t in range(args.steps):
             params, opt_state = train_step(params, opt_state, keys, train_ids, jnp.uint32(t))
             bar.update()

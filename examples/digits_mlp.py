@@ -3,7 +3,7 @@
 Trains the same MLP on 300 of scikit-learn's 1,797 digits, with and without dropout, and tests it on the other 1,497.
 All runs of both arms train at once under two nested vmaps, because the rates are traced arguments. Each seed has its
 own split. The two arms of a seed share split, initial weights, and minibatches, so differences are paired. The settings
-were chosen with ``--seed 1``. The accuracy is that of the last step, not of the best.
+were chosen with ``--seed 1``. The accuracy is that of the last step, not of the best one.
 
     python examples/digits_mlp.py
 
@@ -103,12 +103,12 @@ def plot(path: Path, steps: list[int], curves: np.ndarray, arms: dict[str, list[
     left.legend(loc="lower right")
     right.plot([0, 1], curves[-1], color="gray", alpha=0.6, marker="o", markersize=4)
     right.set(xticks=[0, 1], xticklabels=list(arms), xlim=(-0.3, 1.3), ylabel="test accuracy (%)")
-    right.set_title("the last step, one line a seed")
+    right.set_title("the last step, one line per seed")
     fig.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Dropout on few images of digits.")
+    parser = argparse.ArgumentParser(description="Dropout with few training images.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")

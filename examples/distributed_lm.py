@@ -2,7 +2,7 @@
 
 Trains a character model on Python's own ``pydoc_data.topics`` over a mesh (data, model), using ``jax.distributed`` for
 several processes. The key of a mask is derived from the layer, the step, and the index of the example in the data set.
-A mask is therefore independent of device, process, batch, and run, and there is no generator state to save. The data
+A mask therefore does not depend on device, process, batch, or run, and there is no generator state to save. The data
 order depends only on the step. After Orbax commits a checkpoint, SHA-256 sums of its files are written next to it, in
 the format of ``sha256sum``, and checked before it is restored. If a checkpoint is missing, truncated, or corrupt, the
 run reports it and uses the previous one. All processes must have access to the same folders.
@@ -16,10 +16,10 @@ loopback (gloo listens at the address of the host name). If one dies, the others
 
 Expect, after 20 seconds on one device (2-core CPU, Python 3.11, jax 0.10.2), with losses in nats per character:
 
-    last training loss  | 2.453631
-    validation loss     | 2.428583
-    characters a second | 15,992
-    SHA-256 of weights  | depends on the machine
+    last training loss    | 2.453631
+    validation loss       | 2.428583
+    characters per second | 15,992
+    SHA-256 of weights    | depends on the machine
 
 The SHA-256 of the weights is the same in every run on one machine, after any number of kills. On another layout, sums
 round differently: over six steps on 1 x 4, 2 x 2, and 4 x 1 processes x devices, losses differed from those on 1 x 1 by
@@ -78,29 +78,29 @@ def read() -> tuple[np.ndarray, np.ndarray, int]:
 
 def ids_at(seed: int, step: int, count: int) -> np.ndarray:
     """Return the ids of the examples of a step, in a new order for each epoch."""
-    epoch, place = divmod(step, count // BATCH)
-    return np.random.default_rng([seed, epoch]).permutation(count)[place * BATCH :][:BATCH].astype(np.int32)
+    epoch, batch = divmod(step, count // BATCH)
+    return np.random.default_rng([seed, epoch]).permutation(count)[batch * BATCH :][:BATCH].astype(np.int32)
 
 
 def init(seed: int, vocabulary: int) -> dict[str, np.ndarray]:
     """Return the weights, with those of all layers stacked."""
-    shapes = {"embed": (vocabulary, WIDTH), "place": (TIME, WIDTH), "head": (WIDTH, vocabulary)}
+    shapes = {"embed": (vocabulary, WIDTH), "position": (TIME, WIDTH), "head": (WIDTH, vocabulary)}
     shapes |= {"qkv": (LAYERS, 3, WIDTH, HEADS, WIDTH // HEADS), "out": (LAYERS, HEADS, WIDTH // HEADS, WIDTH)}
     shapes |= {"up": (LAYERS, WIDTH, 4 * WIDTH), "down": (LAYERS, 4 * WIDTH, WIDTH)}
-    draw = np.random.default_rng([seed, 2**31])  # independent of the data order
-    return {name: draw.normal(0, WIDTH**-0.5, shape).astype(np.float32) for name, shape in shapes.items()}
+    rng = np.random.default_rng([seed, 2**31])  # independent of the data order
+    return {name: rng.normal(0, WIDTH**-0.5, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def forward(params: dict, words: jax.Array, key: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Map one example [TIME] to logits and the masks used; ``key`` is derived from its id and the step."""
+    """Map one example [TIME] to logits and its masks, for dumps; ``key`` is derived from its id and the step."""
     train = key is not None
 
-    def drop(x: jax.Array, *place: str | jax.Array) -> jax.Array:
-        return jdrop.dropout(derive(key, *place) if train else None, x, RATE, train=train)
+    def drop(x: jax.Array, *path: str | jax.Array) -> jax.Array:
+        return jdrop.dropout(derive(key, *path) if train else None, x, RATE, train=train)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *place: str | jax.Array) -> jax.Array:
-        key_here = derive(key, *place) if train else None
-        return jdrop.dot_product_attention(key_here, q, k, v, RATE, train=train, is_causal=True)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *path: str | jax.Array) -> jax.Array:
+        mask_key = derive(key, *path) if train else None
+        return jdrop.dot_product_attention(mask_key, q, k, v, RATE, train=train, is_causal=True)
 
     def layer(x: jax.Array, at: tuple) -> tuple[jax.Array, dict[str, jax.Array]]:
         p, i = at
@@ -108,13 +108,13 @@ def forward(params: dict, words: jax.Array, key: jax.Array | None) -> tuple[jax.
         h = x + drop(jnp.einsum("thd,hdw->tw", attend(q, k, v, "attention", i), p["out"]), "out", i)
         up = drop(jax.nn.gelu(jax.nn.standardize(h) @ p["up"]), "up", i)  # sharded over "model", and so is its mask
         y = h + drop(up @ p["down"], "down", i)
-        masks = {"out": drop(jnp.ones_like(x), "out", i), "up": drop(jnp.ones_like(up), "up", i)}  # dead if not dumped
-        nothing, each = jnp.zeros([TIME, HEADS, TIME]), jnp.eye(TIME)[:, None].repeat(HEADS, 1)
-        attention = attend(nothing, nothing, each, "attention", i).swapaxes(0, 1)  # [heads, queries, keys]
+        masks = {"out": drop(jnp.ones_like(x), "out", i), "up": drop(jnp.ones_like(up), "up", i)}  # only for dumps
+        zeros, identity = jnp.zeros([TIME, HEADS, TIME]), jnp.eye(TIME)[:, None].repeat(HEADS, 1)
+        attention = attend(zeros, zeros, identity, "attention", i).swapaxes(0, 1)  # [heads, queries, keys]
         masks |= {"down": drop(jnp.ones_like(x), "down", i), "attention": attention}
         return y, masks
 
-    x = drop(params["embed"][words] + params["place"], "embed")
+    x = drop(params["embed"][words] + params["position"], "embed")
     layers = {name: params[name] for name in ("qkv", "out", "up", "down")}
     y, masks = jax.lax.scan(layer, x, (layers, jnp.arange(LAYERS)))
     masks["embed"] = drop(jnp.ones_like(x), "embed")
@@ -132,14 +132,14 @@ class OnMesh:
 
     def __init__(self, seed: int, vocabulary: int, model: int):
         mesh = jax.make_mesh((jax.device_count() // model, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-        self.batch, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        self.batch, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
         start = {"params": init(seed, vocabulary), "seed": np.uint32(seed)}
         start["state"] = jax.tree.map(np.asarray, OPTIMIZER.init(start["params"]))
-        laid = {name: NamedSharding(mesh, SPECS.get(name, P())) for name in start["params"]}
-        laid_state = optax.tree_map_params(
-            OPTIMIZER, lambda _, s: s, start["state"], laid, transform_non_params=lambda _: whole
+        params_sharding = {name: NamedSharding(mesh, SPECS.get(name, P())) for name in start["params"]}
+        state_sharding = optax.tree_map_params(
+            OPTIMIZER, lambda _, s: s, start["state"], params_sharding, transform_non_params=lambda _: replicated
         )
-        self.layout = {"params": laid, "seed": whole, "state": laid_state}
+        self.layout = {"params": params_sharding, "seed": replicated, "state": state_sharding}
         self.start = jax.device_put(start, self.layout)
         self.abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.start)
 
@@ -150,9 +150,9 @@ class OnMesh:
             now = now | {"params": optax.apply_updates(now["params"], updates), "state": state}
             return now, loss, masks if dump else {}
 
-        out = (self.layout, whole, None)
+        out = (self.layout, replicated, None)
         self.step = jax.jit(step, static_argnums=4, out_shardings=out, donate_argnums=0)
-        self.evaluate = jax.jit(lambda now, words: loss_fn(now["params"], words, None)[0], out_shardings=whole)
+        self.evaluate = jax.jit(lambda now, words: loss_fn(now["params"], words, None)[0], out_shardings=replicated)
 
     def put(self, array: np.ndarray) -> jax.Array:
         """Shard an array over its batch axis; each process reads only its own rows."""
@@ -169,7 +169,7 @@ def sums(folder: Path) -> str:
 
 
 def save(folder: Path, step: int, now: dict, keep: int) -> None:
-    """Commit a checkpoint, then its sums, which make it valid. Keep the newest ``keep`` checkpoints up to this one."""
+    """Commit a checkpoint, then its checksums, which make it valid. Of those up to this step, keep ``keep``."""
     path = folder / f"step-{step:08}"
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), now, force=True)
@@ -180,8 +180,8 @@ def save(folder: Path, step: int, now: dict, keep: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path.with_suffix(".sha256"))
-        earlier = {found.with_suffix("") for found in folder.glob("step-*")}  # later ones are damaged: see newest
-        for old in sorted(found for found in earlier if found <= path)[:-keep]:
+        steps = {entry.with_suffix("") for entry in folder.glob("step-*")}
+        for old in sorted(step for step in steps if step <= path)[:-keep]:  # later ones are damaged: see newest
             old.with_suffix(".sha256").unlink(missing_ok=True)
             shutil.rmtree(old, ignore_errors=True)
 
@@ -191,14 +191,14 @@ def newest(folder: Path) -> int:
     for leftover in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(leftover)
     for path in sorted({path.with_suffix("") for path in folder.glob("step-*")}, reverse=True):
-        manifest, found = path.with_suffix(".sha256"), sums(path).splitlines()
+        manifest, actual = path.with_suffix(".sha256"), sums(path).splitlines()
         expected = manifest.read_text(errors="replace").splitlines() if manifest.exists() else None
-        wrong = sorted({line.split("  ", 1)[-1] for line in set(expected or ()) ^ set(found)})
-        if expected is not None and found and not wrong:
+        wrong = sorted({line.split("  ", 1)[-1] for line in set(expected or ()) ^ set(actual)})
+        if expected is not None and actual and not wrong:
             return int(path.name.removeprefix("step-"))
-        reason = "missing" if not found else "it was not finished" if expected is None else f"bad: {', '.join(wrong)}"
-        print(f"checkpoint {path}: {reason}; trying the one before", flush=True)
-    print(f"no whole checkpoint in {folder}: starts at step 0", flush=True)
+        reason = "missing" if not actual else "not finished" if expected is None else f"bad: {', '.join(wrong)}"
+        print(f"checkpoint {path}: {reason}; trying the previous one", flush=True)
+    print(f"no valid checkpoint in {folder}: starting at step 0", flush=True)
     return 0
 
 
@@ -211,7 +211,7 @@ def size_of_model(devices: int, wanted: int | None) -> int:
         if devices % size == 0 and HEADS % size == 0 and BATCH % (devices // size) == 0:
             return size
     wanted = f" with --model {wanted}" if wanted else ""
-    sys.exit(f"{devices} devices{wanted} cannot share a batch of {BATCH} and {HEADS} heads evenly: take a power of two")
+    sys.exit(f"{devices} devices{wanted} cannot share a batch of {BATCH} and {HEADS} heads evenly: use a power of two")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -226,9 +226,9 @@ def train(args: argparse.Namespace) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             now = checkpointer.restore(args.checkpoints.absolute() / f"step-{start:08}", on_mesh.abstract)
         if int(now["seed"]) != args.seed:
-            sys.exit(f"{args.checkpoints} is of a run with --seed {int(now['seed'])}")
+            sys.exit(f"{args.checkpoints} belongs to a run with --seed {int(now['seed'])}")
     if start > args.steps:
-        sys.exit(f"{args.checkpoints} is of a run that has made {start} steps: pass --steps {start} or more")
+        sys.exit(f"{args.checkpoints} belongs to a run that has made {start} steps: pass --steps {start} or more")
     if first and start:
         print(f"resumes at step {start}", flush=True)
     if first:
@@ -238,20 +238,20 @@ def train(args: argparse.Namespace) -> None:
         part.write_text("".join(line for line in lines if int(line.split(",")[0]) < start))
         part.replace(curve)
 
-    losses, began = [], time.time()
+    losses, started = [], time.time()
     sizes = {"total": args.steps * BATCH * TIME, "initial": start * BATCH * TIME, "unit": "characters"}
     bar = tqdm(**sizes, unit_scale=True, disable=not first)
     for t in range(start, args.steps):
         ids = ids_at(args.seed, t, len(text))
-        words, spread = on_mesh.put(text[ids]), on_mesh.put(ids)
-        now, loss, masks = on_mesh.step(now, words, spread, np.uint32(t), args.dump_masks)
+        words, sharded_ids = on_mesh.put(text[ids]), on_mesh.put(ids)
+        now, loss, masks = on_mesh.step(now, words, sharded_ids, np.uint32(t), args.dump_masks)
         losses.append((t, loss))
         if args.dump_masks:
             masks = multihost_utils.process_allgather(masks, tiled=True)
             if first:
                 np.savez(args.out / f"masks-{t:08}.npz", ids=ids, **masks)
         if (t + 1) % args.every == 0 or t + 1 == args.steps:
-            if first:  # not at every step, so that the devices do not wait
+            if first:  # reading losses at every step would make the devices wait
                 with curve.open("a") as file:
                     file.writelines(f"{at},{float(value)!r}\n" for at, value in losses)
                 bar.update(len(losses) * BATCH * TIME)
@@ -259,7 +259,7 @@ def train(args: argparse.Namespace) -> None:
             if args.checkpoints:
                 save(args.checkpoints, t + 1, now, args.keep)
     bar.close()
-    speed = (args.steps - start) * BATCH * TIME / (time.time() - began)
+    speed = (args.steps - start) * BATCH * TIME / (time.time() - started)
 
     held_out = held_out[: VALIDATE * BATCH].reshape(VALIDATE, BATCH, TIME + 1)
     validation = np.mean([float(on_mesh.evaluate(now, on_mesh.put(words))) for words in held_out])
@@ -267,12 +267,12 @@ def train(args: argparse.Namespace) -> None:
     if first:
         steps, values = np.array([line.split(",") for line in curve.read_text().split()], float).reshape(-1, 2).T
         last = f"{values[-1]:.6f}" if len(values) else f"none in {curve}, and no step is left"
-        print(f"last training loss  | {last}\nvalidation loss     | {validation:.6f}")
-        print(f"characters a second | {speed:,.0f}")
-        print(f"SHA-256 of weights  | {hashlib.sha256(b''.join(p.tobytes() for p in params)).hexdigest()[:16]}")
+        print(f"last training loss    | {last}\nvalidation loss       | {validation:.6f}")
+        print(f"characters per second | {speed:,.0f}")
+        print(f"SHA-256 of weights    | {hashlib.sha256(b''.join(p.tobytes() for p in params)).hexdigest()[:16]}")
         fig, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
         ax.plot(steps, values)
-        ax.set(xlabel="step", ylabel="training loss (nats a character)")
+        ax.set(xlabel="step", ylabel="training loss (nats per character)")
         fig.savefig(args.out / "distributed_lm.png", dpi=120)
 
 
@@ -288,15 +288,15 @@ def launch(args: argparse.Namespace) -> int:
     bad = next((i for i, code in enumerate(codes) if code), None)
     if bad is None:
         return 0
-    deadline = time.time() + args.heartbeat  # they notice by themselves; after that, end them
+    deadline = time.time() + args.heartbeat  # until then, they should notice and exit
     while time.time() < deadline and None in [child.poll() for child in children]:
         time.sleep(0.1)
     for child in children:
         child.kill()
         child.wait()
     how = f"was ended by {signal.Signals(-codes[bad]).name}" if codes[bad] < 0 else f"failed with status {codes[bad]}"
-    again = "the same command resumes" if args.checkpoints else "without --checkpoints there is nothing to resume"
-    print(f"process {bad} of {args.processes} {how}; all are ended; {again}", file=sys.stderr)
+    again = "the same command resumes the run" if args.checkpoints else "nothing to resume without --checkpoints"
+    print(f"process {bad} of {args.processes} {how}; all processes were ended; {again}", file=sys.stderr)
     return 1
 
 

@@ -161,7 +161,7 @@ def plot(path: Path, results: dict[ScaleAt, dict[str, np.ndarray]]) -> None:
         dots = axes[2].loglog(DRAWS, result["rms"].mean(0)[3:], "o", label=f'Monte Carlo, scale_at="{scale_at}"')[0]
         axes[2].axhline(result["rms"].mean(0)[1], color=dots.get_color(), linestyle="--", label="weight scaling")
         axes[2].loglog(DRAWS, result["predicted"].mean(0), color="gray", linewidth=0.8)
-    axes[2].set(xlabel="draws", ylabel="rms difference to that average", title="grey lines: theory")
+    axes[2].set(xlabel="draws", ylabel="rms difference from that average", title="gray lines: theory")
     axes[2].legend(loc="lower left", fontsize="small")
     fig.savefig(path, dpi=120)
 
@@ -197,7 +197,7 @@ def main() -> None:
 
     names = ["all 4,096 networks", "weight scaling", "geometric mean", *(f"Monte Carlo, draws: {n}" for n in DRAWS)]
     print(
-        f"\n{'difference to them, rms':25}" + "".join(f"| {s + ': rms':10} | error  | theory | right " for s in results)
+        f"\n{'rms difference from all':25}" + "".join(f"| {s + ': rms':10} | error  | theory | right " for s in results)
     )
     for i, name in enumerate(names):
         cells = ""

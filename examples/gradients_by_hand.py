@@ -16,7 +16,7 @@ Expect, after 20 seconds (2-core CPU, jax 0.10.2):
     0s and 1 / (1 - rate), scale_at="train"       |  2.1e-07 | up to 1e-05     | ok
     0s and 1s, scale_at="eval"                    |  1.4e-07 | up to 1e-05     | ok
     2s forward, but 1s backward: wrong by half    |      0.5 | 0.40 to 0.60    | ok
-    one gradient an example, summed               |  1.8e-07 | up to 1e-05     | ok
+    per-example gradients, summed                 |  1.8e-07 | up to 1e-05     | ok
     masked inputs and units: their gradients      |        0 | 0               | ok
     dropped weights: their gradient               |        0 | 0               | ok
     dropped weights: rows without any gradient    |        0 | 0               | ok
@@ -65,8 +65,8 @@ failed: list[str] = []
 
 def check(name: str, value: float, low: float, high: float) -> None:
     """Print a row of the table, and record a failure."""
-    wanted = "0" if high == 0 else f"up to {high:g}" if low == 0 else f"{low:.2f} to {high:.2f}"
-    print(f"{name:46}| {value:8.2g} | {wanted:15} | {'ok' if low <= value <= high else 'FAILED'}")
+    expected = "0" if high == 0 else f"up to {high:g}" if low == 0 else f"{low:.2f} to {high:.2f}"
+    print(f"{name:46}| {value:8.2g} | {expected:15} | {'ok' if low <= value <= high else 'FAILED'}")
     if not low <= value <= high:
         failed.append(name)
 
@@ -120,7 +120,7 @@ def check_gradients(params: Params, x: Any, y: Any, key: Array) -> np.ndarray:
     check('0s and 1 / (1 - rate), scale_at="train"', distance(two, two, batch), 0, TOLERANCE)
     check('0s and 1s, scale_at="eval"', distance(one, one, batch_eval), 0, TOLERANCE)
     check("2s forward, but 1s backward: wrong by half", distance(two, one, batch), 0.4, 0.6)
-    check("one gradient an example, summed", distance(two, two, {k: g.mean(0) for k, g in each.items()}), 0, TOLERANCE)
+    check("per-example gradients, summed", distance(two, two, {k: g.mean(0) for k, g in each.items()}), 0, TOLERANCE)
 
     pixels, units = one[0] == 0, one[1] == 0
     gradients = each["w1"][pixels], each["w1"].swapaxes(1, 2)[units], each["w2"][units]
@@ -195,7 +195,7 @@ def main() -> None:
     params = init(derive(key, "init"))
     losses = train(params, x, y, derive(key, "train"), args.steps)
 
-    print(f"{'check':46}| {'value':8} | {'wanted':15} | verdict")
+    print(f"{'check':46}| {'value':8} | {'expected':15} | verdict")
     by_input = check_gradients(params, x[:BATCH], y[:BATCH], derive(key, "gradients"))
     by_weight = check_dropconnect(params, jnp.asarray(x[0]), jnp.asarray(y[0]), derive(key, "dropconnect"))
     check_moments(params, jnp.asarray(x[[0, 10]]), derive(key, "moments"))  # two zeros
@@ -209,11 +209,11 @@ def main() -> None:
     axes[0].legend()
     for ax, name, grad in zip(axes[1:], ("inputs", "weights"), (by_input, by_weight), strict=True):
         ax.imshow(grad[:, np.abs(grad).max(0) > 0] != 0, cmap="Greys", aspect="auto", interpolation="nearest")
-        ax.set(title=f"dropout on {name}: gradient not 0", xlabel="units that are on", ylabel="inputs")
+        ax.set(title=f"dropout on {name}: nonzero gradient", xlabel="active units", ylabel="inputs")
     args.out.mkdir(parents=True, exist_ok=True)
     fig.savefig(args.out / "gradients_by_hand.png", dpi=120)
     if failed:
-        raise SystemExit(f"These do not agree: {', '.join(failed)}")
+        raise SystemExit(f"These checks failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

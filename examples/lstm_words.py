@@ -22,7 +22,7 @@ perplexity, the paired difference from nothing, standard errors over 4 seeds, an
     all together      | 4.909 | 0.015 |      135.5 |     -0.285 | 0.006 | 4.909
 
 All methods reduce overfitting. ``drop_connect`` helps least: ``nothing`` with early stopping is nearly as good. All of
-them together are hardly better than only ``locked_dropout``: the difference is less than the errors of the two.
+them together are hardly better than ``locked_dropout`` alone: the difference is within the errors of the two.
 """
 
 import argparse
@@ -88,10 +88,10 @@ def read_words() -> tuple[list[str], list[str]]:
     words, seen = ([], []), set()
     for i, name in enumerate(sorted(topics)):
         for paragraph in re.split(r"\n\s*\n", topics[name]):
-            found = re.findall(r"\w+|[^\w\s]", paragraph.lower())
-            if " ".join(found) not in seen:  # topics repeat sections of other topics: keep the first
-                words[i % 4 == 2].extend(found)
-            seen.add(" ".join(found))
+            tokens = re.findall(r"\w+|[^\w\s]", paragraph.lower())
+            if " ".join(tokens) not in seen:  # topics repeat sections of other topics: keep the first
+                words[i % 4 == 2].extend(tokens)
+            seen.add(" ".join(tokens))
     return words[0][:NUM_TRAIN], words[1]
 
 
@@ -165,7 +165,7 @@ def plot(path: Path, steps: list[int], curves: dict[str, np.ndarray]) -> None:
         mean, error = values.mean(1), values.std(1, ddof=1) / NUM_SEEDS**0.5
         ax.plot(steps, mean, label=name)
         ax.fill_between(steps, mean - 2 * error, mean + 2 * error, alpha=0.25)
-    ax.set(xlabel="step", ylabel="validation loss (nats a word)", title="mean and two standard errors")
+    ax.set(xlabel="step", ylabel="validation loss (nats per word)", title="mean and two standard errors")
     ax.legend()
     fig.savefig(path, dpi=120)
 
@@ -192,10 +192,10 @@ def main() -> None:
     steps = [*range(EVAL_EVERY, args.steps, EVAL_EVERY), args.steps]
     curves: dict[str, np.ndarray] = {}
     bar = tqdm(total=args.steps * len(METHODS))
-    for name, numbers in METHODS.items():
+    for name, method in METHODS.items():
         bar.set_description(name)
         params, opt_state = start(keys)
-        rates = Rates(*map(jnp.float32, numbers))
+        rates = Rates(*map(jnp.float32, method))
         losses = []
         for t in range(args.steps):
             params, opt_state = train_step(params, opt_state, keys, rates, jnp.uint32(t))

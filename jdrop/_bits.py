@@ -1,4 +1,4 @@
-"""Where the decisions of a mask come from: a class for each generator, and for each version of the mask."""
+"""Sources of random decisions: one class per generator and mask version."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,13 +27,13 @@ class Bits(Protocol):
         """Whether a decision can be drawn by its index, without the others."""
 
     def seed(self, key: Array) -> Array:
-        """Use a key up, and return what a mask holds of it."""
+        """Consume a key, and return the data that a mask keeps of it."""
 
     def rate(self, rate: Rate) -> Rate:
-        """Return the drop rate as a mask holds it. What is concrete stays so: outside jit, to move it takes time."""
+        """Return the drop rate as a mask stores it. Concrete rates stay concrete, because moving them takes time."""
 
     def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:
-        """Require a shape of decisions that the bits can serve."""
+        """Require a shape of decisions that the bits support."""
 
     def keep_at(
         self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
@@ -44,7 +44,7 @@ class Bits(Protocol):
         """Return which elements of a whole array are kept, without random access."""
 
     def keep_probability(self, rate: Rate, dtype: Any) -> Array:
-        """Return the probability that an element is really kept with, in ``dtype``; NaN for NaN."""
+        """Return the exact probability that an element is kept, in ``dtype``; NaN for NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class FastBits:
             ) from None
 
     def word_at(self, seed: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:
-        """Return the uint32 words at an index: what decisions and noise are made from."""
+        """Return the uint32 words at an index, from which decisions and noise are computed."""
         seed = recomputed(seed)
         row, col = row_and_column(shape, index)
         return fast.mix(platform.row_key((seed[0], seed[1]), row), col)
@@ -94,7 +94,7 @@ class JaxBits:
     """``generator="jax"``: the decisions of ``jax.random.bernoulli``."""
 
     implementation: str
-    """That of the key, as ``jax.random.key_impl`` names it."""
+    """The implementation of the key, as named by ``jax.random.key_impl``."""
     random_access: bool
 
     def seed(self, key: Array) -> Array:
@@ -110,7 +110,7 @@ class JaxBits:
         self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
         del platform
-        # One barrier around both: an index that does not depend on the key would move out of a scan, and be stored.
+        # One barrier for both: an index that does not depend on the key would be hoisted out of a scan and stored.
         seed, index = recomputed((seed, index))
         flat, _ = row_and_column(shape, index, columns=False)
         return jax_bits.keep(jax_bits.bits_at((seed[0], seed[1]), flat, rate.dtype), jnp.asarray(rate))
@@ -124,7 +124,7 @@ class JaxBits:
 
 
 def bits_for(function: str, key: Array, generator: Generator, argument: str = "key") -> Bits:
-    """Return the source of decisions for a key; ``argument`` is what the function calls the key."""
+    """Return the source of decisions for a key; ``argument`` is the name of the key in the function."""
     if generator == "fast":
         return FastBits()
     try:
@@ -138,7 +138,7 @@ def bits_for(function: str, key: Array, generator: Generator, argument: str = "k
 
 
 def expected_keep(rate: Rate, generator: Generator, dtype: Any) -> Array:
-    """Return the keep probability without a key: what evaluation multiplies by where training does not divide."""
+    """Return the keep probability without a key, as the factor of evaluation if training does not divide."""
     bits: Bits = FastBits() if generator == "fast" else JaxBits("", False)
     return bits.keep_probability(lax.stop_gradient(bits.rate(rate)), dtype)
 
@@ -149,9 +149,9 @@ def _seed(key: Array) -> Array:
 
 
 def recomputed(x: Any) -> Any:
-    """Return x behind a barrier, so that the backward pass computes again what the forward pass made from it.
+    """Return x behind a barrier, so that the backward pass recomputes what the forward pass computed from it.
 
-    XLA merges equal computations, and would store a mask that both passes need. On CPU the barriers of the two passes
-    keep them apart. On GPU and TPU, XLA merges the barriers as well: there this alone does not prevent a stored mask.
+    XLA merges equal computations, and would store a mask that both passes need. On CPU, the barriers of the two passes
+    keep them apart. On GPU and TPU, XLA merges the barriers too, so a barrier alone does not prevent a stored mask.
     """
     return lax.optimization_barrier(x)

@@ -1,4 +1,4 @@
-"""The rules of arguments: each function returns the argument in one form, or raises before any work is done."""
+"""Checks of arguments: each function returns the argument in one form, or raises before any computation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +56,7 @@ def check_key(function: str, value: Any, argument: str = "key") -> None:
 
 
 def check_array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT) -> None:
-    """Require an array of real or complex floating point numbers."""
+    """Require an array of real or complex floating-point numbers."""
     if not is_array(value):
         raise TypeError(f"{function}: {argument} must be an array, got {describe(value)}; convert it with jnp.asarray")
     check_byte_order(function, argument, value)

@@ -1,4 +1,4 @@
-"""What errors say of values. Every error has the form ``function: argument rule, got value; fix``."""
+"""Descriptions of values in errors. Every error has the form ``function: argument rule, got value; fix``."""
 
 from typing import Any
 

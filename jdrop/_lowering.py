@@ -1,4 +1,4 @@
-"""Functions of the target: computed as the platform that a program is lowered for wants it, under all transforms."""
+"""Functions of the target: computed in the form of the platform that a program is lowered for, under all transforms."""
 
 import dataclasses
 import functools
@@ -25,10 +25,10 @@ def at_lowering(f: Function, *operands: Any, types: Any = None) -> Any:
     """Return ``f(target, *operands)`` for the target that the program is lowered for.
 
     Args:
-      f: a function at module level, or a callable frozen dataclass: functions are compared by value. Its results have
-        the same shapes and dtypes for all targets.
+      f: a function at module level, or a callable frozen dataclass, because functions are compared by value. The shapes
+        and dtypes of its results are the same for all targets.
       *operands: pytrees of arrays.
-      types: the results' types, as ``jax.typeof`` returns them. ``None`` traces ``f`` once more to find out.
+      types: the types of the results, as from ``jax.typeof``. ``None`` traces ``f`` once more to determine them.
     """
     leaves, tree = jax.tree.flatten(operands)
     flat = _Flat(f, tree)
@@ -42,7 +42,7 @@ def at_lowering(f: Function, *operands: Any, types: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Flat:
-    """A function of pytrees as one of arrays."""
+    """A function of pytrees as a function of arrays."""
 
     f: Function
     tree: Any
@@ -67,7 +67,7 @@ class _Mapped:
 
 
 def _map(f: Function, axes: Sequence[int | None], leaves: Sequence[Any], num_results: int) -> _Mapped:
-    """Map a function, but not the results that do not depend on mapped operands."""
+    """Map a function, except for results that do not depend on mapped operands."""
 
     def is_mapped(i: int) -> bool:
         def result(*leaves: Any) -> Any:
@@ -88,7 +88,7 @@ def _call(*leaves: Any, f: Function, target: Target) -> Any:
 
 
 def _call_without_dead_code(*leaves: Any, f: Function, target: Target, **params: Any) -> list[Any]:
-    """Call a function, without the parts of its loops that no result needs: XLA for CPU computes them."""
+    """Call a function without the parts of its loops that no result needs, which XLA for CPU would compute."""
     del params
     closed = jax.make_jaxpr(functools.partial(_call, f=f, target=target))(*leaves)
     jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals), instantiate=True)
@@ -96,7 +96,7 @@ def _call_without_dead_code(*leaves: Any, f: Function, target: Target, **params:
 
 
 def _run_compiled(bind: Callable[..., Any], *leaves: Any, **params: Any) -> Any:
-    with jax.disable_jit(False):  # a primitive runs compiled, even where the user disables jit
+    with jax.disable_jit(False):  # a primitive runs compiled, even if the user disables jit
         return bind(*leaves, **params)
 
 
@@ -111,7 +111,7 @@ def _batch(leaves: Any, axes: Any, *, f: Function, avals: Any) -> Any:
 
 
 def _jvp(primals: Any, tangents: Any, *, f: Function, avals: Any) -> Any:
-    """Differentiate the plain form. First derivatives have rules of their own, so only second ones come here."""
+    """Differentiate the plain form. First derivatives have their own rules, so only second ones use this."""
     moving = [i for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)]
     if not moving:
         return _at_lowering_p.bind(*primals, f=f, avals=avals), [ad.Zero(aval.to_tangent_aval()) for aval in avals]

@@ -35,12 +35,12 @@ class Mask:
     def keep(
         self, size: Sequence[Any], *, platform: Platform = GENERIC, sharding: NamedSharding | None = None
     ) -> Array:
-        """Return which elements are kept, of a window at ``start``: a bool array with 1 on shared axes.
+        """Return which elements of a window at ``start`` are kept: a bool array with size 1 on shared axes.
 
         Args:
           size: shape of the window.
           platform: the forms of operations.
-          sharding: how the window is laid over an explicit mesh.
+          sharding: sharding of the window over an explicit mesh.
         """
         if self.bits.random_access:
             return self.keep_at(self.index(size, sharding), platform=platform)
@@ -61,7 +61,7 @@ class Mask:
         return self.bits.word_at(self.seed, self.shape, self._zero_where_shared(index), platform)
 
     def keep_probability(self, dtype: Any) -> Array:
-        """Return the probability that an element is really kept with; NaN where the rate is."""
+        """Return the exact probability that an element is kept; NaN where the rate is NaN."""
         return self.bits.keep_probability(self.rate, dtype)
 
     def index(self, size: Sequence[Any], sharding: NamedSharding | None = None) -> list[U64]:
@@ -98,17 +98,17 @@ def draw_mask(
     random_access: bool = False,
     key_argument: str = "key",
 ) -> Mask:
-    """Use a key up, and return the mask of checked arguments.
+    """Consume a key, and return the mask of checked arguments.
 
     Args:
       function: the caller, for errors.
       key: one PRNG key.
       rate: the drop rate.
       shape: shape of the decisions of the whole array.
-      generator: where the bits come from.
+      generator: source of the bits.
       start: where a tile starts.
-      random_access: whether decisions are drawn by index. Those of a tile always are.
-      key_argument: what the function calls the key.
+      random_access: whether decisions are drawn by index, as those of a tile always are.
+      key_argument: name of the key in the function.
     """
     bits = bits_for(function, key, generator, key_argument)
     if not bits.random_access and (random_access or start is not None):

@@ -1,4 +1,4 @@
-"""What every member does first: check its arguments, then decide by mode, then by rate, and only then draw a mask."""
+"""The first steps of every member: check the arguments, then the mode, then the rate, and only then draw a mask."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Required, TypedDict, Unpack
@@ -25,13 +25,13 @@ class Arguments(NamedTuple):
     rate: Rate
     train: bool
     mask_shape: Callable[[Shape], Shape]
-    """Shape of the data to shape of the decisions."""
+    """Function from the shape of the data to the shape of the decisions."""
     generator: Generator
     shard: Shard
     tile_axes: tuple[tuple[str, ...], ...]
-    """The mesh axes over which ``shard`` lays each axis of the data."""
+    """The mesh axes over which ``shard`` splits each axis of the data."""
     key_argument: str
-    """What the function calls its key."""
+    """The name of the key in the function."""
 
     @property
     def is_identity(self) -> bool:
@@ -41,12 +41,12 @@ class Arguments(NamedTuple):
     def draw(
         self, *, one_for_all_tiles: bool = False, random_access: bool = False, mask_shape: Shape | None = None
     ) -> Mask:
-        """Use the key up, and return the mask.
+        """Consume the key, and return the mask.
 
         Args:
           one_for_all_tiles: whether ``shard`` only says that all tiles share decisions.
           random_access: whether decisions are drawn by index.
-          mask_shape: shape of the decisions, if it does not follow from that of the data.
+          mask_shape: shape of the decisions, if it does not follow from the data.
         """
         key = require_key(self.function, self.key, self.key_argument)
         check_key_varies(self.function, key, self.shard, self.key_argument, data=self.data)

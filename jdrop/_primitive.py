@@ -1,9 +1,9 @@
-"""One primitive for everything random: ``y = op(mask, x)``, whose derivative by x is linear and drawn again.
+"""One primitive for everything random: ``y = op(mask, x)``, whose derivative is linear and recomputes the mask.
 
-A :class:`MaskedOp` says what a member of the family does to its data with the decisions or the noise of a mask. The
-backward pass holds only the seed and the rate, because the derivative of an op is an op of the same kind: an
+A :class:`MaskedOp` is what a member of the family does to its data with the decisions or the noise of a mask. The
+backward pass stores only the seed and the rate, because the derivative of an op is an op of the same kind: an
 elementwise linear map, which is its own transpose. The primitive batches to itself, because a rule in terms of
-``where`` would bring the stored mask back. There are no derivatives with respect to the rate: a decision has none.
+``where`` would store the mask. There is no derivative with respect to the rate, because decisions have none.
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ class MaskView:
     sharding: NamedSharding | None
     platform: Platform = GENERIC
     index: Sequence[U64] | None = None
-    """Where decisions are looked up, if not at the index of their data."""
+    """The index of the decisions, if it differs from that of the data."""
 
     def keep(self, size: tuple[Any, ...] | None = None) -> Array:
-        """Return which decisions keep: a bool array with 1 on shared axes; ``size`` if it is not that of the data."""
+        """Return the keep decisions, a bool array with 1 on shared axes; ``size`` replaces the shape of the data."""
         if not self.mask.bits.random_access:
             size = self.shape if size is None else size
             return self._materialize(self.mask.keep(size, sharding=self._sharding_of(size)))
         return self._materialize(self.mask.keep_at(self._index_of(size), platform=self.platform))
 
     def word(self, size: tuple[Any, ...] | None = None) -> Array:
-        """Return the uint32 words behind the decisions, as :meth:`keep`."""
+        """Return the uint32 words behind the decisions, with arguments as for :meth:`keep`."""
         return self.mask.word_at(self._index_of(size), platform=self.platform)
 
     def normal(self, dtype: Any) -> Array:
@@ -83,7 +83,7 @@ def view(mask: Mask, x: Array, platform: Platform, index: Sequence[U64] | None =
 
 
 class MaskedOp(NamedTuple):
-    """What a member does to its data."""
+    """The operation of a member on its data."""
 
     value: Callable[..., Array]
     """``(view, *data) -> y``, with the shape and dtype of the data. If the data have one axis, it is elementwise."""
@@ -98,11 +98,11 @@ def masked_op(op: MaskedOp, mask: Mask, *data: Array, index: Sequence[U64] | Non
     """Apply an op to data of one shape and dtype.
 
     Args:
-      op: what to do.
+      op: the operation.
       mask: the mask of the data: the whole, or a tile.
       *data: one array per input of the op.
-      index: where to look decisions up, if not at the index of their data: along each axis of the mask, arrays that
-        broadcast to the data.
+      index: the index of the decisions along each axis of the mask, as arrays that broadcast to the data; by default,
+        that of the data.
     """
     leaves, tree = jax.tree.flatten((mask, index))
     operands = vary_together(*(x if isinstance(x, Array) else jnp.asarray(x) for x in data), *leaves)
@@ -126,7 +126,7 @@ def _impl(*operands: Array, op: MaskedOp, tree: Any, target: Target, under_vmap:
 
 
 def _can_fold(mask: Mask, x: Array) -> bool:
-    """Tell whether the mask of the whole of one axis may be computed in rows."""
+    """Tell whether the data have a single whole axis that may be computed in rows."""
     one_axis = x.ndim == 1 and mask.shape == x.shape and isinstance(x.shape[0], int) and mask.start is None
     scalar_rate = mask.rate.ndim == 0 and mask.bits.random_access
     return one_axis and scalar_rate and explicit_sharding(jax.typeof(x).sharding) is None
@@ -134,7 +134,7 @@ def _can_fold(mask: Mask, x: Array) -> bool:
 
 @functools.partial(jax.jit, static_argnames=("op", "tree", "batch", "target"))  # traced once for calls of one shape
 def _impl_vmapped(*operands: Array, batch: tuple[Any, ...], target: Target, **static: Any) -> Array:
-    """Apply an op under as many levels of vmap as ``batch`` has entries: the axes of the operands in each."""
+    """Apply an op under one level of vmap per entry of ``batch``, which gives the axes of the operands."""
     f = functools.partial(_impl, **static, target=target, under_vmap=bool(batch))
     for axes in batch:
         f = jax.vmap(f, in_axes=axes, out_axes=axes[0])
@@ -149,7 +149,7 @@ _bind_jit = jax.jit(_masked_op_p.bind, static_argnames=("op", "tree", "batch"))
 
 @_masked_op_p.def_impl
 def _(*operands: Array, **static: Any) -> Any:
-    with jax.disable_jit(False):  # a primitive runs compiled, even where the user disables jit
+    with jax.disable_jit(False):  # a primitive runs compiled, even if the user disables jit
         return _bind_jit(*operands, **static)
 
 

@@ -44,7 +44,7 @@ def mesh_axes(spec: PartitionSpec) -> tuple[tuple[str, ...], ...]:
 
 
 def types_tell() -> bool:
-    """Tell whether types say over which mesh axes arrays vary: not under ``jax.pmap``, nor with ``check_vma=False``."""
+    """Tell whether types show over which mesh axes arrays vary: not under ``jax.pmap`` or with ``check_vma=False``."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return not manual or bool(jax.typeof(lax.axis_index(manual[0])).manual_axis_type.varying)
 
@@ -54,7 +54,7 @@ def check_key_varies(
 ) -> None:
     """Inside ``shard_map``, require a key that differs over the mesh axes that the data vary over, or ``shard=``.
 
-    ``how`` says where the user can give ``shard=``.
+    ``how`` tells the user how to set ``shard=``.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if shard is not None or not manual or key is None:
@@ -91,12 +91,12 @@ def whole_array(shape: Sequence[Any], axes: tuple[tuple[str, ...], ...]) -> tupl
 
 
 def explicit_sharding(sharding: NamedSharding) -> NamedSharding | None:
-    """Return the sharding that new arrays need, if any: on an explicit mesh it is part of their type."""
+    """Return the sharding if it is part of types, on an explicit mesh; new arrays then need it."""
     return sharding if sharding.mesh.explicit_axes else None
 
 
 def check_sharded_as(function: str, argument: str, value: Any, data: Array, whose: str = "the data") -> None:
-    """On an explicit mesh, require what broadcasts to the data not to be sharded otherwise along any axis."""
+    """On an explicit mesh, forbid arrays that broadcast to the data but are sharded differently along an axis."""
     sharding = explicit_sharding(jax.typeof(data).sharding) if isinstance(value, Array) and value.ndim else None
     if sharding is None:
         return
@@ -110,7 +110,7 @@ def check_sharded_as(function: str, argument: str, value: Any, data: Array, whos
 
 
 def repeat_like(x: Array, mapped: Array, axis: int) -> Array:
-    """Repeat x along a new first axis, with the size and on an explicit mesh the sharding of an axis of ``mapped``."""
+    """Repeat x along a new first axis, with the size and any explicit sharding of an axis of ``mapped``."""
     sharding = explicit_sharding(jax.typeof(mapped).sharding)
     if sharding is not None:
         sharding = sharding.update(spec=PartitionSpec(sharding.spec[axis], *jax.typeof(x).sharding.spec))

@@ -8,8 +8,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
-RateLike = float | np.ndarray | Array  # as an argument
-Rate = np.ndarray | Array  # as checked
+RateLike = float | np.ndarray | Array  # an argument
+Rate = np.ndarray | Array  # a checked argument
 Generator = Literal["fast", "jax"]
 Shard = PartitionSpec | None
 Window = Sequence[tuple[int | Array, int]]

@@ -91,7 +91,7 @@ def per_example(key: Array, ids: Array) -> Array:
 
 
 def _derive(key: Array, blocks: list[tuple[int, Any]]) -> Array:
-    """Absorb blocks ``(tag, number)``: numbers are those of :func:`_as_number`, all of one shape."""
+    """Absorb blocks ``(tag, number)``, with numbers of one shape from :func:`_as_number`."""
     typed = is_typed_key(key)
     words = jax.random.key_data(key) if typed else jnp.asarray(key)
     derived = _derived_words(words, [number for _, number in blocks], tags=tuple(tag for tag, _ in blocks))
@@ -103,11 +103,11 @@ def _derived_words(words: Array, numbers: list[Any], *, tags: tuple[int, ...]) -
     state = hash_key(words, USE_DERIVE)
     pairs = [number if isinstance(number, U64) else U64.of(number) for number in numbers]
     mixed = functools.reduce(operator.xor, [part for pair in pairs for part in pair], state[0])
-    alike = mixed ^ mixed  # 0, batched and sharded like all parts combined, as the scan needs
-    high, low = (jnp.stack([pair[k] ^ alike for pair in pairs]) for k in (0, 1))
+    zero = mixed ^ mixed  # batched and sharded like all parts combined, as the scan needs
+    high, low = (jnp.stack([pair[k] ^ zero for pair in pairs]) for k in (0, 1))
     # A scan, because an unrolled long path takes seconds to compile on CPU.
     tagged = (jnp.array(tags, jnp.uint32), high, low)
-    state, _ = lax.scan(lambda s, block: (absorb(s, [block]), None), (state[0] ^ alike, state[1] ^ alike), tagged)
+    state, _ = lax.scan(lambda s, block: (absorb(s, [block]), None), (state[0] ^ zero, state[1] ^ zero), tagged)
     n = words.shape[-1]
     out = [w for i in range(-(-n // 2)) for w in absorb(state, [(_OUT, np.uint32(0), np.uint32(i))])]
     return jnp.stack(out[:n], axis=-1)
@@ -116,7 +116,7 @@ def _derived_words(words: Array, numbers: list[Any], *, tags: tuple[int, ...]) -
 def _as_number(value: Any) -> Any:
     """Return an integer, or an array of them, for :func:`_derived_words`.
 
-    Arrays of JAX are taken apart there, compiled; NumPy's here, because they may be wider than JAX allows.
+    JAX arrays are split into words there, in compiled code; NumPy arrays here, because JAX may not allow their width.
     """
     return value if isinstance(value, Array) else U64.of(value)
 

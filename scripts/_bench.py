@@ -1,4 +1,4 @@
-"""Common parts of the benchmarks: contenders, a model, a timing loop on warm buffers, tables, and JSON."""
+"""Shared code of the benchmarks: contenders, a model, a timing loop on warm buffers, tables, and JSON."""
 
 import ctypes
 import importlib.metadata
@@ -72,19 +72,19 @@ def peer(name: str, rate: float) -> Drop:
 
 def peers(names: Sequence[str], rate: float) -> dict[str, Drop | None]:
     """Return the JAX peers with these names, and ``None`` for peers that are not installed."""
-    found: dict[str, Drop | None] = {}
+    drops: dict[str, Drop | None] = {}
     for name in names:
         try:
-            found[name] = peer(name, rate)
+            drops[name] = peer(name, rate)
         except ImportError:
-            found[name] = None
-    return found
+            drops[name] = None
+    return drops
 
 
-def placed(drops: Mapping[str, Drop | None]) -> dict[str, tuple[Drop | None, Array | None]]:
-    """Return contenders for a model, each with the key that the model splits; no dropout comes first."""
-    found: dict[str, tuple[Drop | None, Array | None]] = {NONE: (lambda key, x: x, None)}
-    return found | {name: (drop, None if name == SCALE else jax.random.key(0)) for name, drop in drops.items()}
+def model_contenders(drops: Mapping[str, Drop | None]) -> dict[str, tuple[Drop | None, Array | None]]:
+    """Return the contenders for a model, starting with no dropout, each with the key that the model splits."""
+    none: dict[str, tuple[Drop | None, Array | None]] = {NONE: (lambda key, x: x, None)}
+    return none | {name: (drop, None if name == SCALE else jax.random.key(0)) for name, drop in drops.items()}
 
 
 def peer_names(chosen: Sequence[str]) -> list[str]:
@@ -100,16 +100,16 @@ Params = dict[str, Array]
 def transformer_weights(layers: int, width: int, stacked: bool) -> Any:
     """Return the weight shapes of a transformer: a list of layers, or one dict of stacked arrays to scan over.
 
-    Shapes are enough, because the model is compiled but not run.
+    Shapes are enough to compile the model.
     """
     sizes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
     sizes |= {f"{name}_bias": size[1:] for name, size in sizes.items()}
     sizes |= {name: (width,) for name in ("norm1", "norm1_bias", "norm2", "norm2_bias")}
 
-    def one(*stack: int) -> dict[str, jax.ShapeDtypeStruct]:
+    def shapes_of(*stack: int) -> dict[str, jax.ShapeDtypeStruct]:
         return {name: jax.ShapeDtypeStruct((*stack, *size), jnp.float32) for name, size in sizes.items()}
 
-    return one(layers) if stacked else [one() for _ in range(layers)]
+    return shapes_of(layers) if stacked else [shapes_of() for _ in range(layers)]
 
 
 Norm = Callable[[Array], Array]
@@ -172,7 +172,7 @@ def transformer(
 
 
 def keep_buffers_warm() -> bool:
-    """Make glibc reuse the freed memory of large arrays. Returning it to the system would cause new page faults.
+    """Make glibc reuse the memory of freed large arrays, which otherwise costs new page faults.
 
     Call this function before creating the first array. It returns whether it succeeded, which requires glibc.
     """
@@ -201,11 +201,11 @@ def interleave(
     Returns:
       For each case, one measurement per round; ``None`` for skipped rounds.
     """
-    draw = random.Random(0)
+    rng = random.Random(0)
     measured: dict[Case, list[Any]] = {case: [] for block in blocks for case in block}
     for i in range(rounds):
-        for block in draw.sample(list(blocks), len(blocks)):
-            for case, measure in draw.sample(list(block.items()), len(block)):
+        for block in rng.sample(list(blocks), len(blocks)):
+            for case, measure in rng.sample(list(block.items()), len(block)):
                 measured[case].append(None if i % (every or {}).get(case, 1) else measure())
     return measured
 
@@ -216,8 +216,8 @@ def median(values: Sequence[float | None]) -> float:
 
 def ratios(values: Sequence[float | None], floor: Sequence[float | None]) -> tuple[float, float, float]:
     """Return the median and quartiles of the ratios, each formed within one round."""
-    found = [v / f for v, f in zip(values, floor, strict=True) if v is not None and f is not None]
-    low, middle, high = statistics.quantiles(found, n=4, method="inclusive") if len(found) > 1 else found * 3
+    by_round = [v / f for v, f in zip(values, floor, strict=True) if v is not None and f is not None]
+    low, middle, high = statistics.quantiles(by_round, n=4, method="inclusive") if len(by_round) > 1 else by_round * 3
     return middle, low, high
 
 
@@ -241,13 +241,13 @@ def cores() -> int:
 
 def versions(peers: Sequence[str]) -> dict[str, str]:
     """Return the versions of Python, JAX, and the peers."""
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for name in ("jax", "jaxlib", *sorted({DISTRIBUTIONS[p] for p in peers})):
         try:
-            found[name] = importlib.metadata.version(name)
+            result[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            result[name] = "not installed"
+    return result
 
 
 def report(claim: str | None, peers: Sequence[str], **facts: Any) -> dict[str, Any]:

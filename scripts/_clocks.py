@@ -1,4 +1,4 @@
-"""Timing of single calls, with warm buffers and with inputs from memory instead of cache."""
+"""Clocks for single calls, with warm buffers and with inputs from memory instead of cache."""
 
 import itertools
 import math
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 DIRECTIONS = ("forward", "forward+backward")
-POOL, POOL_BYTES, POOL_MOST = 6, 1 << 27, 32  # input arrays: least number, least total bytes, largest number
+MIN_INPUTS, MIN_INPUT_BYTES, MAX_INPUTS = 6, 1 << 27, 32  # number and total size of the input arrays
 
 
 class Clock:
-    """Times calls on a cycle of inputs, the same cycle for all contenders of a dtype."""
+    """Time calls on a cycle of inputs, which all contenders of a dtype share."""
 
     def __init__(self, f: Callable[..., Any], inputs: Iterator[Any], calls: int, wait: Callable[[Any], Any]):
         self.f, self.inputs, self.calls, self.wait = f, inputs, calls, wait
@@ -25,8 +25,8 @@ class Clock:
         """Return the seconds per call."""
         arguments = [next(self.inputs) for _ in range(self.calls)]
         start = time.perf_counter()
-        for one in arguments:
-            y = self.f(*one)
+        for args in arguments:
+            y = self.f(*args)
         self.wait(y)
         return (time.perf_counter() - start) / self.calls
 
@@ -43,11 +43,11 @@ def jax_step(drop: _bench.Drop, direction: str) -> Callable[..., Any]:
     return jax.jit(both)
 
 
-def draws(shape: tuple[int, ...], itemsize: int) -> list[np.ndarray]:
-    """Return normal numbers for enough inputs that they do not fit into the cache together."""
-    count = min(max(POOL, math.ceil(POOL_BYTES / (math.prod(shape) * itemsize))), POOL_MOST)
-    draw = np.random.default_rng(0)
-    return [draw.standard_normal(shape, np.float32) for _ in range(count)]
+def random_arrays(shape: tuple[int, ...], itemsize: int) -> list[np.ndarray]:
+    """Return standard normal arrays, enough that together they exceed the cache."""
+    count = min(max(MIN_INPUTS, math.ceil(MIN_INPUT_BYTES / (math.prod(shape) * itemsize))), MAX_INPUTS)
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal(shape, np.float32) for _ in range(count)]
 
 
 def jax_inputs(data: list[np.ndarray], dtype: str) -> Iterator[Any]:

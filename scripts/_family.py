@@ -1,4 +1,4 @@
-"""The members of the family, each compared with its own floor, for ``bench_dropout.py --family`` (tests/members.py)."""
+"""Benchmarks of the family members in tests/members.py, each against its own floor (``bench_dropout.py --family``)."""
 
 import functools
 import os
@@ -36,7 +36,7 @@ def shapes(small: bool) -> dict[str, tuple[int, ...]]:
 
 
 def drops(name: str, shape: tuple[int, ...]) -> tuple[_bench.Drop, _bench.Drop]:
-    """Return floor and member as functions of a key and x. Their other operands are made here, outside the program."""
+    """Return the floor and the member as functions of a key and x. Other operands are created outside the program."""
     member, bench = MEMBERS[name], MEMBERS[name].bench
     operands = bench.operands(shape)
     ours = bench.drop or (lambda key, x: member(key, x, RATE, train=True))
@@ -45,12 +45,12 @@ def drops(name: str, shape: tuple[int, ...]) -> tuple[_bench.Drop, _bench.Drop]:
 
 def peers_of(member: Bench, peers: Sequence[str]) -> dict[str, _bench.Drop]:
     """Return the equivalents of a member in other JAX libraries."""
-    found: dict[str, _bench.Drop] = {}
+    drops_by_peer: dict[str, _bench.Drop] = {}
     if member.linen_broadcast is not None and "linen" in peers and find_spec("flax"):
         from flax import linen
 
         layer = linen.Dropout(RATE, broadcast_dims=member.linen_broadcast, deterministic=False)
-        found["linen"] = lambda key, x: layer.apply({}, x, rngs={"dropout": key})
+        drops_by_peer["linen"] = lambda key, x: layer.apply({}, x, rngs={"dropout": key})
     if member.keras is not None and "keras" in peers and find_spec("keras"):
         os.environ["KERAS_BACKEND"] = "jax"
         import keras
@@ -60,22 +60,22 @@ def peers_of(member: Bench, peers: Sequence[str]) -> dict[str, _bench.Drop]:
             state = [jax.random.key_data(key)]
             return layer.stateless_call([], state, x, training=True)[0]
 
-        found["keras"] = stateless
-    return found
+        drops_by_peer["keras"] = stateless
+    return drops_by_peer
 
 
 def torch_peers_of(member: Bench, peers: Sequence[str]) -> dict[str, Callable[[Any, Any], Any]]:
     """Return the equivalents of a member in PyTorch and timm."""
-    found: dict[str, Callable[[Any, Any], Any]] = {}
+    drops_by_peer: dict[str, Callable[[Any, Any], Any]] = {}
     if member.torch and "torch" in peers:
-        found["torch"] = member.torch
+        drops_by_peer["torch"] = member.torch
     if member.timm and "timm" in peers and (layers := timm_layers()):
-        found["timm"] = lambda f, x: member.timm(layers, x)
-    return found
+        drops_by_peer["timm"] = lambda f, x: member.timm(layers, x)
+    return drops_by_peer
 
 
 def timm_layers() -> Any:
-    """The file ``timm.layers.drop`` by itself, or None: it needs torch alone, the package around it torchvision."""
+    """Load only the file ``timm/layers/drop.py``, which needs torch but not torchvision; None if not installed."""
     package = find_spec("timm")
     if package is None or find_spec("torch") is None:
         return None
@@ -87,22 +87,22 @@ def timm_layers() -> Any:
 
 
 def clocks(name: str, peers: Sequence[str], calls: int, *, small: bool) -> dict[Case, _clocks.Clock]:
-    """What to time for a member."""
+    """Return the clocks of a member and its peers."""
     bench = MEMBERS[name].bench
     shape = shapes(small)[bench.shape]
-    data = _clocks.draws(shape, 4)
+    data = _clocks.random_arrays(shape, 4)
     inputs = _clocks.jax_inputs(data, "float32")
     floor, ours = drops(name, shape)
-    found: dict[Case, _clocks.Clock] = {}
+    clock_of: dict[Case, _clocks.Clock] = {}
     for direction in bench.directions:
         for contender, drop in {bench.floor_name: floor, "jdrop": ours, **peers_of(bench, peers)}.items():
             step = _clocks.jax_step(drop, direction)
-            found[Case(name, direction, contender)] = _clocks.Clock(step, inputs, calls, jax.block_until_ready)
+            clock_of[Case(name, direction, contender)] = _clocks.Clock(step, inputs, calls, jax.block_until_ready)
         for contender, drop in torch_peers_of(bench, peers).items():
             clock = _clocks.torch_clock(drop, data, "float32", direction, calls)
             if isinstance(clock, _clocks.Clock):
-                found[Case(name, direction, contender)] = clock
-    return found
+                clock_of[Case(name, direction, contender)] = clock
+    return clock_of
 
 
 def measure(peers: Sequence[str], rounds: int, calls: int, *, small: bool) -> list[dict[str, Any]]:
@@ -126,7 +126,7 @@ def measure(peers: Sequence[str], rounds: int, calls: int, *, small: bool) -> li
 
 
 def depth(rounds: int, *, small: bool) -> list[dict[str, Any]]:
-    """The mean time of a layer under stochastic_depth, as a ratio to the layer that always runs."""
+    """Time a layer under stochastic_depth, relative to a layer that always runs."""
     width = 64 if small else 1024
     w = jnp.ones((width, width)) / width
     x = jnp.ones((width, width))

@@ -1,10 +1,10 @@
 """Claim: layers from jdrop.adapters give Flax, Equinox, and Haiku models the speed and memory of jdrop.
 
-The model is a small transformer with the layers of each library and ``1 + 3 * layers`` dropouts: on the input and, in
-each layer, on the attention probabilities and on both residual branches. Its train step (loss, gradient, SGD) is
-compiled without dropout, with the library's own dropout, and with that of jdrop. Each ratio compares with the step
-without dropout in the same round. The tables show medians and quartiles of the ratios, and the temporary bytes of the
-step as reported by XLA.
+The model is a small transformer built from the layers of each library, with ``1 + 3 * layers`` dropouts: on the input
+and, in each layer, on the attention probabilities and on both residual branches. Its train step (loss, gradient, SGD)
+is compiled without dropout, with the library's own dropout, and with jdrop's. Each ratio compares with the step without
+dropout in the same round. The tables show medians and quartiles of the ratios, and the temporary bytes of the step as
+reported by XLA.
 """
 
 import argparse
@@ -24,13 +24,13 @@ CONTENDERS = (_bench.NONE, THEIRS, FAST, JAX)
 LIBRARIES = {"linen": "flax.linen", "nnx": "flax.nnx", "equinox": "equinox", "haiku": "haiku"}
 Step = Callable[[Any, Array, Array], Any]  # (params, key, x) -> params
 
-# ---------------------------------------------------------------------------------- a model, by four libraries
+# ---------------------------------------------------------------------------------- the model in each library
 
 
 def forward(
     x: Array, dense: Callable[[int], Any], norm: Callable[[], Any], drop: Callable[[Array], Array], options: Any
 ) -> Array:
-    """Apply a transformer to ``[..., time, width]``; ``dense`` and ``norm`` return its layers one after another."""
+    """Apply a transformer to ``[..., time, width]``; each call of ``dense`` or ``norm`` returns the next layer."""
     width = x.shape[-1]
     x = drop(x)
     for _ in range(options.layers):
@@ -44,11 +44,11 @@ def forward(
 
 
 def sizes(width: int, layers: int) -> list[tuple[int, int]]:
-    """Return the input and output sizes of the dense layers, in the order of their use in :func:`forward`."""
+    """Return the input and output sizes of the dense layers, in the order in which :func:`forward` uses them."""
     return [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * layers
 
 
-def chosen(library: str, contender: str, name: str) -> Any:
+def layer_of(library: str, contender: str, name: str) -> Any:
     """Return the layer class of a contender (for Haiku, the function), with its options but without the rate."""
     if contender == THEIRS:
         return getattr(importlib.import_module({"equinox": "equinox.nn"}.get(library, LIBRARIES[library])), name)
@@ -62,7 +62,7 @@ def linen(contender: str, x: Array, options: Any) -> tuple[Any, Any]:
     def drop(x: Array) -> Array:
         if contender == _bench.NONE:
             return x
-        return chosen("linen", contender, "Dropout")(options.rate, deterministic=False)(x)
+        return layer_of("linen", contender, "Dropout")(options.rate, deterministic=False)(x)
 
     class Model(linen.Module):
         @linen.compact
@@ -81,8 +81,8 @@ def nnx(contender: str, x: Array, options: Any) -> tuple[Any, Any]:
             width = x.shape[-1]
             self.dense = nnx.List([nnx.Linear(*size, rngs=rngs) for size in sizes(width, options.layers)])
             self.norm = nnx.List([nnx.LayerNorm(width, rngs=rngs) for _ in range(2 * options.layers)])
-            made = contender != _bench.NONE
-            self.drop = chosen("nnx", contender, "Dropout")(options.rate) if made else lambda x, rngs: x
+            enabled = contender != _bench.NONE
+            self.drop = layer_of("nnx", contender, "Dropout")(options.rate) if enabled else lambda x, rngs: x
 
         def __call__(self, x: Array, rngs: nnx.Rngs) -> Array:
             dense, norm = iter(self.dense), iter(self.norm)
@@ -107,8 +107,8 @@ def equinox(contender: str, x: Array, options: Any) -> tuple[Any, Any]:
             keys = jax.random.split(key, len(shapes))
             self.dense = [equinox.nn.Linear(*size, key=key) for size, key in zip(shapes, keys, strict=True)]
             self.norm = [equinox.nn.LayerNorm(width) for _ in range(2 * options.layers)]
-            made = contender != _bench.NONE
-            self.drop = chosen("equinox", contender, "Dropout")(options.rate) if made else lambda x, key: x
+            enabled = contender != _bench.NONE
+            self.drop = layer_of("equinox", contender, "Dropout")(options.rate) if enabled else lambda x, key: x
 
         def __call__(self, x: Array, key: Array) -> Array:
             each = lambda layers: (jax.vmap(layer) for layer in layers)
@@ -131,7 +131,7 @@ def haiku(contender: str, x: Array, options: Any) -> tuple[Any, Any]:
     def drop(x: Array) -> Array:
         if contender == _bench.NONE:
             return x
-        return chosen("haiku", contender, "dropout")(haiku.next_rng_key(), options.rate, x)
+        return layer_of("haiku", contender, "dropout")(haiku.next_rng_key(), options.rate, x)
 
     norm = lambda: haiku.LayerNorm(axis=-1, create_scale=True, create_offset=True)
     model = haiku.transform(lambda x: forward(x, haiku.Linear, norm, drop, options))
@@ -174,11 +174,11 @@ def measure(library: str, options: Any) -> list[dict[str, Any]]:
         _bench.table(f"{library}: {_bench.MISSING}", (), ())
         return [{"library": library, "missing": _bench.MISSING}]
     x = jax.random.normal(jax.random.key(2), tuple(map(int, options.size.split("x"))))
-    made = {name: train_step(library, name, x, options) for name in CONTENDERS}
-    clocks = {name: clock(step, params, x) for name, (params, step) in made.items()}
+    compiled = {name: train_step(library, name, x, options) for name in CONTENDERS}
+    clocks = {name: clock(step, params, x) for name, (params, step) in compiled.items()}
     times = _bench.interleave([clocks], options.rounds)
     rows: list[dict[str, Any]] = []
-    for name, (_, step) in made.items():
+    for name, (_, step) in compiled.items():
         ratio, low, high = _bench.ratios(times[name], times[_bench.NONE])
         size = int(step.memory_analysis().temp_size_in_bytes)
         rows.append({"library": library, "contender": name, "milliseconds": _bench.median(times[name]) * 1e3})

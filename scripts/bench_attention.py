@@ -1,10 +1,9 @@
-"""Claim: dropout in attention costs about a tenth of forward plus backward time; memory is linear in the length.
+"""Claim: dropout adds about a tenth to the forward plus backward time of attention; memory is linear in length.
 
 For each length, the benchmark times attention on ``[1, T, heads, width]``, forward and forward+backward, in float32 or
 ``--dtypes``. Every contender runs once per round, in a new random order, and ratios are formed within a round.
-``x none`` compares with the same function at rate 0 (for PyTorch and Flax, their own). ``x full`` compares with
-jdrop's chunked attention with dropout and without a causal mask. Temporary bytes are those of the compiled program, as
-reported by XLA; PyTorch does not report any.
+``x none`` compares with the same function at rate 0, and ``x full`` with jdrop's chunked attention with dropout but
+without a causal mask. Temporary bytes are those of the compiled program, as reported by XLA; PyTorch reports none.
 
 Flax uses a separate mask for each head here (``broadcast_dropout=False``), as jdrop and PyTorch do. ``jax.nn`` has no
 dropout. Contenders that would need more than ``--limit`` gigabytes of memory are skipped.
@@ -46,7 +45,7 @@ def contenders(peers: list[str]) -> dict[str, Attention | None]:
     def ours(**options: Any) -> Attention:
         return functools.partial(jdrop.dot_product_attention, train=True, **options)
 
-    found: dict[str, Attention | None] = {
+    attention_of: dict[str, Attention | None] = {
         FULL: ours(implementation="chunked"),
         "jdrop chunked, causal": ours(implementation="chunked", is_causal=True),
         "jdrop reference": ours(implementation="reference"),
@@ -54,8 +53,8 @@ def contenders(peers: list[str]) -> dict[str, Attention | None]:
     }
     for name in peers:
         if name != "torch":
-            found[name] = flax_attention(name)
-    return found
+            attention_of[name] = flax_attention(name)
+    return attention_of
 
 
 def flax_attention(name: str) -> Attention | None:
@@ -118,12 +117,12 @@ def clocks(
     length: int, dtype: str, peers: list[str], options: argparse.Namespace
 ) -> tuple[dict[Case, _clocks.Clock], dict[Case, int], list[str]]:
     """Return the clock and the temporary bytes of each case, and the missing peers."""
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     shape = (options.batch, length, options.heads, options.width)
-    data = [draw.standard_normal(shape, np.float32) for _ in range(4)]
+    data = [rng.standard_normal(shape, np.float32) for _ in range(4)]
     arrays = (jax.random.key(0), *(jnp.asarray(x, dtype) for x in data))
     calls = 1 if jax.default_backend() == "cpu" else 10
-    made: dict[Case, _clocks.Clock] = {}
+    clock_of: dict[Case, _clocks.Clock] = {}
     temporary: dict[Case, int] = {}
     missing = []
 
@@ -141,7 +140,7 @@ def clocks(
                 compiled = jax.jit(step(attend, rate, direction)).lower(*arrays).compile()
                 temporary[case] = int(compiled.memory_analysis().temp_size_in_bytes)
                 if temporary[case] <= options.limit * 1e9:
-                    made[case] = _clocks.Clock(compiled, forever(arrays), calls, jax.block_until_ready)
+                    clock_of[case] = _clocks.Clock(compiled, forever(arrays), calls, jax.block_until_ready)
     if "torch" in peers:
         try:
             tensors = tuple(torch_inputs(data, dtype))
@@ -151,35 +150,35 @@ def clocks(
             for direction in _clocks.DIRECTIONS:
                 for rate in (0.0, options.rate):
                     clock = _clocks.Clock(torch_step(rate, direction), forever(tensors), calls, torch_wait)
-                    made[Case(direction, "torch", rate)] = clock
-    return made, temporary, missing
+                    clock_of[Case(direction, "torch", rate)] = clock
+    return clock_of, temporary, missing
 
 
 def measure(length: int, dtype: str, peers: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Time all contenders at one length, and print a table for each direction."""
-    made, temporary, missing = clocks(length, dtype, peers, options)
-    for clock in made.values():
+    clock_of, temporary, missing = clocks(length, dtype, peers, options)
+    for clock in clock_of.values():
         clock()
-    times = _bench.interleave([made], options.rounds)
+    times = _bench.interleave([clock_of], options.rounds)
     rows = []
     for direction in _clocks.DIRECTIONS:
-        found = []
-        for case in [c for c in (*temporary, *(c for c in made if c not in temporary)) if c.direction == direction]:
+        measured = []
+        for case in [c for c in (*temporary, *(c for c in clock_of if c not in temporary)) if c.direction == direction]:
             full = case._replace(contender=FULL)
             row: dict[str, Any] = {"temporary_bytes": temporary.get(case), "milliseconds": None}
             row |= dict.fromkeys(("to_none", "to_full", "to_none_25", "to_none_75"))
-            if case in made:
+            if case in clock_of:
                 row["milliseconds"] = 1e3 * _bench.median(times[case])
                 row["to_none"], row["to_none_25"], row["to_none_75"] = _bench.ratios(
                     times[case], times[case._replace(rate=0.0)]
                 )
                 row["to_full"] = _bench.ratios(times[case], times[full])[0]
-            found.append({"length": length, "dtype": dtype, **case._asdict(), **row})
+            measured.append({"length": length, "dtype": dtype, **case._asdict(), **row})
         numbers = ("milliseconds", "to_none", "to_none_25", "to_none_75", "to_full", "temporary_bytes")
-        lines = [(f"{r['contender']}, rate {r['rate']:g}", *(r[n] for n in numbers)) for r in found]
+        lines = [(f"{r['contender']}, rate {r['rate']:g}", *(r[n] for n in numbers)) for r in measured]
         columns = ("contender", "ms", "x none", "25%", "75%", "x full", "temporary bytes")
         _bench.table(f"T {length} {dtype} {direction}", columns, [*lines, *((name, "missing") for name in missing)])
-        rows += found
+        rows += measured
     return rows
 
 

@@ -6,7 +6,7 @@ contender from scratch, in a new random order. Ratios compare with the same mode
 The ratio depends on the model, so there are two, which differ in the layer norm. With one-pass moments (``standardize``
 of ``jax.nn``, Flax), all layers share kernels, which XLA compiles once. With two-pass moments, as in hand-written
 models, XLA for CPU repeats long chains of operations in its kernels, and dropout breaks these chains. ``ms each`` is
-the additional time compared with no dropout, divided by the number of dropouts.
+the additional time over no dropout, divided by the number of dropouts.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def compile_once(
     return {**seconds, "fusions": text.count(" fusion("), "whiles": text.count(" while("), "lines": text.count("\n")}
 
 
-def row(runs: list[dict[str, float]], floor: list[dict[str, float]], places: int) -> dict[str, float]:
+def row(runs: list[dict[str, float]], floor: list[dict[str, float]], count: int) -> dict[str, float]:
     """Return medians of the seconds and of the ratios to no dropout."""
     times = {kind: ([r[kind] for r in runs], [r[kind] for r in floor]) for kind in ("lower", "compile", "total")}
     ratio, low, high = _bench.ratios(*times["compile"])
@@ -48,7 +48,7 @@ def row(runs: list[dict[str, float]], floor: list[dict[str, float]], places: int
         "compile_ratio_25": low,
         "compile_ratio_75": high,
         "total_ratio": _bench.ratios(*times["total"])[0],
-        "milliseconds_each": 1e3 * _bench.median([a - b for a, b in zip(*times["total"], strict=True)]) / places,
+        "milliseconds_each": 1e3 * _bench.median([a - b for a, b in zip(*times["total"], strict=True)]) / count,
         **{kind: runs[-1][kind] for kind in ("fusions", "whiles", "lines")},
     }
 
@@ -57,16 +57,16 @@ def measure(norm: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Compile all contenders in one model, and print a table."""
     x = jax.ShapeDtypeStruct(tuple(map(int, options.size.split("x"))), jnp.float32)
     params = _bench.transformer_weights(options.layers, x.shape[-1], stacked=False)
-    places = 1 + 3 * options.layers
+    count = 1 + 3 * options.layers
     cases = {
         name: functools.partial(compile_once, drop, params, key, x, options.heads, NORMS[norm])
-        for name, (drop, key) in _bench.placed(_bench.contenders(options.rate)).items()
+        for name, (drop, key) in _bench.model_contenders(_bench.contenders(options.rate)).items()
     }
     cases[_bench.NONE]()  # the first compilation of a process is slower
     runs = _bench.interleave([cases], options.rounds)
-    rows = [{"contender": name, **row(runs[name], runs[_bench.NONE], places)} for name in cases]
+    rows = [{"contender": name, **row(runs[name], runs[_bench.NONE], count)} for name in cases]
     columns = ("contender", "trace+lower s", "compile s", "x none", "25%", "75%", "total x none", "ms each")
-    title = f"gradient of {options.layers} layers with {norm} layer norm, {places} dropouts, {options.size}"
+    title = f"gradient of {options.layers} layers with {norm} layer norm, {count} dropouts, {options.size}"
     _bench.table(title, (*columns, "fusions", "whiles", "lines"), [tuple(r.values()) for r in rows])
     return [{"norm": norm, **r} for r in rows]
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 FLOOR, FAST, JAX = _bench.SCALE, "jdrop fast", "jdrop jax"
 SIZES = ("4096x1024", "1048576x4", "4194304", "64x128x128x3")
-SLOW, SLOW_EVERY = 10, 4  # more than 10 x the floor: every fourth round
+SLOW, SLOW_EVERY = 10, 4  # contenders above 10 x the floor run in every fourth round
 
 
 class Case(NamedTuple):
@@ -44,27 +44,27 @@ def clocks(
     blocks: list[dict[Case, _clocks.Clock]] = []
     missing: dict[Case, str] = {}
     for dtype in dtypes:
-        data = _clocks.draws(shape, jnp.dtype(dtype).itemsize)
+        data = _clocks.random_arrays(shape, jnp.dtype(dtype).itemsize)
         inputs = _clocks.jax_inputs(data, dtype)
         for direction in _clocks.DIRECTIONS:
-            made: dict[str, _clocks.Clock | str] = {
+            entries: dict[str, _clocks.Clock | str] = {
                 name: _clocks.Clock(_clocks.jax_step(drop, direction), inputs, calls, jax.block_until_ready)
                 if drop
                 else _bench.MISSING
                 for name, drop in drops.items()
             }
             if "torch" in peers:
-                made["torch"] = _clocks.torch_clock(
+                entries["torch"] = _clocks.torch_clock(
                     lambda f, x: f.dropout(x, rate, training=True), data, dtype, direction, calls
                 )
-            cases = {Case(dtype, direction, name): clock for name, clock in made.items()}
+            cases = {Case(dtype, direction, name): clock for name, clock in entries.items()}
             blocks.append({case: clock for case, clock in cases.items() if isinstance(clock, _clocks.Clock)})
             missing |= {case: reason for case, reason in cases.items() if isinstance(reason, str)}
     return blocks, missing
 
 
 def slow(block: dict[Case, _clocks.Clock]) -> dict[Case, int]:
-    """Compile and warm up all cases of a group; return those to run only in every n-th round, with n."""
+    """Compile and warm up a group; return its slow cases with n, to run them only in every n-th round."""
     seconds = {}
     for case, clock in block.items():
         clock()
@@ -105,10 +105,10 @@ def measure(
     rows = []
     for dtype, direction in itertools.product(dtypes, _clocks.DIRECTIONS):
         cases = [c for c in (*times, *missing) if c[:2] == (dtype, direction)]
-        found = [row(shape, c, times) if c in times else {"missing": missing[c]} for c in cases]
-        rows += [{"shape": label, **c._asdict(), **f} for c, f in zip(cases, found, strict=True)]
+        results = [row(shape, c, times) if c in times else {"missing": missing[c]} for c in cases]
+        rows += [{"shape": label, **c._asdict(), **f} for c, f in zip(cases, results, strict=True)]
         columns = ("contender", "ms", "x floor", "25%", "75%", "x fast", "x jax", "x float32", "GB/s", "of floor")
-        lines = [(c.contender, *list(f.values())[: len(columns) - 1]) for c, f in zip(cases, found, strict=True)]
+        lines = [(c.contender, *list(f.values())[: len(columns) - 1]) for c, f in zip(cases, results, strict=True)]
         _bench.table(f"{label} {dtype} {direction}", columns, lines)
     return rows
 

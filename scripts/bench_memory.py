@@ -1,12 +1,12 @@
 """Claim: a gradient with dropout stores no mask: it needs as much temporary memory as with a fixed mask.
 
-The tables show the temporary bytes of the compiled gradient of a transformer, as reported by XLA, one table per
-variant: unrolled or scanned over layers, plain or with ``jax.checkpoint`` around each layer, with one key or with
+The tables show the temporary bytes of the compiled gradient of a transformer, as reported by XLA. There is one table
+per variant: unrolled or scanned over layers, plain or with ``jax.checkpoint`` around each layer, with one key or with
 per-example keys under ``jax.vmap``. The last table shows the residuals of ``jax.vjp`` of a single call.
 
 ``fixed mask`` multiplies by a constant array, without random numbers and without a mask in temporary memory. Its extra
-memory over no dropout comes from XLA's scheduling of a model with these multiplications. XLA moves a plain scalar scale
-elsewhere.
+memory over no dropout comes from how XLA schedules a model with these multiplications. ``scale`` has no such cost,
+because XLA moves a multiplication by a scalar elsewhere.
 """
 
 import argparse
@@ -46,45 +46,45 @@ def temporary_bytes(
     return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
-def held(drop: _bench.Drop, key: jax.Array | None, shape: tuple[int, ...]) -> list[jax.Array]:
+def residuals(drop: _bench.Drop, key: jax.Array | None, shape: tuple[int, ...]) -> list[jax.Array]:
     """Return the residual arrays in the vjp closure of one call."""
     pull = jax.vjp(lambda x: drop(key, x), jnp.ones(shape))[1]
     return [leaf for leaf in jax.tree.leaves(pull) if isinstance(leaf, jax.Array)]
 
 
-def model_rows(placed: dict[str, Any], shape: tuple[int, ...], options: Any) -> list[dict[str, Any]]:
+def model_rows(contenders: dict[str, Any], shape: tuple[int, ...], options: Any) -> list[dict[str, Any]]:
     """Measure the variants of the model, and print a table for each."""
     rows = []
     for variant in VARIANTS:
         label = ", ".join(variant)
         if not any(part in label for part in options.only):
             continue
-        found: list[dict[str, Any]] = []
-        for name, (drop, key) in placed.items():
-            found.append({"variant": label, "contender": name})
+        variant_rows: list[dict[str, Any]] = []
+        for name, (drop, key) in contenders.items():
+            variant_rows.append({"variant": label, "contender": name})
             if drop is None:
-                found[-1]["missing"] = _bench.MISSING
+                variant_rows[-1]["missing"] = _bench.MISSING
                 continue
             size = temporary_bytes(drop, key, variant, shape, options)
-            found[-1] |= {"bytes": size, "ratio": size / found[0].get("bytes", size)}
+            variant_rows[-1] |= {"bytes": size, "ratio": size / variant_rows[0].get("bytes", size)}
         columns = ("contender", "temporary bytes", "x none")
-        _bench.table(f"gradient, {label}", columns, [list(r.values())[1:] for r in found])
-        rows += found
+        _bench.table(f"gradient, {label}", columns, [list(r.values())[1:] for r in variant_rows])
+        rows += variant_rows
     return rows
 
 
-def closure_rows(placed: dict[str, Any], shape: tuple[int, ...]) -> list[dict[str, Any]]:
+def closure_rows(contenders: dict[str, Any], shape: tuple[int, ...]) -> list[dict[str, Any]]:
     """Measure the residuals for the backward pass of one call, and print a table."""
     rows: list[dict[str, Any]] = []
-    for name, (drop, key) in placed.items():
+    for name, (drop, key) in contenders.items():
         rows.append({"contender": name})
         if drop is None:
             rows[-1]["missing"] = _bench.MISSING
             continue
-        arrays = held(drop, key, shape)
+        arrays = residuals(drop, key, shape)
         named = ", ".join(f"{a.dtype.name}[{','.join(map(str, a.shape))}]" for a in arrays)
         rows[-1] |= {"bytes": sum(a.nbytes for a in arrays), "arrays": named}
-    title = f"held by jax.vjp of one call on float32[{','.join(map(str, shape))}]"
+    title = f"residuals of jax.vjp for one call on float32[{','.join(map(str, shape))}]"
     _bench.table(title, ("contender", "bytes", "arrays"), [list(r.values()) for r in rows])
     return rows
 
@@ -104,9 +104,9 @@ def main() -> None:
     head = _bench.report(__doc__, peers)
     shape = tuple(map(int, options.size.split("x")))
     drops = _bench.contenders(options.rate) | {"fixed mask": fixed_mask(options.rate)}
-    placed = _bench.placed(drops | _bench.peers(peers, options.rate))
-    rows = model_rows(placed, shape, options)
-    closures = closure_rows({name: one for name, one in placed.items() if name != _bench.NONE}, shape)
+    contenders = _bench.model_contenders(drops | _bench.peers(peers, options.rate))
+    rows = model_rows(contenders, shape, options)
+    closures = closure_rows({name: contender for name, contender in contenders.items() if name != _bench.NONE}, shape)
     facts = {"layers": options.layers, "size": options.size, "heads": options.heads, "rate": options.rate}
     _bench.write_json(options.json, {**head, **facts, "rows": rows, "closures": closures})
 

@@ -1,8 +1,8 @@
-"""Claim: the forms in ``jdrop/_platform/cpu.py`` make programs faster or smaller, each by what this table says.
+"""Claim: the CPU forms in ``jdrop/_platform/cpu.py`` make programs faster or smaller, by the ratios in this table.
 
-For each form, the program that it serves is compiled twice: with all forms for CPU, and with this one replaced by the
-plain form. The table shows the time of the first as a multiple of the second, as medians and quartiles over rounds in
-which both run in a random order, and their temporary bytes.
+For each form, the benchmark compiles a program that uses it twice: with all CPU forms, and with this one replaced by
+the plain form. Both programs run once per round, in a random order. The table shows medians and quartiles of the time
+with the form relative to the time without it, and the temporary memory of both programs.
 """
 
 import argparse
@@ -23,7 +23,7 @@ WITH, WITHOUT = "with", "without"
 
 
 class Form(NamedTuple):
-    """A form, and a program that it serves."""
+    """A form, and a program that uses it."""
 
     name: str
     program: str
@@ -71,7 +71,7 @@ def forms(small: bool) -> list[Form]:
 
 
 def without(form: str) -> Platform:
-    """Return the forms for CPU without one of them."""
+    """Return the CPU platform with one form replaced by the plain form."""
     return type(f"Without_{form}", (cpu.Cpu,), {form: getattr(Platform, form)})()
 
 
@@ -95,7 +95,7 @@ def compile_pair(form: Form) -> dict[str, Any]:
 
 def measure(form: Form, rounds: int, calls: int) -> dict[str, Any]:
     """Time both programs of a form."""
-    data = _clocks.draws(form.shape, jnp.dtype(form.dtype).itemsize)
+    data = _clocks.random_arrays(form.shape, jnp.dtype(form.dtype).itemsize)
     inputs = _clocks.jax_inputs(data, form.dtype)
     compiled = compile_pair(form)
     clocks = {which: _clocks.Clock(f, inputs, calls, jax.block_until_ready) for which, f in compiled.items()}

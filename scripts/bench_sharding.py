@@ -2,9 +2,9 @@
 
 The benchmark compiles the gradient of a transformer with the batch sharded over 1, 2, 4, and 8 devices and replicated
 weights. It measures the time of a step, the temporary bytes per device as reported by XLA, and the number of
-collectives in the compiled program by kind. The global batch is constant, so more devices mean a smaller batch per
-device. CPU devices share the cores of the machine: several of them show communication and memory, and the time of a
-step measures the total work of all devices.
+collectives of each kind in the compiled program. The global batch is constant, so more devices mean a smaller batch per
+device. CPU devices share the cores of the machine: with several of them, the benchmark shows communication and memory,
+and the time of a step measures the total work of all devices.
 """
 
 import argparse
@@ -29,23 +29,25 @@ COLLECTIVES = (
 def compiled_step(drop: _bench.Drop, key: Any, devices: int, shape: tuple[int, ...], options: Any) -> tuple[Any, Any]:
     """Return the compiled gradient over a mesh, and its sharded arguments."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda s: draw.normal(0, s.shape[0] ** -0.5, s.shape).astype(s.dtype),
+        lambda s: rng.normal(0, s.shape[0] ** -0.5, s.shape).astype(s.dtype),
         _bench.transformer_weights(options.layers, shape[-1], stacked=False),
     )
-    x = draw.normal(0, 1, shape).astype(np.float32)
-    whole = NamedSharding(mesh, P())
-    args = (*jax.device_put((params, key), whole), jax.device_put(x, NamedSharding(mesh, P("data"))))
-    step = jax.jit(jax.grad(functools.partial(_bench.transformer, drop=drop, heads=options.heads)), out_shardings=whole)
+    x = rng.normal(0, 1, shape).astype(np.float32)
+    replicated = NamedSharding(mesh, P())
+    args = (*jax.device_put((params, key), replicated), jax.device_put(x, NamedSharding(mesh, P("data"))))
+    step = jax.jit(
+        jax.grad(functools.partial(_bench.transformer, drop=drop, heads=options.heads)), out_shardings=replicated
+    )
     return step.lower(*args).compile(), args
 
 
 def timed(compiled: Any, args: Any) -> Callable[[], float]:
     def measure() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         jax.block_until_ready(compiled(*args))
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     measure()
     return measure
@@ -68,23 +70,23 @@ def main() -> None:
     peers = _bench.peer_names(options.peers)
     shape = tuple(int(n) for n in options.size.split("x"))
     drops = {"jdrop fast": _bench.contenders(options.rate)["jdrop fast"]} | _bench.peers(peers, options.rate)
-    placed = _bench.placed(drops)
+    contenders = _bench.model_contenders(drops)
     content = _bench.report(__doc__, peers, model=f"{options.layers} layers of {options.size}, {options.heads} heads")
     rows: list[dict[str, Any]] = []
     blocks = []
     for devices in options.devices:
-        found = []
-        for name, (drop, key) in placed.items():
-            found.append({"devices": devices, "contender": name})
+        device_rows = []
+        for name, (drop, key) in contenders.items():
+            device_rows.append({"devices": devices, "contender": name})
             if drop is None:
-                found[-1]["missing"] = _bench.MISSING
+                device_rows[-1]["missing"] = _bench.MISSING
                 continue
             compiled, args = compiled_step(drop, key, devices, shape, options)
             size = int(compiled.memory_analysis().temp_size_in_bytes)
-            found[-1] |= {"bytes": size, "bytes_ratio": size / found[0].get("bytes", size)}
-            found[-1]["collectives"] = dict(Counter(re.findall(COLLECTIVES, compiled.as_text())))
+            device_rows[-1] |= {"bytes": size, "bytes_ratio": size / device_rows[0].get("bytes", size)}
+            device_rows[-1]["collectives"] = dict(Counter(re.findall(COLLECTIVES, compiled.as_text())))
             blocks.append(((devices, name), timed(compiled, args)))
-        rows += found
+        rows += device_rows
     by_devices = [dict(b for b in blocks if b[0][0] == devices) for devices in options.devices]
     times = _bench.interleave(by_devices, options.rounds)
     for row in rows:

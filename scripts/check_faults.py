@@ -1,4 +1,4 @@
-"""Claim: a trainer killed many times, at random steps and while writing, ends bit for bit like an undisturbed run.
+"""Claim: a trainer killed many times, at random steps and during writes, ends bit for bit like an undisturbed run.
 
 Starts ``examples/distributed_lm.py``, kills all of its processes with SIGKILL at a random moment (with a fixed seed;
 every second time while a checkpoint is being written), and resumes it with the same command. After the requested number
@@ -51,7 +51,7 @@ def finish(run: subprocess.Popen[str], limit: float) -> str:
 
 
 def newest(folder: Path) -> int:
-    """Return the step of the newest checkpoint that has sums."""
+    """Return the step of the newest checkpoint that has checksums."""
     return max((int(path.stem.removeprefix("step-")) for path in (folder / "checkpoints").glob("*.sha256")), default=0)
 
 
@@ -65,37 +65,38 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds after which a run counts as hanging")
     options = parser.parse_args()
     if options.steps <= options.kills:
-        parser.error("--steps must exceed --kills: a run is killed after it has made a step")
+        parser.error("--steps must exceed --kills: each run makes at least one step before it is killed")
 
-    draw = random.Random(options.seed)
+    rng = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as name:
-        cache, calm, killed = (Path(name) / part for part in ("cache", "calm", "killed"))
-        expected = finish(start(options, calm, cache), options.limit)
-        amid = 0
+        cache, undisturbed, killed = (Path(name) / part for part in ("cache", "undisturbed", "killed"))
+        expected = finish(start(options, undisturbed, cache), options.limit)
+        during_writes = 0
         for number in range(1, options.kills + 1):
-            run, began, before = start(options, killed, cache), time.monotonic(), newest(killed)
+            run, started, before = start(options, killed, cache), time.monotonic(), newest(killed)
             writing = number % 2 == 0
             while newest(killed) <= before or (writing and not list((killed / "checkpoints").glob("*tmp*"))):
-                if time.monotonic() - began > options.limit:
+                if time.monotonic() - started > options.limit:
                     sys.exit(f"a run hangs\n{kill(run)}")
                 if run.poll() is not None:
                     break
                 time.sleep(0.001)
-            time.sleep(draw.random() * (0.02 if writing else 0.3))
+            time.sleep(rng.random() * (0.02 if writing else 0.3))
             if run.poll() is not None:
-                print(f"kill {number}: the run was over already: give it more --steps")
+                print(f"kill {number}: the run had already finished: pass more --steps")
                 print(run.communicate()[0])
                 return 1
             kill(run)
             unfinished = bool(list((killed / "checkpoints").glob("*tmp*")))
-            amid += unfinished
+            during_writes += unfinished
             where = "in the middle of writing a checkpoint" if unfinished else "between checkpoints"
             print(f"kill {number} of {options.kills}: after step {newest(killed)}, {where}", flush=True)
-        found = finish(start(options, killed, cache), options.limit)
-        same = (calm / "losses.csv").read_bytes() == (killed / "losses.csv").read_bytes()
-    ok = found == expected and same and (amid > 0 or options.kills < 2)
-    print(f"weights {found} after {options.kills} kills, {amid} of them amid writing, {expected} undisturbed; ", end="")
-    print(f"losses {'the same' if same else 'DIFFER'}: {'ok' if ok else 'FAILED'}")
+        weights = finish(start(options, killed, cache), options.limit)
+        same = (undisturbed / "losses.csv").read_bytes() == (killed / "losses.csv").read_bytes()
+    ok = weights == expected and same and (during_writes > 0 or options.kills < 2)
+    print(f"weights {weights} after {options.kills} kills, {during_writes} of them during a write; ", end="")
+    print(f"undisturbed {expected}; ", end="")
+    print(f"losses {'equal' if same else 'DIFFER'}: {'ok' if ok else 'FAILED'}")
     return int(not ok)
 
 

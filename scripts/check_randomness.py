@@ -1,9 +1,10 @@
 """Claim: the words of the library are uniform, and independent along columns, rows, steps, and neighboring keys.
 
 Needs no external program and takes less than a minute: ``python scripts/check_randomness.py``; exit code 0 or 1. Every
-test has a statistic with a known distribution for truly random words, and a two-sided p-value: too even is as bad as
-too uneven. All keys are fixed. With N tests in total, the generator fails if any p-value is below ``1e-4 / N``
-(Bonferroni): a perfect generator fails at one ``--key-seed`` in 10,000. ``scripts/emit_bits.py`` feeds external suites.
+test has a statistic with a known distribution for truly random words. Its p-value is two-sided, because words that are
+too even are as bad as words that are too uneven. All keys are fixed. With N tests in total, the generator fails if any
+p-value is below ``1e-4 / N`` (Bonferroni): a perfect generator fails at one ``--key-seed`` in 10,000.
+``scripts/emit_bits.py`` feeds external suites.
 """
 
 import argparse
@@ -33,7 +34,7 @@ Words = Callable[[Array, np.ndarray, np.ndarray], np.ndarray]
 
 
 RowKeys = Callable[[Array, np.ndarray], np.ndarray]
-"""``row_keys(keys [k], rows uint64 [r]) -> uint32 [k, r, 2]``: the keys of rows, which its words are mixed from."""
+"""``row_keys(keys [k], rows uint64 [r]) -> uint32 [k, r, 2]``: the row keys from which words are mixed."""
 
 
 class Result(NamedTuple):
@@ -65,7 +66,7 @@ def _library_row_keys(key_words: Array, hi: Array, lo: Array) -> Array:
 
 
 def library_row_keys(key: Array, rows: np.ndarray) -> np.ndarray:
-    """Return the keys of rows of the library."""
+    """Return the row keys of the library."""
     return np.asarray(_library_row_keys(jax.random.key_data(key), *_halves(rows)))
 
 
@@ -77,7 +78,7 @@ def _halves(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def normal(z: np.ndarray | float) -> float:
-    """Return p of the largest of one or several standard normal numbers; for several, the Bonferroni bound."""
+    """Return the two-sided p of a standard normal number; of several numbers, the Bonferroni bound of the largest."""
     z = np.atleast_1d(z)
     return min(1.0, 2 * float(stats.norm.sf(np.abs(z).max())) * z.size)
 
@@ -207,7 +208,7 @@ def key_families(key: Array) -> dict[str, Callable[[np.ndarray], Array]]:
 
 
 def key_pairs(words: Words, key: Array, n: int) -> Iterator[Result]:
-    """Test the same elements under neighboring keys: of seeds, steps, examples, and splits."""
+    """Test the same elements under neighboring keys, from seeds, steps, examples, and splits."""
     rows, cols = np.arange(KEY_ROWS, dtype=np.uint64), np.arange(KEY_COLUMNS, dtype=np.uint32)
     for name, keys_of in key_families(key).items():
         for start, power in [(1, 0), (0, 0), (0, 1), (0, 4), (0, 8), (0, 16), (0, 30)]:
@@ -237,7 +238,7 @@ def mask_images(words: Words, key: Array, n: int) -> Iterator[Result]:
 
 
 def avalanche(row_keys: RowKeys, key: Array, n: int) -> Iterator[Result]:
-    """Test that each bit of a row's number, and of a PRNG key, changes each bit of the row's key half of the time."""
+    """Test that each bit of a row number and of a PRNG key flips each bit of the row key half of the time."""
     at = [apart(n // 32, 2**power) for power in range(64)]
     yield from _flips("row", (np.split(row_keys(key[None], np.concatenate(pair))[0], 2) for pair in at))
     row = np.zeros(1, np.uint64)
@@ -250,7 +251,7 @@ def _keys_of(numbers: np.ndarray) -> Array:
 
 
 def _flips(subject: str, pairs: Iterator[list[np.ndarray]]) -> Iterator[Result]:
-    """Test the bits that differ between two keys of rows; each pair is for one bit that was flipped."""
+    """Test the bits that differ between pairs of row keys, one pair for each flipped bit."""
     z = []
     for a, b in pairs:
         ones = np.unpackbits((a ^ b).view(np.uint8), axis=1).sum(0, dtype=np.int64)  # ~ Binomial(n, 1/2)
@@ -263,7 +264,7 @@ def _flips(subject: str, pairs: Iterator[list[np.ndarray]]) -> Iterator[Result]:
 
 
 def children(row_keys: RowKeys, key: Array, n: int) -> Iterator[Result]:
-    """Test the keys of rows against what ``jax.random`` makes of the same PRNG key: other keys, and bits."""
+    """Test the row keys against keys and bits that ``jax.random`` derives from the same PRNG key."""
     count = n // 16
     index = np.arange(count, dtype=np.uint32)
     of_rows = row_keys(key[None], index.astype(np.uint64))[0]
@@ -303,7 +304,7 @@ def check(words: Words, log2_words: int, key_seed: int, groups: list[str] | None
 def check_row_keys(
     row_keys: RowKeys, log2_words: int, key_seed: int, groups: list[str] | None = None
 ) -> dict[str, list[Result]]:
-    """Run the groups of tests on the keys of rows."""
+    """Run the groups of tests on row keys."""
     key = jax.random.key(key_seed)
     return {name: list(ROW_KEY_GROUPS[name](row_keys, key, 2**log2_words)) for name in groups or ROW_KEY_GROUPS}
 

@@ -1,9 +1,9 @@
-"""Claim: a mask depends only on key and index, on every device, and however it is computed.
+"""Claim: a mask depends only on the key and the index, on every device and under every transformation.
 
 Runs on the devices that JAX finds: ``python scripts/check_reproducibility.py``; prints a table, exit code 0 or 1. The
 known answers are in this file, and comparisons are bit for bit. Masks of different keys must be uncorrelated: the
 correlation of each pair must lie within 6 standard errors, 6 / sqrt(elements). By chance, the 528 pairs of a check
-exceed this bound for one key in a million, and the keys are fixed.
+exceed this bound for one key in a million; the keys are fixed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KEY_WORDS = {
     "philox4x32": (1801635674, 389949022),
 }
 FROZEN = "614cc08dc738c19950a0c7d2f3249c44be8feab06ce4f22e609ad29b19833840"
-"""SHA-256 of ``frozen_parts()``. The NumPy reference of the tests gives the same one."""
+"""SHA-256 of ``frozen_parts()``, which equals that of the NumPy reference in the tests."""
 
 
 class Row(NamedTuple):
@@ -99,8 +99,8 @@ def digest(parts: Sequence[np.ndarray]) -> str:
 def known_answers() -> Row:
     """Check masks and derived keys of mask version 1."""
     parts = frozen_parts()
-    found = digest(parts)
-    return Row("known answers", found == FROZEN, f"{len(parts)} masks and keys, SHA-256 {found[:12]}")
+    sha = digest(parts)
+    return Row("known answers", sha == FROZEN, f"{len(parts)} masks and keys, SHA-256 {sha[:12]}")
 
 
 def fresh_process() -> Row:
@@ -274,13 +274,13 @@ def shards() -> Row:
     for spec in [PartitionSpec("a", "b"), PartitionSpec(("b", "a"), None)]:
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh(sizes, ("a", "b"), axis_types=(kind, kind))
-            placed = jax.device_put(x, NamedSharding(mesh, spec))
+            sharded = jax.device_put(x, NamedSharding(mesh, spec))
             with jax.set_mesh(mesh):
                 tiles = jax.shard_map(
                     lambda key, x, spec=spec: drop(key, x, shard=spec), in_specs=(PartitionSpec(), spec), out_specs=spec
                 )
-                pairs += [(y, jax.jit(tiles)(key, placed)), (y, jax.jit(drop)(key, placed)), (y, drop(key, placed))]
-                gradient = jax.jit(jax.grad(lambda x, key=key, tiles=tiles: tiles(key, x).sum()))(placed)
+                pairs += [(y, jax.jit(tiles)(key, sharded)), (y, jax.jit(drop)(key, sharded)), (y, drop(key, sharded))]
+                gradient = jax.jit(jax.grad(lambda x, key=key, tiles=tiles: tiles(key, x).sum()))(sharded)
                 pairs.append((drop(key, jnp.ones_like(x)), gradient))
                 pairs.append((mask, jdrop.dropout_mask(key, x.shape, RATE, out_sharding=spec)))
     return same("shard", pairs, f"{count} devices, 2 layouts, automatic and explicit meshes")

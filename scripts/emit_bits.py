@@ -1,7 +1,7 @@
 """Claim: the raw words of the library pass external test suites, which this script feeds at 200 MB/s or more.
 
-Writes little-endian uint32 words of mask version 1, ``word(seed, row, col)``, to standard output without end, row by
-row from row 0. It exits quietly when the pipe is closed. Examples for the shell:
+Writes an endless stream of little-endian uint32 words of mask version 1, ``word(seed, row, col)``, to standard output,
+row by row from row 0. It exits quietly when the pipe is closed. Examples for the shell:
 
     python scripts/emit_bits.py | RNG_test stdin32 -multithreaded                        # PractRand
     python scripts/emit_bits.py --columns 16 --order columns | dieharder -a -g 200        # Debian's dieharder
@@ -25,7 +25,7 @@ from jdrop._random import fast
 from jdrop._random.threefry import U64, WORD
 
 BLOCK = 2**22  # elements per computation: 16 MB of words
-BAND = 1024  # least number of rows that are written column by column
+BAND = 1024  # minimum number of rows in a band that is written column by column
 
 
 def parse() -> argparse.Namespace:
@@ -36,14 +36,14 @@ def parse() -> argparse.Namespace:
         "--order",
         choices=("rows", "columns"),
         default="rows",
-        help=f"row by row, or column by column in bands of {BAND} rows (more, if under {BLOCK // BAND} columns)",
+        help=f"row by row, or column by column in bands of {BAND} rows (more rows below {BLOCK // BAND} columns)",
     )
     parser.add_argument("--key-seed", type=int, default=0, help="write the words of jax.random.key(KEY_SEED)")
     parser.add_argument(
         "--mask-rate",
         type=float,
-        help="write keep decisions at this drop rate, below 1, instead: eight per byte, the first in the lowest bit, "
-        "with COLUMNS a multiple of 8; at rate 0.5 the stream is uniform",
+        help="write keep decisions at this drop rate, below 1, instead of words: eight per byte, the first in the "
+        "lowest bit. COLUMNS must be a multiple of 8. At rate 0.5 the stream is uniform",
     )
     arguments = parser.parse_args()
     if not 1 <= arguments.columns <= WORD:
@@ -95,10 +95,10 @@ def stream(columns: int, order: str, key_seed: int, mask_rate: float | None) -> 
     pending: Array | None = None
     for row, rows, col, cols in blocks(columns, order):
         at, size = (seed, U64.of(row), np.uint32(col)), {"rows": rows, "cols": cols, "order": order}
-        made = words(*at, **size) if mask_rate is None else mask_bytes(*at, threshold(mask_rate), **size)
+        part = words(*at, **size) if mask_rate is None else mask_bytes(*at, threshold(mask_rate), **size)
         if pending is not None:
             yield np.asarray(pending)
-        pending = made
+        pending = part
 
 
 def threshold(rate: float) -> np.uint32:

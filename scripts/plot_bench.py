@@ -50,7 +50,7 @@ def main() -> None:
         rows = [r for r in memory["rows"] if r["variant"] == f"{how}, plain, one key" and "ratio" in r]
         title = f"temporary bytes, gradient of a transformer, {how}\n(x no dropout)"
         bars(axes, [r["contender"] for r in rows], [r["ratio"] for r in rows], title)
-    lines = dict.fromkeys(caption(report) for report in (time, memory))  # without repeating the same machine
+    lines = dict.fromkeys(caption(report) for report in (time, memory))  # once per machine
     figure.supxlabel("\n".join([f"{time['command']}; {memory['command']}", *lines]), fontsize=7)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=110)

@@ -1,10 +1,10 @@
-"""What the tests of attention share: the implementations under test, attention in NumPy, and how the two are compared.
+"""Shared code of the attention tests: the implementations under test, attention in NumPy, and their comparison.
 
 Every test that takes the fixture ``implementation`` runs once per row of ``IMPLEMENTATIONS``. To put a new
 implementation under the whole suite, add a row.
 
-No test needs to read a mask. With the logits of a few keys, one wrong decision, in the forward or in the backward pass,
-moves a sum by far more than the bound of :func:`close`; ``test_one_wrong_decision_is_seen`` proves it.
+No test needs to read a mask. With few keys, one wrong decision in the forward or backward pass moves a sum by far more
+than the bound of :func:`close`, as ``test_one_wrong_decision_is_seen`` proves.
 """
 
 import functools
@@ -30,12 +30,12 @@ BATCH, HEADS, KEY_HEADS, QUERIES, KEYS, WIDTH = 2, 4, 2, 20, 15, 16
 
 
 class Row(NamedTuple):
-    """An implementation under test, and what it serves besides what all of them must serve."""
+    """An implementation under test, and the optional calls that it supports."""
 
     name: str
-    """What ``implementation=`` is."""
+    """The value of ``implementation=``."""
     registered: Implementation | None = None
-    """Put into the registry under this name during a test; ``None`` if the registry has it."""
+    """Registered under this name during a test; ``None`` if the registry already has it."""
     zero_and_symbolic_sizes: bool = False
     rates_per_key: bool = False
     keys_without_random_access: bool = False
@@ -45,8 +45,8 @@ class Row(NamedTuple):
         return jdrop.dot_product_attention(key, q, k, v, rate, train=train, implementation=self.name, **options)
 
 
-# With 20 queries: two blocks per head, in a loop, and a loop over batch and heads. With more, and keys hidden by their
-# positions: a segment per 20 queries; each waits for the one before it.
+# With 20 queries: a loop over two blocks per head, inside a loop over batch and heads. With more queries and keys hidden
+# by position: one segment per 20 queries, each waiting for the one before it.
 SMALL_BLOCKS = BlockSizes(queries=16, scores=1, segment=20, segments=2, target_scores=1)
 IMPLEMENTATIONS = (
     Row(
@@ -121,7 +121,7 @@ STATIC = ("is_causal", "scale", "local_window_size", "shared_axes", "generator",
 
 
 class Concrete:
-    """An array of rates that is not traced. It is compared by identity: each one makes its own program."""
+    """An array of rates that is not traced. It is compared by identity, so each one compiles its own program."""
 
     def __init__(self, rate):
         self.rate = rate
@@ -137,7 +137,7 @@ def _step(attend, key, arrays, rate, bias, operands, concrete=None, **static):
 def step(implementation, key, q, k, v, do, rate=0.5, bias=None, **options):
     """Return the output and the gradients, compiled once per implementation, shapes and static options.
 
-    All arrays are operands, mask and lengths too. A rate is traced if it is an array of JAX.
+    All arrays are operands, including mask and lengths. A rate is traced if it is a JAX array.
     """
     static = {name: options.pop(name) for name in STATIC if name in options}
     traced = rate if isinstance(rate, jax.Array) else None
@@ -151,7 +151,7 @@ def step(implementation, key, q, k, v, do, rate=0.5, bias=None, **options):
 def visible(
     shape, mask=None, is_causal=False, local_window_size=None, query_seq_lengths=None, key_value_seq_lengths=None
 ):
-    """Return which of the scores [B, N, T, S] belong to keys that their query sees."""
+    """Return a bool array [B, N, T, S]: whether a query sees a key."""
     i, j = np.indices(shape[2:])
     seen = np.ones(shape, bool) if mask is None else np.broadcast_to(mask, shape).copy()
     if is_causal:
@@ -172,7 +172,7 @@ def formula(q, k, v, do=None, factor=1.0, *, seen=True, bias=None, scale=None, l
     Args:
       q, k, v, do: as for the library.
       factor: the mask over the keep probability; broadcasts to [B, N, T, S].
-      seen: which keys a query sees.
+      seen: whether a query sees a key, as from :func:`visible`.
       bias: as for the library.
       scale: as for the library.
       logits: the dtype in which the bias is added. Everything else is in float64.
@@ -211,10 +211,10 @@ def mask_factor(key, shape, rate, **options):
 
 
 def truth(key, q, k, v, do=None, rate=0.5, bias=None, *, scale=None, train=True, logits=np.float64, **options):
-    """Return what :func:`step` has to, by the formula and ``jdrop.dropout_mask``."""
+    """Return the expected results of :func:`step`, from the formula and ``jdrop.dropout_mask``."""
     shape = scores_shape(q, k)
-    drawn = {name: options.pop(name) for name in ("shared_axes", "generator") if name in options}
-    factor = mask_factor(key, shape, rate, **drawn) if train else 1.0
+    of_mask = {name: options.pop(name) for name in ("shared_axes", "generator") if name in options}
+    factor = mask_factor(key, shape, rate, **of_mask) if train else 1.0
     return formula(q, k, v, do, factor, seen=visible(shape, **options), bias=bias, scale=scale, logits=logits)
 
 
@@ -227,7 +227,7 @@ def close(results, expected, bound=2e-5):
 
 
 def check(implementation, arrays, rate=0.5, bias=None, *, key=KEY, bound=2e-5, **options):
-    """Require values, gradients and the mask of the formula."""
+    """Require the values, gradients, and mask to be those of the formula."""
     close(step(implementation, key, *arrays, rate, bias, **options), truth(key, *arrays, rate, bias, **options), bound)
 
 

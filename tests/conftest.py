@@ -1,8 +1,8 @@
-"""For every test: its tier, how it is compiled, strict settings and eight host devices.
+"""Settings of all tests: tiers, compiler flags, strict promotion, and eight host devices.
 
-Tests of the tier ``compiled`` read or need XLA's optimized program, so they compile as users do, and without a cache.
-All others compile without LLVM's expensive passes, into a cache in the virtual environment. XLA reads its flags once,
-so the two cannot share a process: which one this is follows from ``-m``.
+Tests of the tier ``compiled`` read or need XLA's optimized program, so they compile as users do, without a cache. All
+others compile without LLVM's expensive passes, into a cache in the virtual environment. XLA reads its flags only once,
+so the two kinds cannot share a process: ``-m`` decides which kind this process runs.
 """
 
 import os
@@ -25,27 +25,27 @@ QUICK = (f"{LEVEL}=0", "--xla_llvm_disable_expensive_passes=true")
 
 
 def pytest_configure(config):
-    """Before a test module is imported, and with that XLA's flags are read."""
-    asked = config.option.markexpr
-    by_name = set(re.findall(r"\w+", re.sub(r"\bnot \w+", "", asked)))
-    whole = not asked or bool(by_name & {"compiled", "long"})
+    """Set XLA's flags before any test module is imported, which makes XLA read them."""
+    expression = config.option.markexpr
+    by_name = set(re.findall(r"\w+", re.sub(r"\bnot \w+", "", expression)))
+    as_users = not expression or bool(by_name & {"compiled", "long"})
     flags = os.environ.get("XLA_FLAGS", "").split()
-    given = any(flag.startswith(LEVEL) for flag in flags)  # by whoever wants another level
-    flags += [flag for flag in (DEVICES, *QUICK * (not whole and not given)) if flag not in flags]
+    has_level = any(flag.startswith(LEVEL) for flag in flags)  # set by the caller
+    flags += [flag for flag in (DEVICES, *QUICK * (not as_users and not has_level)) if flag not in flags]
     os.environ["XLA_FLAGS"] = " ".join(flags)
     if QUICK[0] in flags:
-        only_where_compiled()
+        forbid_reading_programs()
         if sys.prefix != sys.base_prefix:
             folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(Path(sys.prefix, "jax-cache")))
             jax.config.update("jax_compilation_cache_dir", folder)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def only_where_compiled():
-    """Let a test fail that reads the compiled program and is not marked ``compiled``."""
+def forbid_reading_programs():
+    """Make tests fail that read a compiled program but are not marked ``compiled``."""
 
     def refuse(*args, **kwargs):
-        pytest.fail("this is not the program that users get: mark the test as compiled, or long")
+        pytest.fail("users get another program than this one: mark the test as compiled or long")
 
     for name in ("as_text", "memory_analysis", "cost_analysis"):
         setattr(jax.stages.Compiled, name, refuse)
@@ -53,7 +53,7 @@ def only_where_compiled():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What is in no other tier is in ``unit``."""
+    """Add tests without a tier to the tier ``unit``."""
     for item in items:
         if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker("unit")
@@ -65,20 +65,20 @@ def pytest_runtest_setup(item):
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Let the programs of a file go with its last test: kept, those of all files are gigabytes."""
+    """Free the compiled programs of a file after its last test: those of all files take gigabytes."""
     if nextitem is not None and nextitem.path != item.path:
         jax.clear_caches()
 
 
 @pytest.fixture
 def need():
-    """Return a function that skips a test without a library, or fails it where the library is required."""
+    """Return a function that imports a library, or else skips the test, or fails it if the library is required."""
     return peers.require
 
 
 @pytest.fixture
 def usual_promotion():
-    """The settings that the other libraries are written for."""
+    """Allow the promotions that the other libraries rely on."""
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
 

@@ -1,7 +1,7 @@
 """One row for every member of the family: how to call it, what it is exempt from, its benchmark, its README row.
 
 All tests that walk the API read this table, and so does ``scripts/bench_dropout.py --family``. A new member needs one
-row here; a line of the table in the README is made of it, and a test says which.
+row here, and a line in the README's table, which a test derives from the row.
 """
 
 import re
@@ -17,34 +17,34 @@ import jdrop
 SHAPE = (8, 6, 10, 40)  # [batch, height, width, channel]
 RATE = 0.1  # of the benchmarks
 SCALE = 1 / (1 - RATE)
-# As the compiled text has them.
+# Names of collectives in compiled text.
 COLLECTIVES = r"(all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter)"
 
 
 @dataclass(frozen=True)
 class Exempt:
-    """Why a member does not pass a check, and how the check fails for it."""
+    """Why a member cannot pass a check, and how the check fails for it."""
 
     why: str
     fails: str
-    """A pattern of the error's text. Every assertion of a check has a text of its own."""
+    """A pattern of the error message. Every assertion of a check has its own message."""
     error: type[Exception] = AssertionError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What a member is measured by, and the same in other libraries."""
+    """The benchmark of a member: its floor, and its equivalents in other libraries."""
 
     floor_name: str = "x * c"
     floor: Callable[..., Any] = lambda key, x, *operands: x * SCALE
     drop: Callable[..., Any] | None = None
-    """``(key, x, *operands) -> y``; without one, the member's call at ``RATE``."""
+    """``(key, x, *operands) -> y``; by default, the member's call at ``RATE``."""
     operands: Callable[..., tuple[Any, ...]] = lambda shape: ()
-    """Arrays for floor and member, from the shape of x."""
+    """Further operands of floor and member, from the shape of x."""
     shape: str = "flat"
-    """Of x: ``flat`` [batch, feature], ``steps`` [batch, time, feature] or ``image`` [batch, height, width, channel]."""
+    """Shape of x: ``flat`` [batch, feature], ``steps`` [batch, time, feature] or ``image`` [batch, height, width, channel]."""
     limit: float = 1.2
-    """The largest time, as a multiple of the floor's."""
+    """Largest accepted time, as a multiple of the floor's."""
     directions: tuple[str, ...] = ("forward", "forward+backward")
     torch: Callable[[Any, Any], Any] | None = None  # (torch.nn.functional, x) -> y
     timm: Callable[[Any, Any], Any] | None = None  # (timm.layers.drop, x) -> y
@@ -64,28 +64,28 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """All that the tests and the benchmark know about a member."""
+    """What tests and benchmarks need to know about a member."""
 
     call: Callable[..., Any]
-    """``(key, x, rate, **options) -> y`` for x of ``SHAPE``, an array of floating point numbers."""
+    """``(key, x, rate, **options) -> y`` for floating-point x of shape ``SHAPE``."""
     one: Callable[..., Any] | None = None
-    """The same for one example, [height, width, channel], where that is another call."""
+    """The call for one example [height, width, channel], if it differs."""
     bench: Bench | str
-    """Or why there is none."""
+    """The benchmark, or why there is none."""
     readme: Row | None
-    """None for another use of a function that has a row."""
+    """None for a second entry of a function that already has a row."""
     exempt: Mapping[str, Exempt] = field(default_factory=dict)
-    """By the name of the check in test_members."""
+    """Exemptions by name of a check in test_members.py."""
     by_channel: bool = False
     """Whether decisions along channels are independent too."""
     rounds: str = ""
-    """Why results of two programs may differ in rounding, where they may."""
+    """Why two programs may round differently; empty if they may not."""
     first: tuple[str, ...] = ("key", "x", "rate")
-    """How the signature starts."""
+    """The first parameters of the signature."""
     positional_only: bool = False
-    """Whether what comes before ``train`` is passed by position alone."""
+    """Whether the parameters before ``train`` are positional-only."""
     generator: bool = True
-    """Whether it draws a mask, and so takes ``generator=``."""
+    """Whether it accepts ``generator=``, as members that draw a mask do."""
 
     def __call__(self, key, x, rate, **options):
         return self.call(key, x, rate, **options)
@@ -96,7 +96,7 @@ def ids_like(x):
 
 
 def words(x, count=17):
-    """Ids for embeddings [batch, time, ...] that name some words more than once."""
+    """Return ids for embeddings [batch, time, ...], with repeated words."""
     return jnp.arange(x.shape[0] * x.shape[1], dtype=jnp.int32).reshape(x.shape[:2]) % count
 
 
@@ -106,7 +106,7 @@ def bias_dropout_add(key, x, rate, **options):
 
 
 def attention(key, x, rate, **options):
-    """x as [batch, time, heads, width]: queries, keys and values at once."""
+    """Use x as query, key, and value [batch, time, heads, width]."""
     return jdrop.dot_product_attention(key, x, jnp.cos(x), x, rate, **options)
 
 
@@ -119,16 +119,20 @@ def timm_drop_block(layers, x):
     return layers.drop_block_2d(x.view(batch, channels, height, width), RATE, 7, couple_channels=False).view_as(x)
 
 
-# How a check fails: the text of the assertion that does not hold.
-X_ITSELF, ZERO_AT_ONE, SAME_TYPE = "evaluation returns x itself", "nothing is left at rate 1", "dtype and shape stay"
-DROPPED_IS_ZERO, NOTHING_LEAKS = "about half of the results are 0", "no NaN or Inf leaks out of a dropped slot"
-SEED_AND_RATE, NOT_STACKED = "a seed and a rate are all that stays", "a scan stacks no array of the size of x"
-HAS_SLOPE, ON_ONE_DEVICE = "there is a derivative", "the bits of one device"
+# Messages of the assertions that an exempt member fails.
+X_ITSELF, ZERO_AT_ONE, SAME_TYPE = (
+    "evaluation returns x itself",
+    "nothing is left at rate 1",
+    "dtype and shape are preserved",
+)
+DROPPED_IS_ZERO, NOTHING_LEAKS = "about half of the results are 0", "no NaN or Inf leaks from dropped elements"
+SEED_AND_RATE, NOT_STACKED = "the residuals are a seed and a rate", "a scan stacks no array of the size of x"
+HAS_SLOPE, ON_ONE_DEVICE = "the derivative is not 0", "the result equals that of one device"
 
 NO_COMPLEX = Exempt("integers stay integers", SAME_TYPE)
-FEWER_TOKENS = Exempt("the number of tokens is what changes", SAME_TYPE)
+FEWER_TOKENS = Exempt("the number of tokens changes", SAME_TYPE)
 STATIC = Exempt("the rate sets a shape", "patch_dropout: rate must be", TypeError)
-NOTHING_DROPPED = Exempt("noise: nothing is dropped", DROPPED_IS_ZERO)
+NOTHING_DROPPED = Exempt("noise drops nothing", DROPPED_IS_ZERO)
 
 MEMBERS = {
     "dropout": Member(
@@ -187,14 +191,14 @@ MEMBERS = {
         call=lambda key, x, rate, **o: jdrop.stochastic_depth(key, x, rate, lambda v: v * v, **o),
         exempt={
             "identity": Exempt("evaluation adds the branch", X_ITSELF),
-            "traced at one": Exempt("x stays where the branch is dropped", ZERO_AT_ONE),
-            "contained": Exempt("x stays where the branch is dropped", DROPPED_IS_ZERO),
-            "residuals": Exempt("the branch keeps what its own derivative needs", NOT_STACKED),
+            "traced at one": Exempt("a dropped branch leaves x", ZERO_AT_ONE),
+            "contained": Exempt("a dropped branch leaves x", DROPPED_IS_ZERO),
+            "residuals": Exempt("the branch keeps the residuals of its own derivative", NOT_STACKED),
             "taylor": Exempt(
                 "jet has no rule for its condition", "traced by jax.experimental.jet", NotImplementedError
             ),
         },
-        bench="measured by the time of a layer: depth() in scripts/_family.py",
+        bench="its cost depends on the branch: see depth() in scripts/_family.py",
         readme=Row(
             shares="everything; a dropped branch is not computed",
             equation="`x + fn(x) m / q`",
@@ -218,9 +222,9 @@ MEMBERS = {
         by_channel=True,
         first=("key", "new", "rate"),
         exempt={
-            "identity": Exempt("evaluation gives the expectation", X_ITSELF),
-            "traced at one": Exempt("the old state stays", ZERO_AT_ONE),
-            "contained": Exempt("the old state stays; its gradient is tested in test_recurrent", DROPPED_IS_ZERO),
+            "identity": Exempt("evaluation returns the expectation", X_ITSELF),
+            "traced at one": Exempt("the old state remains", ZERO_AT_ONE),
+            "contained": Exempt("the old state remains; its gradient is tested in test_recurrent", DROPPED_IS_ZERO),
         },
         bench=Bench(
             floor_name="c x + d old",
@@ -243,8 +247,8 @@ MEMBERS = {
     "embedding_dropout of ids": Member(
         call=lambda key, x, rate, **o: jdrop.embedding_dropout(key, x, rate, ids=words(x), **o),
         exempt={
-            "residuals": Exempt("the ids stay, which the embedding's own gradient needs too", SEED_AND_RATE),
-            "tiles": Exempt("the check makes ids of a tile: a test in test_weights", ON_ONE_DEVICE),
+            "residuals": Exempt("the ids remain, which the gradient of the embedding needs too", SEED_AND_RATE),
+            "tiles": Exempt("the check derives ids from a tile; tested in test_weights", ON_ONE_DEVICE),
         },
         bench=Bench(
             drop=lambda key, x, ids: jdrop.embedding_dropout(key, x, RATE, ids=ids, train=True),
@@ -258,15 +262,15 @@ MEMBERS = {
         call=lambda key, x, rate, **o: jdrop.token_dropout(key, ids_like(x), rate, -1, **o),
         first=("key", "ids", "rate"),
         exempt={
-            "identity": Exempt("the check makes new ids", X_ITSELF),
+            "identity": Exempt("the check derives new ids from x", X_ITSELF),
             "dtypes": NO_COMPLEX,
             "complex": NO_COMPLEX,
             "traced at one": Exempt("tokens are replaced by an id", ZERO_AT_ONE),
             "taylor": Exempt("integers have no derivative", HAS_SLOPE),
-            "contained": Exempt("integers hold no NaN", DROPPED_IS_ZERO),
+            "contained": Exempt("integers cannot be NaN", DROPPED_IS_ZERO),
             "derivatives": Exempt("integers have no derivative", HAS_SLOPE),
-            "tiles": Exempt("the check makes ids of a tile: a test in test_tokens", ON_ONE_DEVICE),
-            "meshes": Exempt("integers have no derivative: a test in test_tokens", "index out of range", IndexError),
+            "tiles": Exempt("the check derives ids from a tile; tested in test_tokens", ON_ONE_DEVICE),
+            "meshes": Exempt("integers have no derivative; tested in test_tokens", "index out of range", IndexError),
         },
         bench=Bench(
             floor_name="x + 1",
@@ -287,10 +291,10 @@ MEMBERS = {
             "complex": FEWER_TOKENS,
             "traced": STATIC,
             "traced at one": STATIC,
-            "contained": Exempt("what is dropped is not there", DROPPED_IS_ZERO),
-            "residuals": Exempt("the indices of the kept tokens stay", SEED_AND_RATE),
+            "contained": Exempt("dropped tokens are not in the result", DROPPED_IS_ZERO),
+            "residuals": Exempt("the indices of the kept tokens remain", SEED_AND_RATE),
         },
-        bench="it does less work than x has elements: there is no floor of that size",
+        bench="it writes fewer elements than x has: no floor is comparable",
         readme=Row(
             shares="the features of a token",
             equation="a random subset of tokens",
@@ -311,7 +315,7 @@ MEMBERS = {
         exempt={
             "complex": Exempt("SELU is real", "alpha_dropout: x must be", TypeError),
             "contained": Exempt(
-                "a dropped slot has the value of the limit; its gradient is tested in test_elementwise",
+                "dropped elements get the limit of SELU; their gradient is tested in test_elementwise",
                 DROPPED_IS_ZERO,
             ),
         },
@@ -328,7 +332,7 @@ MEMBERS = {
         by_channel=True,
         generator=False,
         exempt={
-            "traced at one": Exempt("the variance is infinite: clipped just below", ZERO_AT_ONE),
+            "traced at one": Exempt("the variance is infinite, so the rate is clipped just below", ZERO_AT_ONE),
             "contained": NOTHING_DROPPED,
         },
         bench=Bench(limit=3.0, keras=lambda k: k.GaussianDropout(RATE)),
@@ -345,10 +349,8 @@ MEMBERS = {
         first=("key", "x", "stddev"),
         generator=False,
         exempt={
-            "complex": Exempt(
-                "real noise on complex numbers has no agreed meaning", "gaussian_noise: x must be", TypeError
-            ),
-            "traced at one": Exempt("a standard deviation is no rate", ZERO_AT_ONE),
+            "complex": Exempt("there is no standard noise for complex numbers", "gaussian_noise: x must be", TypeError),
+            "traced at one": Exempt("a standard deviation is not a rate", ZERO_AT_ONE),
             "contained": NOTHING_DROPPED,
         },
         bench=Bench(limit=3.0, keras=lambda k: k.GaussianNoise(RATE)),
@@ -357,16 +359,16 @@ MEMBERS = {
     "multi_sample_dropout": Member(
         call=lambda key, x, rate, **o: jdrop.multi_sample_dropout(key, x, rate, lambda h: h, 3, **o),
         by_channel=True,
-        exempt={"contained": Exempt("a mean over masks", DROPPED_IS_ZERO)},
-        bench="it does the work of its head, several times",
+        exempt={"contained": Exempt("it averages over masks", DROPPED_IS_ZERO)},
+        bench="its cost is that of its head, several times",
         readme=Row(shares="nothing", equation="mean of `head(x m / q)` over masks", paper="Inoue 2019"),
     ),
     "bias_dropout_add": Member(
         call=bias_dropout_add,
         exempt={
             "identity": Exempt("evaluation adds bias and residual", X_ITSELF),
-            "traced at one": Exempt("the residual stays", ZERO_AT_ONE),
-            "contained": Exempt("the residual stays", DROPPED_IS_ZERO),
+            "traced at one": Exempt("the residual remains", ZERO_AT_ONE),
+            "contained": Exempt("the residual remains", DROPPED_IS_ZERO),
         },
         bench=Bench(
             floor_name="c (x + b) + r",
@@ -380,16 +382,16 @@ MEMBERS = {
         call=attention,
         first=("prng_key", "query", "key", "value", "rate"),
         positional_only=True,
-        rounds="matrix products round as shapes want it: sums of 40 and of 6 terms, each eps at most",
+        rounds="matrix products round differently by shape: sums of 40 and of 6 terms, each by at most eps",
         exempt={
-            "identity": Exempt("evaluation attends", X_ITSELF),
-            "complex": Exempt("a softmax is of real numbers", "dot_product_attention: query must be", TypeError),
-            "contained": Exempt("what is dropped is a probability, not an element of x", DROPPED_IS_ZERO),
+            "identity": Exempt("evaluation still attends", X_ITSELF),
+            "complex": Exempt("a softmax needs real numbers", "dot_product_attention: query must be", TypeError),
+            "contained": Exempt("it drops probabilities, not elements of x", DROPPED_IS_ZERO),
             "residuals": Exempt(
-                "queries, keys and values stay, as without dropout: counted in test_attention", SEED_AND_RATE
+                "query, key, and value remain, as without dropout; counted in test_attention_blockwise", SEED_AND_RATE
             ),
         },
-        bench="it has a benchmark of its own: scripts/bench_attention.py",
+        bench="it has its own benchmark: scripts/bench_attention.py",
         readme=Row(
             shares="nothing, or `shared_axes`",
             equation="`(softmax(...) m / q) value`",
@@ -401,12 +403,12 @@ MEMBERS = {
 
 
 def function_of(name):
-    """The name of the function that a member is a use of."""
+    """Return the name of the function that a member calls."""
     return name.split(" of ")[0]
 
 
 def readme_line(name):
-    """The line of the README's table of the family."""
+    """Return the line of a member in the README's table of the family."""
     row = MEMBERS[name].readme
     cells = (f"`{name}`", row.shares, row.equation, row.paper, row.also_in)
     return re.sub(" +", " ", f"| {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""The other JAX libraries in the tests: what is required, one call for all of them, and training runs to compare."""
+"""Other libraries in the tests: required or not, one calling convention for all, and training runs to compare."""
 
 import importlib
 import importlib.util
@@ -11,20 +11,20 @@ import optax
 import pytest
 
 PACKAGES = {"flax": "flax", "equinox": "equinox", "haiku": "dm-haiku", "keras": "keras", "torch": "torch"}
-ADAPTERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku"}  # what each needs
+ADAPTERS = {"linen": "flax", "nnx": "flax", "equinox": "equinox", "haiku": "haiku"}  # the package of each
 
 
 def require(name, *, whole_file=False):
-    """Import a module of a library: skip a test without it, or fail it where the library is required.
+    """Import a module of a library. If it is missing, skip the test, or fail it if the library is required.
 
-    ``JDROP_PEERS`` names the libraries that are, with commas between them, or is ``required`` for all.
+    ``JDROP_PEERS`` lists the required libraries, separated by commas; ``required`` means all.
     """
     _find(name, whole_file)
     return importlib.import_module(name)
 
 
 def require_file(library, path):
-    """As :func:`require`, one file by itself: timm's layers need torch alone, the package around them torchvision."""
+    """Like :func:`require`, but import one file: timm's layers need only torch, the package also torchvision."""
     file = os.path.join(_find(library).submodule_search_locations[0], path)
     spec = importlib.util.spec_from_file_location(f"{library}_{os.path.basename(path)[:-3]}", file)
     module = importlib.util.module_from_spec(spec)
@@ -48,7 +48,7 @@ def adapter(library):
 
 
 def theirs(library):
-    """The library's own dropout as ``(key, x, rate, dims) -> y``, with the key that it draws from."""
+    """Return the library's own dropout as ``(key, x, rate, dims) -> y``, which draws from ``key`` directly."""
     if library == "haiku":
         haiku = require("haiku")
         return lambda key, x, rate, dims=(): haiku.dropout(key, rate, x, *[dims] * bool(dims))
@@ -56,7 +56,7 @@ def theirs(library):
 
 
 def ours(library, name="Dropout", **options):
-    """A layer of an adapter, as :func:`theirs`; keyword arguments go to its constructor."""
+    """Return a layer of an adapter, like :func:`theirs`; keyword arguments go to its constructor."""
     module = adapter(library)
     if library == "haiku":
         f = {"Dropout": module.dropout, "DropPath": module.drop_path}[name]
@@ -74,14 +74,14 @@ def _layer(library, layer, **options):
 
 
 def data(n=64, width=16):
-    """Inputs and targets of a small regression."""
+    """Return inputs and targets of a small regression."""
     rng = np.random.default_rng(7)
     x = rng.standard_normal((n, width)).astype(np.float32)
     return jnp.asarray(x), jnp.asarray(np.sin(x.sum(1, keepdims=True)))
 
 
 def train(loss, params, steps=100):
-    """Losses of a training run with Adam; ``loss(params, step)`` draws a new mask at every step."""
+    """Return the losses of a training run with Adam; ``loss(params, step)`` draws a new mask at every step."""
     optimizer = optax.adam(3e-3)
 
     @jax.jit
@@ -98,7 +98,7 @@ def train(loss, params, steps=100):
 
 
 def same_step(a, b):
-    """``((loss, (y, masks)), gradients)`` of two steps: the same masks, and all else up to rounding."""
+    """Require ``((loss, (y, masks)), gradients)`` of two steps to have equal masks, and to agree up to rounding."""
     (loss_a, (y_a, masks_a)), grads_a = a
     (loss_b, (y_b, masks_b)), grads_b = b
     for first, second in zip(jax.tree.leaves(masks_a), jax.tree.leaves(masks_b), strict=True):
@@ -108,6 +108,6 @@ def same_step(a, b):
 
 
 def same_run(a, b):
-    """Losses of two runs that learn something and differ in rounding alone: by at most one unit of it a step."""
+    """Require the losses of two runs to fall, and to differ only by rounding: at most one unit per step."""
     assert a[-1] < 0.8 * a[0]
     np.testing.assert_allclose(a, b, rtol=len(a) * np.finfo(np.float32).eps)

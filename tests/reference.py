@@ -1,7 +1,7 @@
-"""The mask bits in plain NumPy, written from the text of the design alone: nothing of jdrop is imported.
+"""The mask bits in plain NumPy, written only from the text of the design: this file imports nothing from jdrop.
 
-Slow, direct and independent: 64-bit numbers are uint64 or Python integers, and the place of an element is
-found by counting with Python integers. What this file says is mask version 1.
+It is slow, direct, and independent: 64-bit numbers are uint64 or Python integers, and Python integers count the row and
+column of an element. This file defines mask version 1.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ Pair = tuple[int, int]
 
 
 def u32(value: int | np.ndarray) -> np.ndarray:
-    """An array of at least one axis, modulo 2**32: its arithmetic wraps without a warning."""
+    """Return an array of at least one axis, modulo 2**32, whose arithmetic wraps without a warning."""
     return np.atleast_1d(value % TWO32 if isinstance(value, int) else value).astype(np.uint32)
 
 
 def threefry2x32(key: tuple, counter: tuple) -> tuple[np.ndarray, np.ndarray]:
-    """Threefry-2x32-20 of Salmon et al. (2011): 20 rounds, a key word injected before them and after every fourth."""
+    """Threefry-2x32-20 of Salmon et al. (2011): 20 rounds, with key words added before them and after every fourth."""
     k = [u32(key[0]), u32(key[1])]
     k.append(k[0] ^ k[1] ^ np.uint32(0x1BD11BDA))
     x0, x1 = u32(counter[0]) + k[0], u32(counter[1]) + k[1]
@@ -41,7 +41,7 @@ def threefry2x32(key: tuple, counter: tuple) -> tuple[np.ndarray, np.ndarray]:
 
 
 def chain(start: Pair, blocks: Sequence[tuple[int, int, int]]) -> Pair:
-    """Encrypt a state under each block ``(tag, a, b)``, the tag xored into its first word."""
+    """Encrypt a state under each block ``(tag, a, b)``, with the tag xored into its first word."""
     state = start
     for tag, a, b in blocks:
         out = threefry2x32((a, b), (state[0] ^ tag, state[1]))
@@ -55,12 +55,12 @@ def key_blocks(words: Words) -> list[tuple[int, int, int]]:
 
 
 def seed(words: Words) -> Pair:
-    """The seed of a mask from the data words of a key."""
+    """Return the seed of a mask from the data words of a key."""
     return chain((TAG, MASK_SEED), key_blocks(words))
 
 
 def derive(words: Words, *path: str | int) -> list[int]:
-    """The data words of ``jdrop.keys.derive(key, *path)``; negative integers count modulo 2**64."""
+    """Return the data words of ``jdrop.keys.derive(key, *path)``; negative integers count modulo 2**64."""
     blocks = key_blocks(words)
     for element in path:
         if isinstance(element, str):
@@ -77,7 +77,7 @@ def derive(words: Words, *path: str | int) -> list[int]:
 
 
 def mix(k0: np.ndarray, k1: np.ndarray, col: np.ndarray) -> np.ndarray:
-    """A word from a row's key and a column."""
+    """Return the word of a row's key and a column."""
     x = col * np.uint32(0x9E3779B9) + k0
     y = col ^ k1
     x = x ^ (x >> np.uint32(16))
@@ -90,14 +90,14 @@ def mix(k0: np.ndarray, k1: np.ndarray, col: np.ndarray) -> np.ndarray:
 
 
 def element_words(seed_: Pair, rows: Sequence[int], cols: Sequence[int]) -> np.ndarray:
-    """The words of elements by their rows, 64-bit numbers, and columns: a row's key is made for each element anew."""
+    """Return the words of elements from 64-bit rows and columns. The key of a row is hashed again for each element."""
     row, col = np.array([r % TWO64 for r in rows], np.uint64), np.array(cols, np.uint64)
     k0, k1 = threefry2x32(seed_, (row // TWO32, row))
     return mix(k0, k1, u32(col))
 
 
 def split_axes(shape: Sequence[int]) -> int:
-    """How many leading axes are rows: the columns are the shortest suffix of at least 128 elements, at most 2**32."""
+    """Return the number of leading axes that are rows; columns are the shortest suffix of 128 to 2**32 elements."""
     for first in range(len(shape) - 1, 0, -1):
         width = math.prod(shape[first:])
         if width >= 128 or (width > 1 and width * shape[first - 1] > TWO32):
@@ -105,37 +105,37 @@ def split_axes(shape: Sequence[int]) -> int:
     return 0
 
 
-def place(shape: Sequence[int], index: Sequence[int]) -> Pair:
-    """Row and column of the element at ``index`` of an array of ``shape``."""
+def row_and_column(shape: Sequence[int], index: Sequence[int]) -> Pair:
+    """Return the row and column of the element at ``index`` in an array of ``shape``."""
     first = split_axes(shape)
     row = col = 0
     for n, i in zip(shape[:first], index[:first], strict=True):
         row = row * n + i
     for n, i in zip(shape[first:], index[first:], strict=True):
         col = col * n + i
-    words_a_row = -(-math.prod(shape[first:]) // TWO32)  # above 1 only for a single axis longer than 2**32
-    return row * max(words_a_row, 1) + col // TWO32, col % TWO32
+    rows_per_axis = -(-math.prod(shape[first:]) // TWO32)  # above 1 only for a single axis longer than 2**32
+    return row * max(rows_per_axis, 1) + col // TWO32, col % TWO32
 
 
 def positions(window: Sequence[Pair]) -> Iterator[tuple[int, ...]]:
-    """The indices of a window, the last axis fastest."""
+    """Yield the indices of a window, with the last axis fastest."""
     for flat in np.ndindex(*(size for _, size in window)):
         yield tuple(start + i for (start, _), i in zip(window, flat, strict=True))
 
 
 def words(key_words: Words, shape: Sequence[int], window: Sequence[Pair] | None = None) -> np.ndarray:
-    """The words of an array, or of a window of it: one ``(start, size)`` an axis."""
+    """Return the words of an array, or of a window with one ``(start, size)`` per axis."""
     window = [(0, n) for n in shape] if window is None else window
-    places = [place(shape, index) for index in positions(window)]
-    found = element_words(seed(key_words), [row for row, _ in places], [col for _, col in places])
-    return found.reshape([size for _, size in window])
+    elements = [row_and_column(shape, index) for index in positions(window)]
+    result = element_words(seed(key_words), [row for row, _ in elements], [col for _, col in elements])
+    return result.reshape([size for _, size in window])
 
 
 def threshold(rate: float) -> int:
-    """Words below this are dropped: float32(rate) * 2**32, ties to even (the product is exact in float64)."""
+    """Return float32(rate) * 2**32, rounded half to even (exact in float64); smaller words are dropped."""
     return round(float(np.float32(rate)) * TWO32)
 
 
 def mask(key_words: Words, shape: Sequence[int], rate: float, window: Sequence[Pair] | None = None) -> np.ndarray:
-    """Which elements are kept."""
+    """Return which elements are kept."""
     return words(key_words, shape, window).astype(np.uint64) >= np.uint64(threshold(rate))

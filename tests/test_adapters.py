@@ -1,4 +1,4 @@
-"""What the adapters of all libraries have in common: their masks, jdrop's rules, what is stored, the recipes."""
+"""Common behavior of all adapters: masks of the libraries, jdrop's rules, residuals, and the recipes."""
 
 import doctest
 import inspect
@@ -176,7 +176,7 @@ def test_rate_0_needs_no_key_and_returns_the_input(library, layer, rate):
 
 @LIBRARIES
 @LAYERS
-def test_a_key_is_used_up(library, layer):
+def test_a_key_is_consumed(library, layer):
     f, key = peers.ours(library, layer), jax.random.key(5)
     with jax.debug_key_reuse(True):
         f(key, X, 0.5)
@@ -184,10 +184,10 @@ def test_a_key_is_used_up(library, layer):
             f(key, X, 0.5)
 
 
-# ------------------------------------------------------------------------------------ what is stored
+# ------------------------------------------------------------------------------------ residuals
 
 
-def held(f):
+def residual_bytes(f):
     pull = jax.vjp(lambda x: f(KEY, x, 0.3), X)[1]
     return sum(leaf.nbytes for leaf in jax.tree.leaves(pull) if isinstance(leaf, jax.Array))
 
@@ -195,10 +195,10 @@ def held(f):
 @LIBRARIES
 @pytest.mark.parametrize("generator", ["fast", "jax"])
 def test_no_mask_is_stored(library, generator):
-    """A seed and a rate; the library keeps at least a byte an element."""
+    """Only a seed and a rate; the library stores at least one byte per element."""
     for layer in ("Dropout", "DropPath"):
-        assert held(peers.ours(library, layer, generator=generator)) == 12
-    assert held(peers.theirs(library)) >= X.size
+        assert residual_bytes(peers.ours(library, layer, generator=generator)) == 12
+    assert residual_bytes(peers.theirs(library)) >= X.size
 
 
 # ------------------------------------------------------------------------------------ meshes
@@ -211,9 +211,9 @@ def test_output_sharding_on_an_explicit_mesh(library, layer, generator):
     x = jnp.linspace(1, 2, 16 * 256).reshape(16, 256)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
-        placed = jax.device_put(x, NamedSharding(mesh, P("data", "model")))
+        sharded = jax.device_put(x, NamedSharding(mesh, P("data", "model")))
         for rate in (0.4, 1.0):
-            y = jax.jit(lambda x, rate=rate: f(KEY, x, rate))(placed)
+            y = jax.jit(lambda x, rate=rate: f(KEY, x, rate))(sharded)
             assert jax.typeof(y).sharding.spec == P("data", "model")
             np.testing.assert_array_equal(y, f(KEY, np.asarray(x), rate))
 
@@ -275,12 +275,14 @@ def through_haiku(member, key, x, rate, train):
     return f.apply(f.init(words, x, train), words if train else None, x, train)
 
 
-TURNS = [(member, [*peers.ADAPTERS][i % len(peers.ADAPTERS)]) for i, member in enumerate(MEMBERS)]
+ONE_LIBRARY_EACH = [(member, [*peers.ADAPTERS][i % len(peers.ADAPTERS)]) for i, member in enumerate(MEMBERS)]
 
 
-@pytest.mark.parametrize(("member", "library"), sorted({*TURNS, *(("dropout", library) for library in peers.ADAPTERS)}))
+@pytest.mark.parametrize(
+    ("member", "library"), sorted({*ONE_LIBRARY_EACH, *(("dropout", library) for library in peers.ADAPTERS)})
+)
 def test_every_member_by_the_recipe(library, member):
-    """The library hands out the key; the member is the pure function, so one library a member is enough."""
+    """The library provides the key and the member is a pure function, so one library per member is enough."""
     peers.require(peers.ADAPTERS[library])
     through = globals()[f"through_{library}"]
     f = MEMBERS[member]
@@ -293,7 +295,7 @@ def test_every_member_by_the_recipe(library, member):
 
 
 @LIBRARIES
-def test_in_shard_map_one_key_is_refused_with_a_way_out(library):
+def test_in_shard_map_one_key_for_all_tiles_is_an_error_with_a_fix(library):
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     f = jax.shard_map(lambda x: peers.ours(library)(KEY, x, 0.5), mesh=mesh, in_specs=P("d"), out_specs=P("d"))
     with pytest.raises(ValueError, match=r"must vary over the manual mesh axes .* give the layer shard="):
@@ -310,8 +312,8 @@ def test_in_shard_map_a_layer_takes_shard(library):
 
 @LIBRARIES
 @pytest.mark.parametrize("how", ["pmap", "check_vma=False"])
-def test_where_types_do_not_tell_a_layer_takes_the_key_as_it_is(library, how):
-    """Trainers under pmap bind a key to each device."""
+def test_without_types_of_varying_values_a_layer_uses_the_key_as_it_is(library, how):
+    """Trainers that use pmap pass one key per device."""
     keys, x = jax.random.split(KEY, 2), jnp.stack([X, 2 * X])
     f = lambda key, x: peers.ours(library)(key, x, 0.5)
     if how == "pmap":
@@ -326,7 +328,7 @@ def test_where_types_do_not_tell_a_layer_takes_the_key_as_it_is(library, how):
 # ------------------------------------------------------------------------------------ the files
 
 
-def test_a_missing_library_is_named_with_what_to_install(tmp_path):
+def test_the_error_of_a_missing_library_says_what_to_install(tmp_path):
     for package in peers.ADAPTERS.values():
         (tmp_path / f"{package}.py").write_text("raise ModuleNotFoundError('nothing here')")
     code = f"""
@@ -352,7 +354,7 @@ def test_importing_jdrop_imports_no_adapter():
 
 
 @LIBRARIES
-def test_docstrings_are_whole_and_run(library):
+def test_docstrings_are_complete_and_run(library):
     module = peers.adapter(library)
     public = [v for n, v in vars(module).items() if getattr(v, "__module__", "").startswith("jdrop.adapters")]
     names = {"dropout", "drop_path"} if library == "haiku" else {"Dropout", "DropPath"}

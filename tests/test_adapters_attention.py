@@ -1,4 +1,4 @@
-"""Attention for linen and nnx: the function beside theirs, and both multi-head modules with it."""
+"""Attention for linen and nnx: compared with their functions, and inside both multi-head modules."""
 
 import functools
 import inspect
@@ -77,13 +77,13 @@ def test_values_and_gradients_of_flax(batch, mask, rate):
         options = {"dropout_rng": KEY, "dropout_rate": rate, "mask": mask, "bias": bias}
         return jax.jit(jax.value_and_grad(lambda q, k, v: (f(q, k, v, **options) ** 2).sum(), (0, 1, 2)))(*data)
 
-    ours = results(as_flax, None if mask is None else mask.astype(jnp.float32))  # nnx wants a bool mask
+    ours = results(as_flax, None if mask is None else mask.astype(jnp.float32))  # nnx needs a bool mask
     for theirs in BOTH_OF_FLAX:
         for a, b in zip(*map(jax.tree.leaves, (ours, results(theirs, mask)))):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-def test_what_nnx_alone_has():
+def test_options_that_only_nnx_has():
     data = qkv(2, 3, queries=16, keys=16, kv_heads=2)
     for options in ({"is_causal": True}, {"dropout_rng": KEY, "dropout_rate": 0.3, "is_causal": True}):
         ours, theirs = (jax.jit(functools.partial(f, **options))(*data) for f in (as_flax, nnx.dot_product_attention))
@@ -130,7 +130,7 @@ def test_errors():
             attend(*data, **{name: "highest"})
 
 
-def test_the_precision_of_default_asks_for_nothing():
+def test_the_default_precision_is_accepted():
     data = qkv(2)
     for precision in ("default", jax.lax.Precision.DEFAULT):
         np.testing.assert_array_equal(attend(*data, precision=precision), attend(*data))
@@ -138,7 +138,7 @@ def test_the_precision_of_default_asks_for_nothing():
         attend(*data, precision="highest")
 
 
-def test_in_shard_map_one_key_is_refused_with_a_way_out():
+def test_in_shard_map_one_key_for_all_tiles_is_an_error_with_a_fix():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tiled = functools.partial(jax.shard_map, mesh=mesh, in_specs=(P("d"),) * 3, out_specs=P("d"))
     data, f = qkv(8), functools.partial(attend, dropout_rng=KEY, dropout_rate=0.5)
@@ -146,11 +146,11 @@ def test_in_shard_map_one_key_is_refused_with_a_way_out():
         tiled(f)(*data)
     sharded = tiled(functools.partial(f, broadcast_dropout=False, shard=P("d")))(*data)
     np.testing.assert_allclose(sharded, f(*data, broadcast_dropout=False), rtol=1e-5, atol=1e-6)
-    still = tiled(functools.partial(f, deterministic=True))(*data)  # where the key is not used
-    np.testing.assert_allclose(still, attend(*data), rtol=1e-5, atol=1e-6)
+    evaluated = tiled(functools.partial(f, deterministic=True))(*data)  # the key is not used
+    np.testing.assert_allclose(evaluated, attend(*data), rtol=1e-5, atol=1e-6)
 
 
-def test_under_pmap_the_key_is_taken_as_it_is():
+def test_under_pmap_the_key_is_used_as_it_is():
     keys = jax.random.split(KEY, 2)
     data = [jnp.stack([x, x]) for x in qkv(2)]
     f = lambda key, *data: attend(*data, dropout_rng=key, dropout_rate=0.5)
@@ -165,19 +165,19 @@ def test_batch_axes_on_an_explicit_mesh(spec, served):
     f = jax.jit(functools.partial(attend, dropout_rng=KEY, dropout_rate=0.5, broadcast_dropout=False))
     expected = f(*data)
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in data]
+        sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x in data]
         if served:
-            np.testing.assert_allclose(f(*placed), expected, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(f(*sharded), expected, rtol=1e-5, atol=1e-6)
         else:
             with pytest.raises(NotImplementedError, match="must have batch axes that JAX can merge, got float32"):
-                f(*placed)
+                f(*sharded)
 
 
 # ------------------------------------------------------------------------------------ the modules
 
 
 def in_linen(f, rate=0.3, **options):
-    """Parameters, and ``(params, rng, x) -> y`` of linen's module, which asks for a key as with its own function."""
+    """Return parameters, and ``(params, rng, x) -> y`` of linen's module, which requests a key as it does by default."""
     layer = linen.MultiHeadDotProductAttention(
         2, dropout_rate=rate, deterministic=False, **({"attention_fn": f} if f else {}), **options
     )
@@ -215,7 +215,7 @@ def test_training(module, broadcast):
 
     theirs = run(None)
     peers.same_run(theirs, run(as_flax))
-    if not broadcast:  # and other masks would show
+    if not broadcast:  # other masks would be noticed
         assert abs(run(attend) - theirs).max() > 1e-3
 
 
@@ -230,7 +230,7 @@ def test_nothing_is_dropped_in_evaluation(module):
 
 
 @BOTH
-def test_weights_that_are_never_formed_are_not_sown(module):
+def test_sow_weights_is_not_supported(module):
     if module is in_linen:
         layer = linen.MultiHeadDotProductAttention(2, attention_fn=attend)
         call = lambda: layer.init(KEY, jnp.ones((2, 4, 4)), sow_weights=True)

@@ -1,4 +1,4 @@
-"""Equinox: flags, keys, filtered transforms and training of jdrop's layers, beside Equinox's own."""
+"""Equinox: flags, keys, filtered transforms and training with jdrop's layers, compared with Equinox's own."""
 
 import functools
 from typing import Any
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
 @LAYERS
-def test_the_flag_of_the_call_goes_first(layer):
+def test_the_flag_of_the_call_takes_precedence(layer):
     f = functools.partial(layer, **({"batch_axes": (0, 1)} if layer is DropPath else {}))
     assert f().p == 0.5 and f().inference is False
     assert f(0.5, True)(X) is X and f(inference=True)(X, key=KEY) is X
@@ -30,7 +30,7 @@ def test_the_flag_of_the_call_goes_first(layer):
     assert f()(X, inference=True) is X and (f()(X, key=KEY) == 0).any()
     with pytest.raises(TypeError, match=f"^{layer.__name__}: inference must be a bool, got 1"):
         f()(X, key=KEY, inference=1)
-    with pytest.raises(ValueError, match=f"^{layer.__name__}: p must lie in"):  # also where nothing would be dropped
+    with pytest.raises(ValueError, match=f"^{layer.__name__}: p must lie in"):  # even if nothing would be dropped
         f(1.5, True)(X)
 
 
@@ -45,9 +45,9 @@ def test_the_deprecated_flag(layer):
 
 def test_inference_mode_and_tree_at():
     model = eqx.nn.Sequential([Dropout(0.5), DropPath(0.5)])
-    still = eqx.nn.inference_mode(model)
-    assert still(X) is X and [layer.inference for layer in still.layers] == [True, True]
-    assert (eqx.nn.inference_mode(still, False)(X, key=KEY) == 0).any()
+    inference = eqx.nn.inference_mode(model)
+    assert inference(X) is X and [layer.inference for layer in inference.layers] == [True, True]
+    assert (eqx.nn.inference_mode(inference, False)(X, key=KEY) == 0).any()
     layer = eqx.tree_at(lambda layer: layer.p, Ours(0.5), 0.9)
     np.testing.assert_array_equal(layer(X, key=KEY) != 0, eqx.nn.Dropout(0.9)(X, key=KEY) != 0)
     assert isinstance(layer, eqx.nn.Dropout)
@@ -78,7 +78,7 @@ def test_drop_path_of_a_batch():
 
 
 class Block(eqx.Module):
-    """A residual block for one example; returns its masks beside its output."""
+    """A residual block for one example that returns its output and its masks."""
 
     up: eqx.nn.Linear
     down: eqx.nn.Linear
@@ -98,7 +98,7 @@ class Block(eqx.Module):
 
 
 class Net(eqx.Module):
-    """Two blocks, in a loop or as a stack of their arrays that is scanned."""
+    """Two blocks, in a loop or stacked for a scan."""
 
     blocks: Any
     head: eqx.nn.Linear
@@ -129,7 +129,7 @@ FORMS = ["loop", "checkpoint", "scan"]
 
 
 def run_of(dropout, form):
-    """Parameters, and ``(params, keys) -> (loss, (y, masks))`` with one key an example under filter_vmap."""
+    """Return parameters, and ``(params, keys) -> (loss, (y, masks))`` with one key per example under filter_vmap."""
     x, target = peers.data()
     params, static = eqx.partition(Net(dropout, form, jax.random.key(0)), eqx.is_inexact_array)
 
@@ -142,7 +142,7 @@ def run_of(dropout, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_masks_and_gradients_of_a_model(form):
-    """Inside filter_jit."""
+    """Compiled by filter_jit."""
     keys = jax.random.split(KEY, len(peers.data()[0]))
     results = []
     for dropout in (eqx.nn.Dropout, Ours):
@@ -169,7 +169,7 @@ def test_training():
 
 
 def test_an_ensemble_of_layers_with_rates():
-    """A rate an ensemble member, as an array under filter_vmap; one compilation for all rates under filter_jit."""
+    """One rate per ensemble member under filter_vmap, and one compilation for all rates under filter_jit."""
     rates = jnp.array([0.1, 0.5, 0.9])
     layers = eqx.filter_vmap(lambda p: Ours(p))(rates)
     keys = jax.random.split(KEY, 3)

@@ -1,4 +1,4 @@
-"""Haiku: keys, transforms and training of jdrop's functions, beside Haiku's own."""
+"""Haiku: keys, transforms and training with jdrop's functions, compared with Haiku's own."""
 
 import functools
 
@@ -23,12 +23,12 @@ def test_no_key(function):
     for rng in (None, 3):
         with pytest.raises(TypeError, match=f"^{function.__name__}: rng must be a PRNG key, got {rng}"):
             function(rng, 0.5, X)
-    with pytest.raises(ValueError, match="PRNGKey"):  # Haiku's own error: apply was given no rng
+    with pytest.raises(ValueError, match="PRNGKey"):  # Haiku's own error: apply got no rng
         f = haiku.transform(lambda x: function(haiku.next_rng_key(), 0.5, x))
         f.apply({}, None, X)
 
 
-def test_arguments_stand_where_theirs_do():
+def test_arguments_have_the_positions_of_haiku():
     np.testing.assert_array_equal(ours(KEY, 0.5, X, (1,)) != 0, haiku.dropout(KEY, 0.5, X, (1,)) != 0)
     by_name = dropout(rng=KEY, rate=0.5, x=X, broadcast_dims=[1])
     np.testing.assert_array_equal(by_name, dropout(KEY, 0.5, X, [1]))
@@ -38,7 +38,7 @@ def test_arguments_stand_where_theirs_do():
 
 
 def block(drop, x):
-    """A residual block; returns its masks beside its output."""
+    """A residual block that returns its output and its masks."""
     h = drop(haiku.next_rng_key(), 0.3, jax.nn.gelu(haiku.Linear(32)(x)))
     y = drop(haiku.next_rng_key(), 0.1, haiku.Linear(16)(h), (1,))
     return x + y, (h != 0, y != 0)
@@ -46,7 +46,7 @@ def block(drop, x):
 
 def net(drop, form):
     def forward(x):
-        if form == "scan":  # haiku.scan threads Haiku's state, and with it the rng
+        if form == "scan":  # haiku.scan threads Haiku's state, including the rng
             w = haiku.get_parameter("w", [3, 16, 16], init=haiku.initializers.VarianceScaling())
 
             def layer(x, w):

@@ -1,4 +1,4 @@
-"""Flax linen: flags, rngs, lifted transforms and training of jdrop's layers, beside linen's own."""
+"""Flax linen: flags, rngs, lifted transforms and training with jdrop's layers, compared with linen's own."""
 
 import functools
 from typing import Any
@@ -40,7 +40,7 @@ def test_the_flag_is_passed_once(layer):
         layer(0.5).apply({}, X, 1, rngs=rngs)
     with pytest.raises(TypeError, match=f"^{name}: deterministic must be static"):
         jax.jit(lambda d: layer(0.5).apply({}, X, d, rngs=rngs))(True)
-    with pytest.raises(ValueError, match=f"^{name}: rate must lie in"):  # also where nothing would be dropped
+    with pytest.raises(ValueError, match=f"^{name}: rate must lie in"):  # even if nothing would be dropped
         layer(1.5).apply({}, X, True)
 
 
@@ -48,7 +48,7 @@ def test_the_flag_is_passed_once(layer):
 
 
 @LAYERS
-def test_no_rng_where_nothing_is_random(layer):
+def test_no_rng_is_needed_if_nothing_is_random(layer):
     for rate in (0, 0.0):
         assert layer(rate).apply({}, X, False) is X
     assert not layer(1.0).apply({}, X, False).any()
@@ -59,11 +59,11 @@ def test_no_rng_where_nothing_is_random(layer):
 
 
 @LAYERS
-def test_an_rng_of_the_call_goes_first(layer):
+def test_an_rng_of_the_call_takes_precedence(layer):
     f = layer(0.5, deterministic=False)
     by_call = f.apply({}, X, rng=KEY)
     np.testing.assert_array_equal(by_call, f.apply({}, X, rng=KEY, rngs={"dropout": jax.random.key(1)}))
-    assert (by_call != f.apply({}, X, rngs={"dropout": KEY})).any()  # make_rng folds the scope in
+    assert (by_call != f.apply({}, X, rngs={"dropout": KEY})).any()  # make_rng folds in the scope
 
 
 def test_the_collection():
@@ -90,7 +90,7 @@ def test_it_is_a_dropout_of_linen_with_the_same_name():
 
 
 class Block(linen.Module):
-    """A residual block; returns its masks beside its output."""
+    """A residual block that returns its output and its masks."""
 
     dropout: Any
     rate: Any = 0.3

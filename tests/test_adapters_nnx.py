@@ -1,4 +1,4 @@
-"""Flax nnx: flags, streams, graph transforms and training of jdrop's layers, beside nnx's own."""
+"""Flax nnx: flags, streams, graph transforms and training with jdrop's layers, compared with nnx's own."""
 
 import functools
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("usual_promotion")
 
 
 @LAYERS
-def test_the_flag_of_the_call_goes_first(layer):
+def test_the_flag_of_the_call_takes_precedence(layer):
     f = layer(0.5, deterministic=True, rngs=nnx.Rngs(0))
     assert f(X) is X and (f(X, deterministic=False) == 0).any()
     f = layer(0.5, rngs=nnx.Rngs(0))
@@ -33,7 +33,7 @@ def test_the_flag_of_the_call_goes_first(layer):
     assert layer(0.5, deterministic=None)(X, deterministic=True) is X
     with pytest.raises(TypeError, match=f"^{name}: deterministic must be a bool, got 1"):
         layer(0.5)(X, deterministic=1)
-    with pytest.raises(ValueError, match=f"^{name}: rate must lie in"):  # also where nothing would be dropped
+    with pytest.raises(ValueError, match=f"^{name}: rate must lie in"):  # even if nothing would be dropped
         layer(1.5, deterministic=True)(X)
 
 
@@ -63,7 +63,7 @@ def test_modes_of_a_model():
 
 
 @LAYERS
-def test_nothing_to_take_a_key_from(layer):
+def test_no_source_of_keys(layer):
     assert layer(0.0)(X) is X and not layer(1.0)(X).any()
     name = layer.__name__
     with pytest.raises(ValueError, match=f"^{name}: rngs must be nnx.Rngs, a stream or a key, got None"):
@@ -82,7 +82,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_streams_are_forked_and_advance_as_theirs(source):
+def test_streams_are_forked_and_advance_as_in_nnx(source):
     """Three masks from the constructor's stream, then three from the call's."""
     draws = []
     for dropout in (nnx.Dropout, Ours):
@@ -96,15 +96,15 @@ def test_streams_are_forked_and_advance_as_theirs(source):
     assert len(masks) == 7 if source != "stream" else len(masks) >= 4
 
 
-def test_no_key_is_taken_where_nothing_is_random():
+def test_no_key_is_used_if_nothing_is_random():
     for dropout in (nnx.Dropout, Ours):
-        for rate, taken in ((0.0, 0), (1.0, 0), (0.5, 1)):
+        for rate, count in ((0.0, 0), (1.0, 0), (0.5, 1)):
             layer = dropout(rate, rngs=nnx.Rngs(0))
             layer(X), layer(X, deterministic=True)
-            assert layer.rngs.count[...] == taken
+            assert layer.rngs.count[...] == count
 
 
-def test_rngs_of_the_call_go_first():
+def test_rngs_of_the_call_take_precedence():
     layer = Ours(0.5, rngs=nnx.Rngs(0))
     y = layer(X, rngs=KEY)
     assert layer.rngs.count[...] == 0
@@ -118,7 +118,7 @@ def test_rngs_of_the_call_go_first():
 
 
 class Block(nnx.Module):
-    """A residual block; returns its masks beside its output."""
+    """A residual block that returns its output and its masks."""
 
     def __init__(self, dropout, rngs):
         self.up, self.down = nnx.Linear(16, 32, rngs=rngs), nnx.Linear(32, 16, rngs=rngs)
@@ -170,7 +170,7 @@ def loss_of(model, x, target):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_masks_and_gradients_of_a_model(form):
-    """In two steps, which draw other masks; of what is split and merged, and of a clone; and none in evaluation."""
+    """In two steps with different masks, after split, merge, and clone, and without dropout in evaluation."""
     models = [Net(d, form, nnx.Rngs(0)) for d in (nnx.Dropout, Ours)]
     step = nnx.jit(nnx.value_and_grad(loss_of, has_aux=True))
     first, second = ([step(model, *peers.data()) for model in models] for _ in range(2))
@@ -183,8 +183,8 @@ def test_masks_and_gradients_of_a_model(form):
     for model in models:
         model.eval()
         assert all(m.deterministic for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Dropout))
-    still = nnx.jit(lambda model, x: model(x)[0])
-    np.testing.assert_allclose(*(still(model, peers.data()[0]) for model in models), rtol=1e-6)
+    evaluate = nnx.jit(lambda model, x: model(x)[0])
+    np.testing.assert_allclose(*(evaluate(model, peers.data()[0]) for model in models), rtol=1e-6)
 
 
 def test_masks_of_a_model_without_jit():

@@ -1,4 +1,4 @@
-"""How blockwise attention is cut: every score is in one block, and every block has the index of its scores."""
+"""The blocks of attention: every score is in exactly one block, and every block knows the index of its scores."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def plan(
 
 @pytest.mark.parametrize("hidden", HIDDEN_KEYS, ids=str)
 @pytest.mark.parametrize("rows", [16, 512])
-def test_segments_hold_every_query_once_and_all_keys_that_it_sees(hidden, rows):
+def test_segments_have_every_query_once_and_all_keys_that_it_sees(hidden, rows):
     sizes = DEFAULT._replace(queries=rows, scores=2**15)
     for queries, keys, groups in itertools.product((1, 97, 128, 257, 1025), (1, 100, 257, 1025), (1, 4)):
         segments = plan(queries, keys, heads=groups, key_heads=1, sizes=sizes, **hidden).segments
@@ -70,7 +70,7 @@ def test_segments_hold_every_query_once_and_all_keys_that_it_sees(hidden, rows):
 
 @pytest.mark.parametrize("hidden", HIDDEN_KEYS, ids=str)
 def test_a_tile_of_queries_sees_all_keys(hidden):
-    """In a tile of shard_map, where the first query may be any."""
+    """In a tile of shard_map, whose first query may have any position."""
     (segment,) = plan(300, 200, tiled=True, **hidden).segments
     assert segment == Segment(first=0, blocks=1, rows=300, low=0, high=200)
 
@@ -79,7 +79,7 @@ LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
 def test_default_blocks_on_a_cpu():
-    """A block has 512 queries, or as many as have 2**22 scores."""
+    """A block has 512 queries, or more if they have at most 2**22 scores."""
     segments = {n: plan(n, n).segments for n in LENGTHS}
     assert all(len(s) == 1 for s in segments.values())
     assert {n: (s[0].rows, s[0].blocks) for n, s in segments.items()} == {
@@ -93,7 +93,7 @@ def test_default_blocks_on_a_cpu():
 
 
 def test_default_segments_on_a_cpu():
-    """2**22 scores are the most that segments in flight have."""
+    """Segments in flight have at most 2**22 scores."""
     causal = {n: plan(n, n, causal=True) for n in LENGTHS}
     assert {n: (len(p.segments), p.max_in_flight) for n, p in causal.items()} == {
         512: (2, 32),
@@ -105,12 +105,12 @@ def test_default_segments_on_a_cpu():
     }
     grouped = plan(2048, 2048, heads=4, key_heads=1, causal=True)
     assert grouped.max_in_flight == 1
-    # A segment has 2**18 scores per head, and a block takes in heads up to 2**20.
+    # A segment has 2**18 scores per head, and a block takes heads up to 2**20 scores.
     windows = {heads: plan(4096, 4096, heads=heads, window=(0, 0)) for heads in (1, 2, 8)}
     assert {n: (p.heads[0], p.max_in_flight) for n, p in windows.items()} == {1: (1, 16), 2: (2, 8), 8: (4, 4)}
 
 
-def test_other_platforms_take_larger_blocks():
+def test_other_platforms_have_larger_blocks():
     assert GENERIC.block_sizes == BlockSizes() and DEFAULT == BlockSizes(target_scores=2**21)
     p = plan(2048, 2048, batch=2, heads=8, platform=GENERIC, sizes=GENERIC.block_sizes)
     assert p.heads == (8, 1) and p.batch == (1, 2)
@@ -118,7 +118,7 @@ def test_other_platforms_take_larger_blocks():
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 4096, 8192, 16384])
-def test_no_work_is_done_on_most_hidden_keys(length):
+def test_most_hidden_keys_cost_no_work(length):
     def area(**hidden):
         return sum(s.blocks * s.rows * (s.high - s.low) for s in plan(length, length, **hidden).segments)
 
@@ -132,18 +132,18 @@ def test_no_work_is_done_on_most_hidden_keys(length):
 # ---------------------------------------------------------------------------------- batch and heads
 
 ONE_HEAD = DEFAULT._replace(target_scores=1)
-"""A block takes in no more heads than it must."""
+"""A block has no more heads than necessary."""
 
 
-def test_blocks_of_a_mesh_hold_a_part_of_every_device():
+def test_blocks_on_a_mesh_have_a_part_of_every_device():
     for batch, key_heads in itertools.product((1, 2, 3, 6, 8, 16), repeat=2):
         p = plan(4, 4, batch=batch, heads=2 * key_heads, key_heads=key_heads, sizes=ONE_HEAD, devices=8)
-        held = [int(np.gcd(n, 8)) for n in (batch, key_heads)]
-        assert (p.batch, p.heads) == tuple((part, n // part) for part, n in zip(held, (batch, key_heads)))
+        parts = [int(np.gcd(n, 8)) for n in (batch, key_heads)]
+        assert (p.batch, p.heads) == tuple((part, n // part) for part, n in zip(parts, (batch, key_heads)))
 
 
 def test_blocks_of_many_heads_have_few_queries():
-    """What devices share is in every block, so that a block has fewer queries of each head."""
+    """A block spans all devices, so with more heads it has fewer queries of each head."""
     sizes = itertools.product((1, 2, 8), repeat=2)
     rows = {(b, k): plan(2048, 2048, batch=b, heads=k, devices=8).segments[0].rows for b, k in sizes}
     assert rows == {(1, 1): 2048, (1, 2): 1024, (2, 1): 1024, (2, 2): 512} | {
@@ -152,7 +152,7 @@ def test_blocks_of_many_heads_have_few_queries():
 
 
 @pytest.mark.parametrize(("room", "heads"), [(1, 1), (2, 2), (7, 4), (24, 24), (100, 24)])
-def test_blocks_hold_as_many_heads_as_have_room(room, heads):
+def test_blocks_have_as_many_heads_as_fit(room, heads):
     p = plan(20, 30, batch=6, heads=4, sizes=DEFAULT._replace(target_scores=room * 20 * 30))
     assert p.batch[0] * p.batch[1] == 6 and p.heads[0] * p.heads[1] == 4
     assert p.batch[0] * p.heads[0] == heads
@@ -184,7 +184,7 @@ def test_join_is_the_inverse_of_split(batch, heads, key_heads):
 @pytest.mark.parametrize("platform", [CPU, GENERIC], ids=["cpu", "generic"])
 @pytest.mark.parametrize(("batch", "heads", "key_heads"), SIZES)
 def test_all_parts_of_a_block_belong_to_the_same_scores(batch, heads, key_heads, platform):
-    """Operands hold their own flat index: split, slice_scores and index have to agree on it for each block."""
+    """Operands contain their own flat index, on which split, slice_scores, and index must agree for each block."""
     queries, keys = 4, 5
     sizes = {"platform": platform, "sizes": ONE_HEAD, "devices": 8}
     p = plan(queries, keys, batch=batch, heads=heads, key_heads=key_heads, **sizes)
@@ -213,7 +213,7 @@ def test_all_parts_of_a_block_belong_to_the_same_scores(batch, heads, key_heads,
 
 
 @pytest.mark.parametrize("shape", list(itertools.product((1, 6), (1, 4), (1, 4), (1, 5))), ids=str)
-def test_arrays_that_broadcast_are_cut_in_the_same_way(shape):
+def test_arrays_that_broadcast_are_sliced_in_the_same_way(shape):
     p = plan(4, 5, batch=6, heads=4, key_heads=2, sizes=ONE_HEAD, devices=2)
     assert p.batch == (2, 3) and p.heads == (2, 1)
     x = jnp.arange(np.prod(shape)).reshape(shape)
@@ -228,7 +228,7 @@ def test_arrays_that_broadcast_are_cut_in_the_same_way(shape):
     np.testing.assert_array_equal(jnp.broadcast_to(a, b.shape), b)
 
 
-def test_operands_without_four_axes_are_not_cut():
+def test_operands_without_four_axes_are_not_sliced():
     p = plan(4, 5, batch=6, heads=4)
     block = Block(p, Segment(first=0, blocks=1, rows=2, low=1, high=4), *map(jnp.int32, (0, 0, 1)))
     assert split_scores((jnp.float32(3), None), p) == (3, None) and block.slice_scores(jnp.float32(3)) == 3
@@ -256,8 +256,8 @@ def test_a_block_has_the_decisions_of_a_window_of_the_mask(tile, whole, start):
         np.testing.assert_array_equal(*both(*indices, expected))
 
 
-def test_axes_of_one_element_are_left_out_on_a_cpu():
-    """On [1, 1, 1, T, S], XLA for CPU reuses no operand's buffer for a result."""
+def test_axes_of_one_element_are_squeezed_on_a_cpu():
+    """On [1, 1, 1, T, S], XLA for CPU does not reuse the buffer of an operand for the result."""
     for batch, key_heads, groups in itertools.product((1, 2), repeat=3):
         for platform in (CPU, GENERIC):
             sizes = {"heads": key_heads * groups, "key_heads": key_heads, "platform": platform}

@@ -1,7 +1,7 @@
-"""Blockwise attention: one block, the loops over blocks, and what the compiler makes of them.
+"""Blockwise attention: one block, the loops over blocks, and their compiled programs.
 
-Its values, gradients and masks: the rows "chunked" of attention_suite.py. Neither flags for LLVM nor the choice of
-emitters change sizes of buffers (jax 0.10.2), so memory does not depend on how the tests are compiled.
+The rows "chunked" of attention_suite.py test its values, gradients, and masks. Neither LLVM flags nor the choice of
+emitters change the sizes of buffers (jax 0.10.2), so memory does not depend on how the tests are compiled.
 """
 
 import functools
@@ -45,7 +45,7 @@ def attend(q, k, v, rate=0.5, **options):
 
 @pytest.fixture
 def with_sizes(monkeypatch):
-    """Return a function from sizes of blocks to an implementation."""
+    """Return a function from block sizes to an implementation."""
 
     def register(sizes):
         name = f"chunked, {sizes}"
@@ -94,7 +94,7 @@ def test_a_block_agrees_with_the_formula(batch, key_heads, groups, rate, platfor
         scores = _blockwise.Scores.of(block, spec, None, split_scores(inputs, plan))
         out, *sums = _blockwise._forward_block(scores, q, k, v)
         assert all(x.shape == (*out.shape[:-1], 1) for x in sums)
-        others = jnp.full((*q.shape[:4], 1), jnp.nan)  # those of other queries are not read
+        others = jnp.full((*q.shape[:4], 1), jnp.nan)  # sums of other queries are not read
         sums = [others.at[:, :, :, rows].set(x) for x in sums]
         backward = functools.partial(_blockwise._backward_block, scores, q, k, v, do, *sums)
         return out, backward(), backward(delta)
@@ -115,7 +115,7 @@ def test_a_block_agrees_with_the_formula(batch, key_heads, groups, rate, platfor
     ("dtype", "scale", "moves"),
     [("float32", 0.3, True), ("bfloat16", -0.125, True), ("bfloat16", 0.3, False), ("float16", 0.125, False)],
 )
-def test_the_scale_goes_into_queries_where_that_rounds_as_little(dtype, scale, moves):
+def test_the_scale_moves_into_queries_if_that_rounds_no_more(dtype, scale, moves):
     q = jnp.asarray(normal(0, 1, 300, 1, 16), dtype)
     exact = np.asarray(q, np.float64) * np.float64(np.float32(scale))
     q, factor, scales_queries = _scaled(q, scale)
@@ -135,15 +135,19 @@ def test_the_scale_goes_into_queries_where_that_rounds_as_little(dtype, scale, m
         (BlockSizes(queries=32, scores=1, segment=32, segments=3, target_scores=1), False),
         (BlockSizes(queries=512, scores=1, segment=16, segments=8, target_scores=2 * 2 * 2 * 16 * 50), True),
     ],
-    ids=["one head, segments of 10 queries", "blocks of 13 queries and a rest", "some heads, segments of 16 queries"],
+    ids=[
+        "one head, segments of 10 queries",
+        "blocks of 13 queries and a remainder",
+        "some heads, segments of 16 queries",
+    ],
 )
 def test_values_gradients_and_mask_do_not_depend_on_the_sizes_of_blocks(with_sizes, sizes, causal):
     arrays = data(batch=3, queries=37, keys=50, heads=8, key_heads=4, width=8)
     check(with_sizes(sizes), arrays, is_causal=causal)
 
 
-def test_a_segment_and_a_rest_by_default():
-    """256 queries, and one more."""
+def test_a_segment_and_a_remainder_by_default():
+    """One segment of 256 queries, and one more query."""
     arrays = data(batch=1, queries=257, keys=257, heads=2, key_heads=1)
     check(CHUNKED, arrays, 0.25, is_causal=True)
 
@@ -185,9 +189,9 @@ def test_memory_is_linear_in_length():
     ],
 )
 def test_dropout_takes_no_memory(length, dtype, backward, most):
-    """Kept values replace probabilities: in float32 no more scores are held than at rate 0.
+    """Kept values replace probabilities: in float32, as many scores are in memory as at rate 0.
 
-    In bfloat16 it is half an array more, of kept values, besides two and a half.
+    In bfloat16, half an array of kept values is added to two and a half.
     """
     sizes = [temp_bytes(compiled_gradient(length, dtype, rate, backward)) for rate in (0.5, 0.0)]
     assert sizes[0] <= most * sizes[1]
@@ -198,7 +202,7 @@ def test_dropout_takes_no_memory(length, dtype, backward, most):
     ("segments", "hidden"), [(4, {"is_causal": True}), (2, {"local_window_size": (256, 256)})], ids=["causal", "window"]
 )
 def test_segments_take_turns_in_memory(with_sizes, segments, hidden):
-    """One of four is in flight, but it may overlap with the next. They are smaller than a block with all keys."""
+    """One of four is in flight, but may overlap with the next. Segments are smaller than a block with all keys."""
     implementation = with_sizes(BlockSizes(scores=2**20, segments=segments, target_scores=2**19))
     x = jax.ShapeDtypeStruct((1, 2048, 1, 16), jnp.float32)
 
@@ -215,7 +219,7 @@ def test_segments_take_turns_in_memory(with_sizes, segments, hidden):
 @pytest.mark.compiled
 @pytest.mark.parametrize(("rate", "causal"), [(0.0, True), (0.5, False)])
 def test_layers_hold_no_scores_for_the_backward_pass(rate, causal):
-    """If no loop is left that takes the gradient of the output, nothing else keeps XLA from making them early."""
+    """Unless a loop takes the gradient of the output, only the form for CPU keeps XLA from computing them early."""
     x = jax.ShapeDtypeStruct((1, 512, 2, 32), jnp.float32)
 
     def bytes_of(layers):
@@ -230,8 +234,8 @@ def test_layers_hold_no_scores_for_the_backward_pass(rate, causal):
     assert (bytes_of(3) - bytes_of(1)) / 2 <= 6 * one < scores / 2
 
 
-def test_what_is_kept_for_the_backward_pass():
-    """Query, key, value, output, two numbers per query, and of the mask only its seed and rate."""
+def test_residuals_of_the_backward_pass():
+    """Query, key, value, output, two numbers per query, and the seed and rate of the mask."""
     q, k, v = (jnp.asarray(normal(i, 2, 200, n, 32)) for i, n in ((0, 4), (1, 2), (2, 2)))
 
     def bytes_kept(rate, **options):
@@ -242,7 +246,7 @@ def test_what_is_kept_for_the_backward_pass():
             pull = jax.eval_shape(f, q, k, v, rate)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
 
-    without = q.nbytes + k.nbytes + v.nbytes + q.nbytes + 2 * 4 * 2 * 4 * 200 + 4  # two numbers a row, and the scale
+    without = q.nbytes + k.nbytes + v.nbytes + q.nbytes + 2 * 4 * 2 * 4 * 200 + 4  # two numbers per row, and the scale
     assert bytes_kept(0.0) == bytes_kept(0.0, is_causal=True) == without
     assert bytes_kept(jnp.float32(0.5)) == bytes_kept(0.5) == without + 2 * 4 + 4
     assert bytes_kept(jnp.full([2, 1, 200, 1], 0.5)) == without + 2 * 4 + 2 * 200 * 4
@@ -265,7 +269,7 @@ def test_saved_by_name_the_forward_pass_runs_once():
 
 
 @pytest.mark.compiled
-def test_the_gradient_of_bias_is_made_on_demand():
+def test_the_gradient_of_bias_is_computed_on_demand():
     bias, x = jax.ShapeDtypeStruct((2, 4096, 4096), jnp.float32), jax.ShapeDtypeStruct((1, 4096, 2, 16), jnp.float32)
     f = lambda q, k, v, bias: attend(q, k, v, bias=bias).sum()
 
@@ -278,7 +282,7 @@ def test_the_gradient_of_bias_is_made_on_demand():
 
 @pytest.mark.compiled
 def test_layers_of_a_scan_keep_neither_mask_nor_index():
-    """The index for the bits of JAX does not depend on the key: before the loop, it would take 8 bytes per score."""
+    """The index for the bits of JAX does not depend on the key: hoisted from the loop, it takes 8 bytes per score."""
     keys = jax.random.split(KEY, 3)
 
     def compiled(generator):
@@ -293,15 +297,15 @@ def test_layers_of_a_scan_keep_neither_mask_nor_index():
     assert temp_bytes(of_jax) <= temp_bytes(fast) + 300 * 300 * 4
 
 
-# ---------------------------------------------------------------------------------- what is computed, and when
+# ---------------------------------------------------------------------------------- order and sharing of work
 
 
 @pytest.mark.compiled
 @pytest.mark.parametrize(("causal", "backward"), [(True, False), (False, True)])
 def test_many_masks_over_the_same_scores_share_them(with_sizes, causal, backward):
-    """Logits and exponentials are made once for all keys of a vmap.
+    """Logits and exponentials are computed once for all keys of a vmap.
 
-    Forward also by segments that wait for each other, backward if a loop takes the gradient of the output.
+    This also holds forward in segments that wait for each other, and backward if a loop takes the gradient of the output.
     """
     arrays = normal(0, 3, 4, 24, 1, 16)
     implementation = with_sizes(BlockSizes(queries=16, scores=1, segment=20, segments=2, target_scores=1))
@@ -324,7 +328,7 @@ def lowered_gradient(platform):
 
 
 def test_the_sums_for_gradients_are_one_exact_product_on_a_cpu():
-    """On a GPU, products of float32 have 10 bits by default. There these sums are sums of products of elements."""
+    """On a GPU, float32 products have 10 bits by default, so there the elements are multiplied and then summed."""
     sums = lambda text: [x for x in text.splitlines() if "dot_general" in x and "batching_dims = [0, 1, 2]" in x]
     (line,) = sums(lowered_gradient("cpu"))
     assert "precision = [HIGHEST, HIGHEST]" in line
@@ -335,7 +339,7 @@ def test_the_sums_for_gradients_are_one_exact_product_on_a_cpu():
 def test_transposes_stay_out_of_products_on_a_cpu(monkeypatch):
     """All products [batch, m, k] x [batch, k, n] have k last on the left, which XLA has fast kernels for."""
 
-    def contracting(scale):  # another number makes another program
+    def contracting(scale):  # another scale compiles another program
         x = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.float32)
         f = jax.jit(jax.grad(lambda q, k, v: attend(q, k, v, scale=scale).sum(), (0, 1, 2)))
         return set(re.findall(product, f.lower(x, x, x).compile().as_text()))

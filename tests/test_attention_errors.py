@@ -1,4 +1,4 @@
-"""The argument errors of attention, and which implementation serves a call."""
+"""The argument errors of attention, and the choice of implementation."""
 
 import attention_suite
 import jax
@@ -156,7 +156,7 @@ def test_the_first_five_arguments_are_positional_only():
 
 
 def constant(value):
-    """Return an implementation that serves all calls, with a constant that lowered text shows."""
+    """Return an implementation of all calls, with a constant that shows in lowered text."""
     return Implementation(lambda *arguments: None, lambda spec, query, *operands: query * value)
 
 
@@ -165,7 +165,7 @@ CONSTANTS = {"reference": 1111.5, "chunked": 2222.5, "fake": 3333.5}
 
 @pytest.fixture
 def constants(monkeypatch):
-    """Let each implementation return the query times its constant; it refuses what it really refuses."""
+    """Make each implementation return the query times its constant; refusals stay as they are."""
     for name in ("reference", "chunked"):
         monkeypatch.setitem(
             IMPLEMENTATIONS, name, IMPLEMENTATIONS[name]._replace(attend=constant(CONSTANTS[name]).attend)
@@ -185,14 +185,14 @@ def chosen(*sizes, platform="cpu", **options):
     return [name for name, x in CONSTANTS.items() if f"{x:e}" in text]
 
 
-def test_the_choice_is_by_the_number_of_scores(constants):
+def test_the_choice_depends_on_the_number_of_scores(constants):
     assert chosen(256, 256) == ["chunked"] and chosen(256, 255) == ["reference"]
     assert chosen(1, 65536) == ["chunked"] and chosen(1, 65535) == ["reference"]
     assert chosen(256, 256, key=None, train=False) == ["chunked"]
     assert chosen(256, 256, platform="cuda") == ["chunked"] and chosen(256, 255, platform="cuda") == ["reference"]
 
 
-def test_a_name_is_taken_whatever_the_size(constants):
+def test_a_named_implementation_is_used_at_any_size(constants):
     for name in CONSTANTS:
         assert chosen(256, 256, implementation=name) == chosen(2, 2, implementation=name) == [name]
         assert chosen(2, 2, implementation=name, platform="tpu") == [name]
@@ -212,8 +212,8 @@ def test_the_choice_serves_every_call(constants):
         assert chosen(**options) == [name], options
 
 
-def test_a_platform_may_have_an_order_of_its_own(constants, monkeypatch):
-    """The choice is made when a program is lowered, for the platform that it is lowered for."""
+def test_a_platform_may_have_its_own_order(constants, monkeypatch):
+    """The choice follows the platform that a program is lowered for."""
     monkeypatch.setitem(_registry.PREFERENCES, "cuda", (("fake", 2**10), ("reference", 0)))
     assert chosen(32, 32, platform="cuda") == ["fake"] and chosen(32, 31, platform="cuda") == ["reference"]
     assert chosen(32, 32) == ["reference"] and chosen(32, 32, platform="tpu") == ["reference"]
@@ -221,7 +221,7 @@ def test_a_platform_may_have_an_order_of_its_own(constants, monkeypatch):
     assert chosen(256, 256, implementation="reference", platform="cuda") == ["reference"]
 
 
-def test_an_implementation_that_cannot_serve_is_passed_over_or_gives_its_reason(constants, monkeypatch):
+def test_an_implementation_that_refuses_is_skipped_or_if_named_gives_its_reason(constants, monkeypatch):
     refusing = Implementation(
         lambda arguments, query, key, value: "an odd width" if query.shape[-1] % 2 else None,
         IMPLEMENTATIONS["fake"].attend,
@@ -239,7 +239,7 @@ def test_an_implementation_that_cannot_serve_is_passed_over_or_gives_its_reason(
 
 
 def test_gradients_go_to_the_implementation_of_the_platform(monkeypatch):
-    """With real implementations: a platform with its own order takes the same values and gradients."""
+    """With real implementations: another order gives the same values and gradients."""
     monkeypatch.setitem(_registry.PREFERENCES, "cpu", (("chunked", 0),))
     arrays = data(queries=5)
     f = lambda q, k, v, b: jdrop.dot_product_attention(KEY, q, k, v, 0.5, train=True, bias=b)
@@ -248,7 +248,7 @@ def test_gradients_go_to_the_implementation_of_the_platform(monkeypatch):
     assert "platform_index" in str(jax.make_jaxpr(lambda *x: f(*x, None))(*arrays[:3]))
 
 
-def test_every_order_ends_with_what_serves_all():
+def test_every_order_ends_with_an_implementation_of_all_calls():
     for order in (_registry.DEFAULT_PREFERENCE, *_registry.PREFERENCES.values()):
         assert order[-1] == ("reference", 0) and {name for name, _ in order} <= set(IMPLEMENTATIONS)
     assert _registry.IMPLEMENTATIONS["reference"].refusal(None) is None

@@ -1,6 +1,6 @@
 """The mask of attention is that of dropout_mask, forward and backward, in every implementation.
 
-The masks of most tests are compared through values and gradients, see attention_suite.py.
+Most tests compare masks through values and gradients, see attention_suite.py.
 """
 
 import attention_suite
@@ -78,13 +78,13 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_shared_axes_rates_and_hidden_keys(implementation, case):
-    """The mask does not depend on what a query sees. One for all examples and heads: test_attention_values.py."""
+    """The mask does not depend on visibility. test_attention_values.py shares one mask over examples and heads."""
     options = CASES[case]
     check(implementation, data(), options["rate"], **{name: x for name, x in options.items() if name != "rate"})
 
 
 def test_everything_at_once(implementation):
-    """Several segments, with the bits of jax.random.bernoulli, a rate per query, and all that hides keys."""
+    """Several segments, the bits of jax.random.bernoulli, a rate per query, and all options that hide keys."""
     options = {
         "generator": "jax",
         "shared_axes": 1,
@@ -112,7 +112,7 @@ def test_a_rate_per_key(implementation):
 
 
 def test_traced_rates(implementation):
-    """They are clipped to [0, 1]. NaN makes NaN, 0 drops nothing, 1 drops everything, and one program serves all."""
+    """They are clipped to [0, 1]. NaN gives NaN, 0 drops nothing, 1 drops everything, and one program serves all."""
     arrays, bias = data(), np.zeros((20, 15), np.float32)
     run = lambda rate, arrays=arrays: step(implementation, KEY, *arrays, jnp.float32(rate), bias)
     overflow = [*arrays[:2], np.full_like(arrays[2], 3e38), arrays[3]]  # values whose sum is infinite

@@ -1,4 +1,4 @@
-"""The reference implementation of attention: what it stores."""
+"""The reference implementation of attention: its residuals."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,8 @@ from attention_suite import KEY, data
 import jdrop
 
 
-def test_no_mask_is_kept_for_the_backward_pass():
-    """Of the mask, its seed and rate; of the scores, at most the probabilities on both sides of dropout."""
+def test_the_residuals_have_no_mask():
+    """Residuals are the seed and rate of the mask, and at most the probabilities before and after dropout."""
     q, k, v, _ = data(batch=1, queries=6, keys=6, heads=2, key_heads=1, width=8)
 
     def residuals(train):

@@ -1,4 +1,4 @@
-"""Attention on meshes: the same mask, each device makes its own part of it, and nothing is exchanged for it."""
+"""Attention on meshes: the same mask, of which each device draws its own part, without communication."""
 
 import functools
 import re
@@ -24,8 +24,8 @@ def mesh(kind, *sizes):
     return jax.make_mesh(sizes, names, axis_types=(kind,) * len(sizes))
 
 
-def place(there, x, *spec):
-    return jax.device_put(x, NamedSharding(there, P(*spec)))
+def put(on, x, *spec):
+    return jax.device_put(x, NamedSharding(on, P(*spec)))
 
 
 ARRAYS = data(batch=B, queries=T, keys=S, heads=N, key_heads=2, width=8)
@@ -47,7 +47,7 @@ def everything(implementation, key, q, k, v, do, bias, over_scores, **options):
 # ---------------------------------------------------------------------------------- jit over a mesh
 
 
-SPREADS = {  # kind of mesh, axes of batch and of heads, options
+LAYOUTS = {  # kind of mesh, axes of batch and of heads, options
     "auto, batch and heads": (AUTO, "a", "b", STATIC),
     "explicit, batch and heads": (EXPLICIT, "a", "b", STATIC),
     "auto, batch": (AUTO, ("a", "b"), None, {}),
@@ -55,35 +55,35 @@ SPREADS = {  # kind of mesh, axes of batch and of heads, options
 
 
 @functools.cache
-def program(implementation, spread):
+def program(implementation, layout):
     """Return the compiled program with all options, its results, and the sharding of query.
 
-    The bias has a value per example, head and key, so that its gradient sums only over axes that are whole.
+    The bias has a value per example, head and key, so its gradient sums only over unsharded axes.
     """
-    kind, batch, heads, options = SPREADS[spread]
-    there = mesh(kind, 4, 2)
-    with jax.set_mesh(there):
-        arrays = [place(there, x, batch, None, heads) for x in ARRAYS]
-        bias = place(there, normal(4, B, N, 1, S), batch, heads)
-        over_scores = {name: place(there, x, batch) for name, x in OVER_SCORES.items()}
+    kind, batch, heads, options = LAYOUTS[layout]
+    the_mesh = mesh(kind, 4, 2)
+    with jax.set_mesh(the_mesh):
+        arrays = [put(the_mesh, x, batch, None, heads) for x in ARRAYS]
+        bias = put(the_mesh, normal(4, B, N, 1, S), batch, heads)
+        over_scores = {name: put(the_mesh, x, batch) for name, x in OVER_SCORES.items()}
         f = quick(lambda *x: everything(implementation, *x, **options))
         compiled = f.lower(KEY, *arrays, bias, over_scores).compile()
         return compiled, compiled(KEY, *arrays, bias, over_scores), arrays[0].sharding
 
 
-@pytest.mark.parametrize("spread", SPREADS)
-def test_values_gradients_and_mask_over_a_mesh(implementation, spread):
-    _, results, sharding = program(implementation, spread)
-    close(results, truth(KEY, *ARRAYS, bias=normal(4, B, N, 1, S), **OVER_SCORES, **SPREADS[spread][3]))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_gradients_and_mask_over_a_mesh(implementation, layout):
+    _, results, sharding = program(implementation, layout)
+    close(results, truth(KEY, *ARRAYS, bias=normal(4, B, N, 1, S), **OVER_SCORES, **LAYOUTS[layout][3]))
     assert results[0].sharding.is_equivalent_to(sharding, 4)
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("spread", SPREADS)
-def test_devices_exchange_nothing_and_hold_only_their_part(implementation, spread):
-    compiled, _, _ = program(implementation, spread)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_devices_exchange_nothing_and_store_only_their_part(implementation, layout):
+    compiled, _, _ = program(implementation, layout)
     parts = {"a": 4, "b": 2, None: 1, ("a", "b"): 8}
-    _, batch, heads, _ = SPREADS[spread]
+    _, batch, heads, _ = LAYOUTS[layout]
     text = compiled.as_text()
     assert not re.search(COLLECTIVES, text)
     assert largest(text) <= B * N * T * S // parts[batch] // parts[heads]
@@ -91,35 +91,35 @@ def test_devices_exchange_nothing_and_hold_only_their_part(implementation, sprea
 
 def test_a_bias_that_broadcasts_on_an_explicit_mesh(implementation):
     """Its gradient is summed over devices."""
-    there, bias = mesh(EXPLICIT, 4, 2), normal(4, 1, N, 1, S)
-    with jax.set_mesh(there):
-        arrays = [place(there, x, "a", None, "b") for x in ARRAYS]
+    the_mesh, bias = mesh(EXPLICIT, 4, 2), normal(4, 1, N, 1, S)
+    with jax.set_mesh(the_mesh):
+        arrays = [put(the_mesh, x, "a", None, "b") for x in ARRAYS]
         f = quick(lambda *x: everything(implementation, *x))
-        results = f(KEY, *arrays, place(there, bias, None, "b"), {"rate": np.float32(0.5)})
+        results = f(KEY, *arrays, put(the_mesh, bias, None, "b"), {"rate": np.float32(0.5)})
     close(results, truth(KEY, *ARRAYS, bias=bias))
 
 
-def test_operands_that_are_sharded_otherwise_on_an_explicit_mesh(implementation):
-    """They are laid out as the scores first."""
-    there, bias, seen = mesh(EXPLICIT, 4, 2), normal(4, B, N, T, S), normal(5, B, 1, T, S) > -1
+def test_operands_that_are_sharded_differently_on_an_explicit_mesh(implementation):
+    """They are first resharded like the scores."""
+    the_mesh, bias, seen = mesh(EXPLICIT, 4, 2), normal(4, B, N, T, S), normal(5, B, 1, T, S) > -1
     lengths, rate = np.arange(B, dtype=np.int32) + S - B, np.linspace(0, 0.5, B, dtype=np.float32).reshape(B, 1, 1, 1)
 
     def attend(q, k, v, bias, seen, lengths, rate):
         return implementation.attend(KEY, q, k, v, rate, bias=bias, mask=seen, key_value_seq_lengths=lengths)
 
     expected = quick(attend)(*ARRAYS[:3], bias, seen, lengths, rate)
-    with jax.set_mesh(there):
-        arrays = [place(there, x, "a", None, "b") for x in ARRAYS[:3]]
-        others = [place(there, bias, None, "a", None, "b"), place(there, seen, None, None, "b")]
-        others += [place(there, lengths, "b"), place(there, rate, "b")]
+    with jax.set_mesh(the_mesh):
+        arrays = [put(the_mesh, x, "a", None, "b") for x in ARRAYS[:3]]
+        others = [put(the_mesh, bias, None, "a", None, "b"), put(the_mesh, seen, None, None, "b")]
+        others += [put(the_mesh, lengths, "b"), put(the_mesh, rate, "b")]
         close([quick(attend)(*arrays, *others)], [expected])
 
 
 def test_sharded_queries_on_an_auto_mesh(implementation):
-    there = mesh(AUTO, 4, 2)
-    with jax.set_mesh(there):
+    the_mesh = mesh(AUTO, 4, 2)
+    with jax.set_mesh(the_mesh):
         specs = [("b", "a"), ("b",), ("b",), ("b", "a")]
-        arrays = [place(there, x, *spec) for x, spec in zip(ARRAYS, specs)]
+        arrays = [put(the_mesh, x, *spec) for x, spec in zip(ARRAYS, specs)]
         f = quick(lambda *x: gradients(lambda q, k, v, _: implementation.attend(KEY, q, k, v), *x))
         close(f(*arrays), truth(KEY, *ARRAYS))
 
@@ -155,16 +155,16 @@ def test_shard_map_with_shard(implementation, spec, check_vma, options):
 
 
 def test_evaluation_in_shard_map_counts_from_the_whole_array(implementation):
-    """Over one axis of the mesh; the other one is left to the compiler."""
+    """Over one axis of the mesh; the compiler handles the other one."""
     q, k, v, _ = ARRAYS
     options = {"is_causal": True, "query_seq_lengths": OVER_SCORES["query_seq_lengths"]}
 
     def f(q, k, v):
         return implementation.attend(None, q, k, v, train=False, shard=P(None, None, "a"), **options)
 
-    there = mesh(AUTO, 4, 2)
+    the_mesh = mesh(AUTO, 4, 2)
     specs = {"in_specs": (P(None, "a"), P(), P()), "out_specs": P(None, "a")}
-    out = quick(jax.shard_map(f, mesh=there, axis_names={"a"}, **specs))(q, k, v)
+    out = quick(jax.shard_map(f, mesh=the_mesh, axis_names={"a"}, **specs))(q, k, v)
     close([out], truth(None, q, k, v, train=False, **options))
 
 
@@ -213,11 +213,11 @@ def test_tiles_of_bits_without_random_access(implementation):
 
 
 @pytest.mark.parametrize("specs", [(P(None, "a"), P()), (P(), P("a"))], ids=str)
-def test_explicit_meshes_that_some_cannot_serve(implementation, specs):
-    """Sharded queries, or query and key in different ways. What needs no name falls back."""
-    there, q, k, v = mesh(EXPLICIT, 8), *(normal(i, 8, 256, 8, 8) for i in range(3))
-    with jax.set_mesh(there):
-        q, k, v = (place(there, x, *spec) for x, spec in zip((q, k, v), (specs[0], specs[1], specs[1])))
+def test_explicit_meshes_that_some_implementations_refuse(implementation, specs):
+    """Sharded queries, or query and key sharded differently. Calls without ``implementation=`` fall back."""
+    the_mesh, q, k, v = mesh(EXPLICIT, 8), *(normal(i, 8, 256, 8, 8) for i in range(3))
+    with jax.set_mesh(the_mesh):
+        q, k, v = (put(the_mesh, x, *spec) for x, spec in zip((q, k, v), (specs[0], specs[1], specs[1])))
         if not implementation.any_explicit_sharding:
             rule = 'implementation must be "reference" for an explicit mesh that shards more than batch and heads, or'
             with pytest.raises(NotImplementedError, match=rule):
@@ -230,9 +230,9 @@ def test_explicit_meshes_that_some_cannot_serve(implementation, specs):
 
 def test_sharded_queries_on_an_explicit_mesh(implementation):
     if implementation.any_explicit_sharding:
-        there = mesh(EXPLICIT, 4)
-        with jax.set_mesh(there):
-            q, k, v = (place(there, x, *spec) for x, spec in zip(ARRAYS, [(None, "a"), (), ()]))
+        the_mesh = mesh(EXPLICIT, 4)
+        with jax.set_mesh(the_mesh):
+            q, k, v = (put(the_mesh, x, *spec) for x, spec in zip(ARRAYS, [(None, "a"), (), ()]))
             out = quick(lambda *x: implementation.attend(KEY, *x))(q, k, v)
             assert out.sharding.spec[1] == "a"
         close([out], truth(KEY, *ARRAYS[:3]))
@@ -247,10 +247,10 @@ def test_sharded_queries_on_an_explicit_mesh(implementation):
     ],
     ids=str,
 )
-def test_keys_and_width_are_whole_on_an_explicit_mesh(implementation, specs, text):
-    there = mesh(EXPLICIT, 4)
-    with jax.set_mesh(there):
-        q, k, v = (place(there, x, *spec) for x, spec in zip(ARRAYS, specs))
+def test_keys_and_width_must_not_be_sharded_on_an_explicit_mesh(implementation, specs, text):
+    the_mesh = mesh(EXPLICIT, 4)
+    with jax.set_mesh(the_mesh):
+        q, k, v = (put(the_mesh, x, *spec) for x, spec in zip(ARRAYS, specs))
         for attend in (implementation.attend, jdrop.dot_product_attention):
             with pytest.raises(ValueError, match=rf"^dot_product_attention: {text}, got float32\["):
                 attend(KEY, q, k, v, 0.5, train=True)

@@ -1,4 +1,4 @@
-"""The logits that all implementations share: which keys are visible, from which query positions count."""
+"""The logits that all implementations share: which keys are visible, and where positions start."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -16,7 +16,7 @@ implementation = attention_suite.implementation
 
 
 def test_without_jit(implementation):
-    """With concrete rates; at 1 the output is 0 also for values whose sum overflows. All axes are columns of the mask."""
+    """With concrete rates. At 1, the output is 0 even if sums of values overflow. All mask axes are columns."""
     q, k, v, do = data(batch=1, queries=4, keys=7)
     for rate, size in ((0.5, 1), (0.25, 1), (1, 3e38)):
         attend = lambda q, k, v, b, rate=rate: implementation.attend(KEY, q, k, v, rate, bias=b)
@@ -28,10 +28,7 @@ def test_without_jit(implementation):
 
 
 def test_a_key_and_a_rate_per_example_under_vmap(implementation):
-    """Zero queries and identity values show the masks. Queries, keys and values are shared.
-
-    With one key, more and more of the same words are dropped.
-    """
+    """Zero queries and identity values show the masks. Query, key, and value are shared."""
     keys, rates = jax.random.split(KEY, 2), np.array([0.0, 0.3, 0.9], np.float32)
     q, k, v, _ = data(width=15)
     q, v = np.zeros_like(q), np.broadcast_to(np.eye(15, dtype=np.float32)[:, None], v.shape)
@@ -48,7 +45,7 @@ def test_a_key_and_a_rate_per_example_under_vmap(implementation):
 
 
 def test_values_and_bias_per_example_under_vmap(implementation):
-    """The mask is the same for each."""
+    """All examples have the same mask."""
     q, k, v, _ = data(batch=1, queries=5)
     values, biases = normal(3, 3, *v.shape), normal(4, 3, 15)
 
@@ -152,7 +149,7 @@ def attend(implementation):
 
 @pytest.mark.parametrize("moving", [(0,), (1, 2), (3,), (0, 1, 2, 3)], ids=str)
 def test_forward_mode_is_reverse_mode(attend, moving):
-    """With tangents of some of the operands, and of all."""
+    """With tangents of some operands, and of all."""
     operands = (Q, K, V, normal(4, 6, 6))
     tangents = [normal(5 + i, *operands[i].shape) for i in moving]
 
@@ -171,7 +168,7 @@ def test_forward_mode_is_reverse_mode(attend, moving):
 
 
 def test_forward_mode_under_vmap_and_scan(attend):
-    """Over tangents, and over examples with a query that they share."""
+    """Over tangents, and over examples that share a query."""
     tangents = normal(3, 5, *Q.shape)
     slope = lambda t: jax.jvp(attend, (Q,), (t,))[1]
     mapped, scanned = quick(lambda ts: (jax.vmap(slope)(ts), jax.lax.map(slope, ts)))(tangents)
@@ -215,7 +212,7 @@ def test_it_is_linear_in_values(attend):
 
 
 def test_export_for_three_platforms(implementation):
-    """Lowered for GPUs and TPUs too, with its gradients, and run here."""
+    """With its gradients, lowered for GPUs and TPUs too, and run on this machine."""
     arrays, bias = data(queries=24), normal(5, 24, 15)
     f = lambda *x: gradients(lambda q, k, v, b: implementation.attend(KEY, q, k, v, bias=b, is_causal=True), *x)
     exported = jax.export.export(quick(f), platforms=("cpu", "cuda", "tpu"))(*arrays, bias)
@@ -236,8 +233,8 @@ def test_export_with_a_symbolic_batch(implementation):
     close([exported.call(q, k, v)], truth(KEY, q, k, v, is_causal=True))
 
 
-def test_a_symbolic_batch_is_served_without_a_name():
-    """From 65,536 scores on, where blocks come first in the order."""
+def test_a_symbolic_batch_needs_no_implementation_by_name():
+    """With at least 65,536 scores, for which blockwise attention is preferred."""
     batch, *_ = jax.export.symbolic_shape("b, 256, 2, 8")
     argument = jax.ShapeDtypeStruct((batch, 256, 2, 8), jnp.float32)
     f = quick(lambda q, k, v: jdrop.dot_product_attention(KEY, q, k, v, 0.5, train=True, is_causal=True))

@@ -38,7 +38,7 @@ def test_bias_mask_and_scale(implementation):
 
 
 def test_one_query_without_batch_with_an_array_as_scale(implementation):
-    """Bias, mask and lengths are arrays of NumPy. The scale has a gradient too."""
+    """Bias, mask, and lengths are NumPy arrays. The scale has a gradient too."""
     q, k, v, do = data(batch=1, queries=1, keys=40)
     bias, mask, lengths = normal(4, 4, 1, 40), normal(5, 4, 1, 40) > -1, np.array([30], np.uint8)
     options = {"mask": mask, "key_value_seq_lengths": lengths}
@@ -56,7 +56,7 @@ def test_one_query_without_batch_with_an_array_as_scale(implementation):
 
 
 def test_one_wrong_decision_is_seen():
-    """What the masks of all tests rest on: `close` fails for the formula with one decision changed."""
+    """All mask comparisons rely on this: `close` fails for the formula with one decision changed."""
     q, k, v, do = data()
     factor = mask_factor(KEY, SCORES, 0.25)
     expected = formula(q, k, v, do, factor)
@@ -65,7 +65,7 @@ def test_one_wrong_decision_is_seen():
         wrong = factor.copy()
         wrong[tuple(at)] = 1 / 0.75 - wrong[tuple(at)]
         results = formula(q, k, v, do, wrong)
-        for x, y in zip(results, expected):  # of each pass, and of both draws in the backward pass
+        for x, y in zip(results, expected):  # in each pass, and for both uses of the mask in the backward pass
             with pytest.raises(AssertionError):
                 close([x], [y])
 
@@ -76,7 +76,7 @@ def test_a_window_may_be_as_wide_as_an_integer(implementation):
     close([quick(f)(q, k, v)], truth(None, q, k, v, train=False))
 
 
-def test_query_key_and_value_of_numpy(implementation):
+def test_query_key_and_value_may_be_numpy_arrays(implementation):
     q, k, v, _ = data()
     assert isinstance(q, np.ndarray)
     out = jax.eval_shape(lambda: implementation.attend(KEY, q, k, v))
@@ -105,7 +105,7 @@ def test_sizes_of_zero(implementation):
 
 @pytest.mark.parametrize("option", ["is_causal", "local_window_size", "bias", "mask", "key_value_seq_lengths"])
 def test_no_keys_at_all(option):
-    """Nothing is seen, by any option: zeros, and zero gradients."""
+    """With each option, no key is visible: the output and the gradients are zero."""
     q, k, v, do = data(keys=0)
     options = {
         "is_causal": {"is_causal": True},
@@ -127,7 +127,7 @@ def test_no_width():
 @pytest.mark.parametrize(
     "lengths", [np.array([2**40, 7]), np.array([2**32 - 1, 7], np.uint32)], ids=["int64", "uint32"]
 )
-def test_lengths_beyond_32_bits_mean_all(implementation, lengths):
+def test_lengths_beyond_32_bits_hide_nothing(implementation, lengths):
     arrays = data()
     for option in ("query_seq_lengths", "key_value_seq_lengths"):
         close(
@@ -136,7 +136,7 @@ def test_lengths_beyond_32_bits_mean_all(implementation, lengths):
 
 
 def test_a_float32_scale_of_bfloat16_queries():
-    """Under strict promotion, which all tests run under."""
+    """Under strict promotion, like all tests."""
     q, k, v, _ = (jnp.asarray(x, jnp.bfloat16) for x in data())
     out = jdrop.dot_product_attention(KEY, q, k, v, 0.0, train=True, scale=jnp.float32(0.3))
     close([out], truth(KEY, *(np.asarray(x, np.float32) for x in (q, k, v)), rate=0.0, scale=0.3), 0.03)
@@ -153,18 +153,18 @@ def test_bias_keeps_its_dtype(implementation):
 
 
 def with_bias(implementation, arrays, rate=0.5, bias=None):
-    """Run the program with a traced rate and a bias: one per dtype."""
+    """Run the program with a traced rate and a bias, one per dtype."""
     bias = np.zeros((20, 15), np.float32) if bias is None else bias
     return step(implementation, KEY, *arrays, jnp.float32(rate), bias)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_logits_of_any_size(implementation, dtype):
-    """Rows, columns or all of the logits far from 0: the softmax and all gradients stay exact.
+    """With rows, columns, or all of the logits far from 0, the softmax and all gradients stay exact.
 
-    A logsumexp of such logits would swallow the logarithm of the sum, and with it the factor of a whole row: 15 for a
-    padding row with finfo.min as its bias. All products are exact in float32, and next to 1e4 too. A bias of -inf
-    hides all keys of some queries, without any mask.
+    A logsumexp of such logits would absorb the logarithm of the sum, which is a factor of the whole row: 15 for a
+    padding row with finfo.min as its bias. All products are exact in float32, even next to 1e4. A bias of -inf hides
+    all keys of some queries, without any mask.
     """
     q, k, v, do = (np.rint(4 * x.clip(-2, 2)) / 4 for x in data())
     arrays = [jnp.asarray(x, dtype) for x in (q, k, v, do)]
@@ -180,7 +180,7 @@ def test_logits_of_any_size(implementation, dtype):
 
 
 def test_a_padding_row_does_not_change_the_gradients_of_others():
-    """In what serves calls that name no implementation: blocks, from 65,536 scores on."""
+    """In the implementation of calls that name none: blockwise from 65,536 scores on."""
     q, k, v, do = data(batch=1, queries=256, keys=256, heads=1, key_heads=1)
     bias = np.zeros((256, 256), np.float32)
     bias[5] = np.finfo(np.float32).min
@@ -218,7 +218,7 @@ def blind_queries():
 
 @pytest.mark.parametrize("rate", [0.5, 1.0])
 def test_queries_that_see_no_key(implementation, rate):
-    """Zeros, and zero gradients."""
+    """Their output and gradients are zero."""
     bias, options, seen, sighted = blind_queries()
     arrays = data(**FEW_KEYS)
     results = step(implementation, KEY, *arrays, jnp.float32(rate), bias, **options)
@@ -229,13 +229,13 @@ def test_queries_that_see_no_key(implementation, rate):
 
 
 def test_gradients_that_reach_blind_queries_are_not_read(implementation):
-    """A norm after attention has a gradient of NaN at a row of zeros; queries and keys get none of it."""
+    """A norm after attention has a NaN gradient at a row of zeros, which must not reach queries and keys."""
     bias, options, _, sighted = blind_queries()
     q, k, v, do = data(**FEW_KEYS)
     do = np.where(sighted[..., None], do, np.nan)
     results = step(implementation, KEY, q, k, v, do, jnp.float32(0.5), bias, **options)
     assert not np.asarray(results[1])[~sighted].any() and all(np.isfinite(x).all() for x in results[:3])
-    if implementation.name != "reference":  # there value has 0 times NaN, as in the formula
+    if implementation.name != "reference":  # its gradient of value has 0 times NaN, as in the formula
         assert np.isfinite(results[3]).all()
     expected = truth(KEY, q, k, v, np.where(sighted[..., None], do, 0), 0.5, bias, **options)
     close(results[:3], expected[:3])
@@ -244,7 +244,7 @@ def test_gradients_that_reach_blind_queries_are_not_read(implementation):
 # ---------------------------------------------------------------------------------- without dropout
 
 
-def test_without_dropout_it_is_the_formula_and_attention_of_jax(implementation):
+def test_without_dropout_it_equals_the_formula_and_jax_nn(implementation):
     """``jax.nn`` has no rule for queries that see no key, so these are compared only with the formula."""
     arrays = q, k, v, do = data()
     options = {
@@ -271,7 +271,7 @@ def of_jax(q, k, v, do, bias, options):
 
 
 def test_no_key_is_needed_or_read_without_dropout(implementation):
-    """A rate of 0 is the program of evaluation: what holds for one holds for the other."""
+    """A rate of 0 compiles the program of evaluation."""
     arrays, bias = data(), np.zeros(15, np.float32)
 
     def trace(key, rate, train):
@@ -282,7 +282,7 @@ def test_no_key_is_needed_or_read_without_dropout(implementation):
     for same in (trace(KEY, 0.5, False), trace(None, 0, True), trace(None, np.zeros([20, 1]), True)):
         assert str(same.jaxpr) == str(evaluation.jaxpr)
     without, with_mask = evaluation.lower().as_text(), trace(KEY, 0.5, True).lower().as_text()
-    for constant in ("466688986", "2146121005"):  # of Threefry, and of the mix of columns
+    for constant in ("466688986", "2146121005"):  # of Threefry, and of the mixing function
         assert constant in with_mask and constant not in without
 
 
@@ -290,25 +290,25 @@ def test_no_key_is_needed_or_read_without_dropout(implementation):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "spread"),
+    ("dtype", "deviation"),
     [("bfloat16", 1), ("bfloat16", 4), ("float16", 1), ("float32", 1), ("float64", 1)],
 )
-def test_errors_are_at_most_twice_those_of_a_dense_reference(implementation, dtype, spread):
-    """``spread``: the standard deviation of logits; where it is large, few keys have all of the probability."""
+def test_errors_are_at_most_twice_those_of_a_dense_reference(implementation, dtype, deviation):
+    """``deviation``: the standard deviation of logits; if it is large, few keys have most of the probability."""
     with jax.enable_x64(dtype == "float64"):
-        arrays, exact, bounds = dense_errors(dtype, spread)
+        arrays, exact, bounds = dense_errors(dtype, deviation)
         assert max(bounds) < {"bfloat16": 0.02, "float16": 0.003, "float32": 1e-6, "float64": 1e-14}[dtype]
         results = with_bias(implementation, arrays, 0.25)[:4]
         errors = relative_errors(results, exact, dtype)
-        own = 1e-15 if dtype == "float64" else 0  # of the formula, which is in float64
-        assert all(error <= 2 * bound + own for error, bound in zip(errors, bounds)), (errors, bounds)
+        formula_error = 1e-15 if dtype == "float64" else 0  # the formula is in float64
+        assert all(error <= 2 * bound + formula_error for error, bound in zip(errors, bounds)), (errors, bounds)
 
 
 @functools.cache
-def dense_errors(dtype, spread):
-    """Return operands, the formula, and the errors of what one would write without a library."""
+def dense_errors(dtype, deviation):
+    """Return operands, the formula, and the errors of an implementation as written by hand."""
     q, *others = data()
-    arrays = [jnp.asarray(x).astype(dtype) for x in (spread * q, *others)]
+    arrays = [jnp.asarray(x).astype(dtype) for x in (deviation * q, *others)]
     factor = mask_factor(KEY, SCORES, 0.25)
     exact = formula(*(np.asarray(x, np.float64) for x in arrays), factor)
     wide = jnp.float64 if dtype == "float64" else jnp.float32
@@ -330,10 +330,10 @@ def relative_errors(results, exact, dtype):
     return [norm(np.asarray(x, np.float64) - y) / norm(y) for x, y in zip(results, exact, strict=True)]
 
 
-def test_gradients_of_float16_are_as_large_as_its_range(implementation):
-    """A loss is scaled until gradients come near it; divided by the keep probability they are beyond."""
+def test_gradients_of_float16_may_come_near_the_end_of_its_range(implementation):
+    """As under loss scaling: divided by the keep probability, gradients of the output would overflow."""
     q, k, v, do = data()
-    v, do = v / 8, do * (np.arange(16) == 0)  # so that their products stay in range
+    v, do = v / 8, do * (np.arange(16) == 0)  # keeps their products in range
     do = 5e4 / np.abs(do).max() * do
     expected = truth(KEY, q, k, v, do)
     assert np.abs(do).max() * 2 > np.finfo(np.float16).max > np.abs(expected[3]).max()
@@ -342,7 +342,7 @@ def test_gradients_of_float16_are_as_large_as_its_range(implementation):
 
 
 def test_arrays_over_scores_with_64_bits(implementation, x64):
-    """Indices have 64 bits by default then."""
+    """Indices then have 64 bits by default."""
     bias, mask = normal(1, 1, 4, 9, 7), normal(2, 2, 1, 9, 7) > -1
     rates = jnp.linspace(0.1, 0.9, 9)[:, None]
     arrays = data(queries=9, keys=7, dtype=np.float64)

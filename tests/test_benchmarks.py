@@ -1,4 +1,4 @@
-"""The benchmarks run, on tiny sizes, and write what they measured; nothing here asserts a time."""
+"""The benchmarks run on tiny sizes and write their results; no test here asserts a time."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from members import MEMBERS, Bench
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 VARIANTS = ("unrolled, plain, one key", "scan, plain, one key", "scan, checkpoint, per-example keys")
 OUR_ATTENTION = {"jdrop chunked", "jdrop chunked, causal", "jdrop reference"}
-DEPTH = "stochastic_depth 0.5"  # which has a measure of its own
+DEPTH = "stochastic_depth 0.5"  # which has its own measurement
 OURS = {"scale", "jdrop fast", "jdrop jax", "where(bernoulli)"}
 pytestmark = pytest.mark.benchmarks
 
@@ -26,9 +26,9 @@ def run(script, *options, out, path=()):
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
     }
     env["PYTHONPATH"] = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(out.read_text())
+    process = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout, json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,12 @@ def reports(tmp_path_factory):
 
 
 def test_bench_dropout(reports):
-    printed, found = reports[2]
-    assert found["claim"] in printed and found["claim"].startswith("Claim: ")
-    assert {"cpu", "cores", "device"} <= set(found["machine"]) and {"jax", "python"} <= set(found["versions"])
+    printed, report = reports[2]
+    assert report["claim"] in printed and report["claim"].startswith("Claim: ")
+    assert {"cpu", "cores", "device"} <= set(report["machine"]) and {"jax", "python"} <= set(report["versions"])
     for dtype in ("float32", "bfloat16"):
         for direction in ("forward", "forward+backward"):
-            rows = [r for r in found["rows"] if (r["dtype"], r["direction"]) == (dtype, direction)]
+            rows = [r for r in report["rows"] if (r["dtype"], r["direction"]) == (dtype, direction)]
             assert {r["contender"] for r in rows} == OURS
             assert all(r["ratio"] > 0 and r["rounds"] >= 1 for r in rows)
 
@@ -57,8 +57,8 @@ def test_bench_family(need, tmp_path):
         need(library)
     peers.require_file("timm", "layers/drop.py")
     path = tmp_path / "family.json"
-    _, found = run("bench_dropout.py", "--family", "--small", "--rounds", "2", "--json", str(path), out=path)
-    rows = found["rows"]
+    _, report = run("bench_dropout.py", "--family", "--small", "--rounds", "2", "--json", str(path), out=path)
+    rows = report["rows"]
     measured = {r["member"] for r in rows if r["contender"] == "jdrop"}
     assert measured == {name for name, member in MEMBERS.items() if isinstance(member.bench, Bench)} | {DEPTH}
     assert {"torch", "keras", "linen", "timm"} <= {r["contender"] for r in rows}
@@ -66,21 +66,21 @@ def test_bench_family(need, tmp_path):
 
 
 def test_bench_memory(reports):
-    printed, found = reports[3]
+    printed, report = reports[3]
     assert "no dropout" in printed
-    assert {r["variant"] for r in found["rows"]} == set(VARIANTS)
-    assert all(r["ratio"] < 1.005 for r in found["rows"] if r["contender"].startswith("jdrop"))
-    held = {r["contender"]: r["bytes"] for r in found["closures"]}
-    assert held["jdrop fast"] == held["jdrop jax"] == 12  # a seed and a rate
-    assert held["where(bernoulli)"] >= 4 * 64 * 128
+    assert {r["variant"] for r in report["rows"]} == set(VARIANTS)
+    assert all(r["ratio"] < 1.005 for r in report["rows"] if r["contender"].startswith("jdrop"))
+    residuals = {r["contender"]: r["bytes"] for r in report["closures"]}
+    assert residuals["jdrop fast"] == residuals["jdrop jax"] == 12  # a seed and a rate
+    assert residuals["where(bernoulli)"] >= 4 * 64 * 128
 
 
 def test_bench_attention(need, tmp_path):
     need("flax")
     path = tmp_path / "attention.json"
     options = ("--lengths", "64", "--heads", "2", "--width", "16", "--rounds", "1", "--json", str(path))
-    _, found = run("bench_attention.py", *options, "--peers", "linen", "nnx", out=path)
-    rows = {(r["direction"], r["contender"], r["rate"]): r for r in found["rows"]}
+    _, report = run("bench_attention.py", *options, "--peers", "linen", "nnx", out=path)
+    rows = {(r["direction"], r["contender"], r["rate"]): r for r in report["rows"]}
     assert {name for _, name, _ in rows} == {*OUR_ATTENTION, "jax.nn", "linen", "nnx"}
     for direction in ("forward", "forward+backward"):
         for name in OUR_ATTENTION:
@@ -92,8 +92,8 @@ def test_bench_compile(tmp_path):
     path = tmp_path / "compile.json"
     options = ("--layers", "1", "--size", "2x16x32", "--heads", "2", "--rounds", "1", "--json", str(path))
     options = (*options, "--norms", "one-pass")
-    _, found = run("bench_compile.py", *options, out=path)
-    rows = {r["contender"]: r for r in found["rows"]}
+    _, report = run("bench_compile.py", *options, out=path)
+    rows = {r["contender"]: r for r in report["rows"]}
     assert {*OURS, "no dropout"} == set(rows)
     assert all(r["compile_ratio"] > 0 and r["fusions"] > 0 for r in rows.values())
 
@@ -103,10 +103,10 @@ def test_bench_adapters(need, tmp_path):
         need(library)
     path = tmp_path / "adapters.json"
     options = ("--layers", "1", "--size", "4x64x64", "--heads", "2", "--rounds", "1", "--json", str(path))
-    printed, found = run("bench_adapters.py", *options, out=path)
-    assert found["claim"] in printed
+    printed, report = run("bench_adapters.py", *options, out=path)
+    assert report["claim"] in printed
     for library in ("linen", "nnx", "equinox", "haiku"):
-        rows = {r["contender"]: r for r in found["rows"] if r["library"] == library}
+        rows = {r["contender"]: r for r in report["rows"] if r["library"] == library}
         assert list(rows) == ["no dropout", "its own", "jdrop fast", "jdrop jax"]
         assert all(r["ratio"] > 0 for r in rows.values())
         assert rows["jdrop fast"]["bytes"] < rows["its own"]["bytes"]
@@ -116,10 +116,10 @@ def test_bench_sharding(need, tmp_path):
     need("flax")
     path = tmp_path / "sharding.json"
     options = ("--layers", "1", "--size", "4x32x64", "--heads", "2", "--rounds", "1", "--devices", "1", "2")
-    printed, found = run("bench_sharding.py", *options, "--json", str(path), out=path)
-    assert found["claim"] in printed and found["claim"].startswith("Claim: ")
+    printed, report = run("bench_sharding.py", *options, "--json", str(path), out=path)
+    assert report["claim"] in printed and report["claim"].startswith("Claim: ")
     for devices in (1, 2):
-        rows = {r["contender"]: r for r in found["rows"] if r["devices"] == devices}
+        rows = {r["contender"]: r for r in report["rows"] if r["devices"] == devices}
         assert list(rows) == ["no dropout", "jdrop fast", "linen"]
         assert all(r["ratio"] > 0 and r["bytes"] > 0 for r in rows.values())
         assert rows["jdrop fast"]["collectives"] == rows["no dropout"]["collectives"]
@@ -140,15 +140,15 @@ def test_peers_are_measured(need, tmp_path):
         need(library)
     path = tmp_path / "peers.json"
     options = ("--sizes", "32x128", "--rounds", "1", "--dtypes", "float32", "--json", str(path))
-    _, found = run("bench_dropout.py", *options, out=path)
-    measured = {r["contender"] for r in found["rows"] if "ratio" in r}
+    _, report = run("bench_dropout.py", *options, out=path)
+    measured = {r["contender"] for r in report["rows"] if "ratio" in r}
     assert {"linen", "nnx", "equinox", "haiku", "torch"} <= measured
 
 
 def test_a_missing_peer_is_named_as_missing(tmp_path):
     (tmp_path / "haiku.py").write_text("raise ImportError")
-    report = tmp_path / "missing.json"
-    options = ("--sizes", "32x128", "--rounds", "1", "--dtypes", "float32", "--peers", "haiku", "--json", str(report))
-    printed, found = run("bench_dropout.py", *options, out=report, path=[tmp_path])
-    assert [r["missing"] for r in found["rows"] if r["contender"] == "haiku"] == ["not installed"] * 2
+    path = tmp_path / "missing.json"
+    options = ("--sizes", "32x128", "--rounds", "1", "--dtypes", "float32", "--peers", "haiku", "--json", str(path))
+    printed, report = run("bench_dropout.py", *options, out=path, path=[tmp_path])
+    assert [r["missing"] for r in report["rows"] if r["contender"] == "haiku"] == ["not installed"] * 2
     assert "not installed" in printed

@@ -1,4 +1,4 @@
-"""drop_block: exact masks from seeds, the paper's seed rate, the drop fraction, per-example scale."""
+"""drop_block: exact masks from seeds, the paper's seed rate, the drop fraction, the scale per example."""
 
 import itertools
 
@@ -16,7 +16,7 @@ KEY = jax.random.key(8)
 
 
 def slow_mask(seeds, block):
-    """The keep mask by the definition: every block that starts is a box of zeros."""
+    """Return the keep mask by definition: every seed starts a box of zeros."""
     mask = np.ones([n + b - 1 for n, b in zip(seeds.shape, block)], bool)
     for start in itertools.product(*map(range, seeds.shape)):
         if seeds[start]:
@@ -52,8 +52,8 @@ def test_overlapping_and_touching_blocks_by_hand():
     seeds = jnp.zeros((3, 4), bool).at[0, 0].set(True).at[1, 1].set(True).at[2, 3].set(True)
     mask = jdrop.drop_block_mask(seeds, 2)
     assert mask.shape == (4, 5)
-    drawn = ["".join("1" if kept else "0" for kept in row) for row in np.asarray(mask)]
-    assert drawn == ["00111", "00011", "10000", "11100"]
+    rows = ["".join("1" if kept else "0" for kept in row) for row in np.asarray(mask)]
+    assert rows == ["00111", "00011", "10000", "11100"]
 
 
 @pytest.mark.parametrize("coupled", [False, True])
@@ -68,7 +68,7 @@ def test_overlapping_and_touching_blocks_by_hand():
         ((12, 9, 5), {"spatial_axes": (0, 1), "batch_axes": ()}, (4, 3)),
     ],
 )
-def test_the_mask_is_made_of_the_words_of_its_seeds(shape, options, block, coupled):
+def test_the_mask_follows_from_the_mask_of_its_seeds(shape, options, block, coupled):
     """The mask is that of drop_block_mask on seeds that dropout_mask draws at rate gamma."""
     rate = 0.3
     y = jdrop.drop_block(KEY, jnp.ones(shape), rate, block, train=True, couple_channels=coupled, **options)
@@ -96,9 +96,9 @@ def test_the_mask_is_made_of_the_words_of_its_seeds(shape, options, block, coupl
 
 @pytest.mark.parametrize("rate", [0.1, 0.3])
 @pytest.mark.parametrize("shape,block", [((56, 56), 7), ((10, 16), (3, 4)), ((12,), 5)])
-def test_drop_fraction_is_the_exact_one(rate, shape, block):
-    """Each position is dropped with 1 - (1 - gamma)^k. Maps are independent, so the mean over N of them is within 5
-    standard errors; the variance of one map's mean is estimated over the maps."""
+def test_the_drop_fraction_is_exact(rate, shape, block):
+    """A position that k blocks cover is dropped with probability 1 - (1 - gamma)^k. Maps are independent, so their mean
+    is within 5 standard errors; the variance of the mean of a map is estimated over the maps."""
     count = 2000
     x = jnp.ones((count, *shape, 1))
     y = jdrop.drop_block(KEY, x, rate, block, train=True, spatial_axes=tuple(range(1, 1 + len(shape))))
@@ -115,7 +115,7 @@ def test_drop_fraction_is_the_exact_one(rate, shape, block):
         assert round(exact, 4) == 0.0946
 
 
-def test_each_example_is_rescaled_for_itself():
+def test_each_example_has_its_own_scale():
     x = jnp.ones((6, 10, 10, 4))
     y = jdrop.drop_block(KEY, x, jnp.linspace(0.0, 1.0, 6)[:, None, None, None], 3, train=True, spatial_axes=(1, 2))
     means = np.asarray(y, np.float64).mean((1, 2, 3))
@@ -133,7 +133,7 @@ def test_rate_one_drops_everything_and_gradients_stay_finite():
 
 
 def test_all_dropped_by_chance_gives_zeros():
-    """A 2 x 2 map with block 2 has one place to start: at gamma 0.5 about half of the examples lose all."""
+    """A 2 x 2 map has one place for a block of size 2: at gamma 0.5, about half of the examples lose everything."""
     y = jdrop.drop_block(KEY, jnp.ones((64, 2, 2, 1)), 0.5, 2, train=True, spatial_axes=(1, 2))
     assert set(np.unique(y)) == {0.0, 1.0}
 
@@ -176,7 +176,7 @@ def test_gamma_is_formed_in_float32_for_narrow_rates():
     assert wide == narrow and narrow.dtype == jnp.float32
 
 
-def test_a_nan_rate_makes_nan_of_its_own_example():
+def test_a_nan_rate_affects_only_its_own_example():
     x = jnp.ones((3, 6, 6, 2))
     rate = jnp.array([0.3, jnp.nan, 0.3])[:, None, None, None]
     f = lambda x, r: jdrop.drop_block(KEY, x, r, 2, train=True, spatial_axes=(1, 2))

@@ -18,7 +18,7 @@ def test_whole_maps_are_dropped_for_each_example(space):
     np.testing.assert_array_equal(maps, jnp.broadcast_to(maps[:, :1], maps.shape))
     dropped = np.asarray(maps[:, 0] == 0, np.float64)
     assert abs(dropped.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / dropped.size)
-    for axis, n in ((0, 64), (1, 100)):  # independent along both axes: the means along one vary as binomials do
+    for axis, n in ((0, 64), (1, 100)):  # independent along both axes: means along one axis vary like binomials
         variance = dropped.mean(axis).var() * n
         assert abs(variance / 0.21 - 1) < 5 * np.sqrt(2 / dropped.shape[1 - axis])
     kept = np.asarray(y)[np.asarray(y) > 0]

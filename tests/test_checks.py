@@ -1,4 +1,4 @@
-"""Bad input gets one clear error, in one form, before any work is done."""
+"""Bad input raises a clear error of one form, before any computation."""
 
 import re
 
@@ -132,7 +132,7 @@ def test_train_traced_says_what_to_do():
 
 
 def test_concrete_arrays_of_jax_are_never_read(monkeypatch):
-    """They count as traced: out of range is no error, and no value is fetched."""
+    """They count as traced: out of range is not an error, and no value is read."""
 
     def fail(self):
         raise AssertionError("a value was read")
@@ -148,7 +148,7 @@ def test_concrete_arrays_of_jax_are_never_read(monkeypatch):
 
 def test_errors_come_before_any_computation(monkeypatch):
     def fail(*args, **kwargs):
-        raise AssertionError("work was done")
+        raise AssertionError("something was computed")
 
     monkeypatch.setattr("jdrop._bits.FastBits.seed", fail)
     monkeypatch.setattr("jdrop._family.elementwise.masked_op", fail)
@@ -157,7 +157,7 @@ def test_errors_come_before_any_computation(monkeypatch):
             BAD[case][0]()
 
 
-def test_bools_are_no_counts_and_no_axes():
+def test_bools_are_neither_counts_nor_axes_nor_numbers():
     for value in (True, np.bool_(True)):
         with pytest.raises(TypeError, match="f: n must be an integer, got "):
             _checks.as_count("f", "n", value)
@@ -167,6 +167,6 @@ def test_bools_are_no_counts_and_no_axes():
             _checks.as_number("f", "x", value, 0, 1)
 
 
-def test_integers_of_numpy_are_rates():
+def test_numpy_integers_are_valid_rates():
     assert d(rate=np.int64(0)) is X
     np.testing.assert_array_equal(d(rate=np.uint8(1)), 0 * X)

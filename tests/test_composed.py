@@ -50,14 +50,16 @@ def test_gradients():
 
 
 @pytest.mark.compiled
-def test_one_fusion_makes_the_result():
-    """One loop over elements: nothing of the size of x is stored but the result itself."""
+def test_one_fusion_computes_the_result():
+    """One loop over elements, which stores no array of the size of x except the result."""
     for dtype in ("float32", "bfloat16"):
         args = [a.astype(dtype) for a in (X, BIAS, RESIDUAL)]
         f = jax.jit(lambda k, x, b, r: jdrop.bias_dropout_add(k, x, 0.3, b, r, train=True))
         entry = f.lower(KEY, *args).compile().as_text().split("ENTRY ")[1]
-        made = [line for line in entry.splitlines() if re.search(r"= \w+\[64,256\]", line) and "parameter(" not in line]
-        assert len(made) == 1 and "fusion(" in made[0], made
+        arrays = [
+            line for line in entry.splitlines() if re.search(r"= \w+\[64,256\]", line) and "parameter(" not in line
+        ]
+        assert len(arrays) == 1 and "fusion(" in arrays[0], arrays
 
 
 def test_bias_errors():
@@ -96,10 +98,12 @@ def test_more_samples_come_closer_to_the_expectation():
     for n in (1, 4, 16):
         y = jdrop.multi_sample_dropout(KEY, jnp.ones_like(X), 0.5, lambda h: h, n, train=True)
         variance = float(jnp.var(y))
-        assert abs(variance * n - 1) < 5 * np.sqrt(2 / X.size)  # a mean of fair signs has at most a normal's kurtosis
+        assert abs(variance * n - 1) < 5 * np.sqrt(
+            2 / X.size
+        )  # a mean of fair signs has at most the kurtosis of a normal
 
 
-def test_one_sample_of_gradients_is_the_mask():
+def test_the_gradient_of_one_sample_is_the_mask():
     g = jax.grad(lambda x: jdrop.multi_sample_dropout(KEY, x, 0.5, jnp.sum, 1, train=True))(X)
     same(g, jdrop.dropout(jdrop.keys.derive(KEY, "multi_sample_dropout", 0), jnp.ones_like(X), 0.5, train=True))
 
@@ -122,8 +126,8 @@ def test_sample_errors():
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-def test_the_residual_is_what_stays_of_a_dropped_slot(bad):
-    """NaN and Inf of x and of bias are contained, and their gradient is exactly 0 there."""
+def test_a_dropped_element_leaves_the_residual(bad):
+    """NaN and Inf of x do not leak, and the gradient is exactly 0 there."""
     kept = jdrop.dropout_mask(KEY, X.shape, 0.3)
     x = jnp.where(kept, X, bad)
     y, pull = jax.vjp(lambda x: jdrop.bias_dropout_add(KEY, x, 0.3, BIAS, RESIDUAL, train=True), x)

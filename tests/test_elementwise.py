@@ -1,4 +1,4 @@
-"""dropout: what it returns, for every dtype, key, shape, rate and mode."""
+"""dropout: its results for every dtype, key, shape, rate, and mode."""
 
 import functools
 
@@ -64,7 +64,7 @@ def test_kept_values_are_the_product_rounded_once(dtype, rate, on_cpu_kernel, x6
     x = some((16, 256), dtype)
     if on_cpu_kernel:
         y = dropout(KEY, x, rate, train=True)
-    else:  # the form that every other platform gets, run here
+    else:  # the form of all other platforms, run on this machine
         mask = draw_mask("dropout", KEY, np.asarray(rate), x.shape)
         y = jax.jit(lambda x: SCALE.value(view(mask, x, GENERIC), x))(x)
     assert y.dtype == x.dtype
@@ -90,7 +90,7 @@ def test_members_take_float8(member):
 
 
 def test_zeros_keep_their_signs():
-    """The form for a CPU adds a zero that the compiler does not know to be one."""
+    """The form for CPU adds a zero that is opaque to the compiler."""
     x = jnp.where(jnp.arange(2048) % 2 == 0, 0.0, -0.0).reshape(2, 1024)
     for dtype in ("float32", "bfloat16", "float16"):
         y = dropout(KEY, x.astype(dtype), 0.5, train=True)
@@ -149,7 +149,7 @@ def test_rate_one_gives_zeros_and_finite_gradients(rate, scale_at, generator):
 
 
 @pytest.mark.parametrize("generator", ["fast", "jax"])
-def test_traced_rates_act_by_the_rules_without_recompiling(generator):
+def test_traced_rates_follow_the_rules_without_recompiling(generator):
     x = some((16, 256))
     traces = 0
 
@@ -195,13 +195,13 @@ def test_dtype_of_x_is_kept_whatever_the_dtype_of_the_rate(dtype, rate_dtype, x6
         assert dropout(KEY, x, rate, train=False, scale_at="eval").dtype == x.dtype
 
 
-def test_the_rate_is_made_float32_first(x64):
-    """0.1 and float32(0.1) differ by 1.5e-9, which is 6 steps of 2**-32: the words that tell them apart are rare,
-    so the thresholds are compared."""
+def test_the_rate_is_first_rounded_to_float32(x64):
+    """0.1 and float32(0.1) differ by 1.5e-9, 6 steps of 2**-32. Words that tell them apart are rare, so the test compares
+    the thresholds."""
     for rate in (0.1, 1e-6, 1 / 3):
         exact = np.round(np.float64(np.float32(rate)) * 2**32)
-        for given in (rate, np.float32(rate), jnp.asarray(rate)):
-            p = FastBits().rate(given if isinstance(given, jax.Array) else np.asarray(given))
+        for value in (rate, np.float32(rate), jnp.asarray(rate)):
+            p = FastBits().rate(value if isinstance(value, jax.Array) else np.asarray(value))
             assert int(fast.threshold(p)[0]) == exact
             assert float(fast.keep_probability(p, jnp.float64)) == (2**32 - exact) / 2**32
 
@@ -211,7 +211,7 @@ def test_thresholds_round_half_to_even():
         assert int(fast.threshold(jnp.float32(steps * 2.0**-32))[0]) == t
 
 
-def test_array_rates_are_the_same_words_against_other_thresholds():
+def test_array_rates_compare_the_same_words_with_other_thresholds():
     x = jnp.ones((3, 1000))
     rates = jnp.array([0.2, 0.5, 0.8])[:, None]
     y = dropout(KEY, x, rates, train=True)
@@ -238,7 +238,7 @@ def test_shared_axes_share_one_decision(generator):
     assert bool(jnp.all(y[0] == 1)) and bool(jnp.all(y[1] == 0))
 
 
-def test_nan_and_inf_are_contained_where_dropped():
+def test_dropped_nan_and_inf_do_not_leak():
     for dtype in ("float16", "bfloat16", "float32", "complex64"):
         for bad in (jnp.nan, jnp.inf, -jnp.inf):
             x = jnp.full((8, 300), bad, dtype)
@@ -290,7 +290,7 @@ def test_disabled_jit_gives_the_same():
         assert bool(jdrop.keys.derive(KEY, "a", 1) == key)
 
 
-def test_a_longer_batch_keeps_the_masks_of_the_shorter():
+def test_a_longer_batch_keeps_the_masks_of_a_shorter_one():
     short, long = (dropout_mask(KEY, (n, 4, 100), 0.5) for n in (3, 9))
     np.testing.assert_array_equal(short, long[:3])
 
@@ -321,7 +321,7 @@ def test_key_is_used_once(monkeypatch):
             with pytest.raises(jax.errors.KeyReuseError):
                 twice(jax.random.key(3), x)
 
-        key = jax.random.key(4)  # nothing random happens: the key is left alone
+        key = jax.random.key(4)  # nothing is random, so the key stays unused
         dropout(key, x, 0.5, train=False)
         dropout(key, x, 0.0, train=True)
         dropout(jdrop.keys.derive(key, "a"), x, 0.5, train=True)
@@ -332,12 +332,12 @@ def test_key_is_used_once(monkeypatch):
 
 # ------------------------------------------------------------------------------------ alpha dropout
 
-LIMIT = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717  # -lambda * alpha, of the paper
+LIMIT = -1.0507009873554804934193349852946 * 1.6732632423543772848170429916717  # -lambda * alpha of the paper
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
 def test_alpha_dropout_keeps_mean_and_variance(rate):
-    """On N standard normal inputs: the mean has a standard error of 1 / sqrt(N), and the variance one of
+    """For N standard normal inputs, the standard error of the mean is 1 / sqrt(N), and that of the variance is
     sqrt((E y^4 - 1) / N), with the fourth moment of the same sample."""
     x = jax.random.normal(jax.random.key(1), (2048, 2048))
     y = np.asarray(jdrop.alpha_dropout(KEY, x, rate, train=True), np.float64)
@@ -361,7 +361,7 @@ def test_alpha_dropout_is_the_formula_of_the_paper(rate, dtype, x64):
     np.testing.assert_allclose(np.asarray(g, np.float64), np.where(mask, a, 0), rtol=step)
 
 
-def test_alpha_dropout_at_the_limits_and_with_rates_an_axis():
+def test_alpha_dropout_at_the_limits_and_with_rates_along_an_axis():
     x = some((5, 300))
     rates = jnp.array([0.0, 1e-9, 0.5, 1 - 2**-24, 1.0])[:, None]
     y, pull = jax.vjp(lambda x: jdrop.alpha_dropout(KEY, x, rates, train=True), x)
@@ -369,7 +369,7 @@ def test_alpha_dropout_at_the_limits_and_with_rates_an_axis():
     np.testing.assert_array_equal(y[4], np.zeros(300))
     np.testing.assert_array_equal(y[2], jdrop.alpha_dropout(KEY, x, 0.5, train=True)[2])
     assert bool(jnp.isfinite(y).all()) and bool(jnp.isfinite(pull(x)[0]).all())
-    assert float(jnp.abs(y[3]).max()) < 1e-3, "close to the limit, zero"
+    assert float(jnp.abs(y[3]).max()) < 1e-3, "close to the limit 0"
 
 
 def test_feature_alpha_dropout_shares_decisions():
@@ -381,14 +381,14 @@ def test_feature_alpha_dropout_shares_decisions():
 
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "philox2x32"])
-def test_nan_rate_gives_nan_for_every_implementation_of_jax(impl):
+def test_nan_rate_gives_nan_for_every_key_implementation(impl):
     key = jax.random.key(7, impl=impl)
     y = dropout(key, jnp.ones((4, 300)), jnp.float32(jnp.nan), train=True, generator="jax")
     assert bool(jnp.isnan(y).all())
     assert bool(dropout_mask(jax.random.clone(key), (4, 300), jnp.float32(jnp.nan), generator="jax").all())
 
 
-def test_complex_numbers_of_128_bits_are_scaled_in_float64(x64):
+def test_complex128_is_scaled_in_float64(x64):
     x = jnp.arange(1.0, 4097.0).reshape(16, 256).astype("complex128") * (1 - 2j)
     y = dropout(KEY, x, 0.1, train=True)
     assert y.dtype == jnp.complex128

@@ -1,4 +1,4 @@
-"""Rates and means are exact: within 5 standard errors at 10**8 draws, and no test here passes with a bias of 0.1%."""
+"""Rates and means are exact: within 5 standard errors for 10**8 draws. A bias of 0.1% would fail every test here."""
 
 import functools
 
@@ -10,14 +10,14 @@ import pytest
 from jdrop import dropout
 
 RATES = [1e-6, 1e-4, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999, 0.999999]
-SHAPE = (10_000, 1_000)  # 10**7 draws a rate, 10**8 for all rates
+SHAPE = (10_000, 1_000)  # 10**7 draws per rate, 10**8 for all rates
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "complex64"])
 def test_drop_frequency_and_mean(dtype, x64):
     n = SHAPE[0] * SHAPE[1]
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})  # 10**8 draws: runs fast
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3})  # fast code for 10**8 draws
     def draw(key, rate):
         y = dropout(key, jnp.ones(SHAPE, dtype), rate, train=True)
         return jnp.sum(y == 0), jnp.sum(jnp.real(y).astype(jnp.float64))
@@ -38,11 +38,11 @@ def test_drop_frequency_and_mean(dtype, x64):
 @pytest.mark.parametrize(("dtype", "mantissa_bits"), [("bfloat16", 7), ("float16", 10)])
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5])
 def test_16_bit_values_are_unbiased_over_mantissas(dtype, mantissa_bits, rate):
-    """Inputs with every mantissa equally often: the ratio of the means is 1.
+    """With every mantissa equally often in the input, the ratio of the means is 1.
 
-    Two independent errors: the decisions, sqrt(rate / (1 - rate) / n) for inputs of one size, and the one rounding
-    of each of the m distinct products, uniform within half a unit in the last place of at most 2**-b of the value:
-    2**-b / sqrt(12 m).
+    Two errors are independent: that of the decisions, sqrt(rate / (1 - rate) / n) for inputs of one size, and that of
+    the one rounding of m distinct products, each uniform within half a unit in the last place, which is at most 2**-b
+    of the value: 2**-b / sqrt(12 m).
     """
     m = 2**mantissa_bits
     x = (1 + jnp.arange(m) / m).astype(dtype)
@@ -52,7 +52,7 @@ def test_16_bit_values_are_unbiased_over_mantissas(dtype, mantissa_bits, rate):
     second_moment = np.mean(np.asarray(x, np.float64) ** 2) / np.mean(np.asarray(x, np.float64)) ** 2
     standard_error = np.hypot(np.sqrt(rate / (1 - rate) * second_moment / n), 2.0**-mantissa_bits / np.sqrt(12 * m))
     assert abs(ratio - 1) < 5 * standard_error
-    # A scale rounded to the dtype, as the peers have it, is off by more than that where it is not exact.
+    # A scale rounded to the dtype, as in other libraries, has a larger error unless it is exact.
     rounded_scale = float((1 / (1 - jnp.asarray(rate, dtype))).astype(dtype)) * (1 - rate)
     if dtype == "bfloat16" and rate == 0.1:
         assert abs(rounded_scale - 1) > 5 * standard_error

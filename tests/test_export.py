@@ -63,7 +63,7 @@ FIRST_AXIS = {  # axes after the first, and the member: the first axis is a colu
 
 @pytest.mark.parametrize("name", FIRST_AXIS)
 def test_a_symbolic_first_axis_may_be_a_column(name):
-    """No stride depends on its size, so the bits are those of the concrete size."""
+    """No stride depends on its size, so the bits equal those of the concrete size."""
     axes, member = FIRST_AXIS[name]
     (b,) = export.symbolic_shape("b")
     f = lambda k, x: member(k, x, 0.5, train=True)
@@ -72,12 +72,12 @@ def test_a_symbolic_first_axis_may_be_a_column(name):
     for size in (1, 6, 300):
         x = jnp.cos(jnp.arange(size * np.prod(axes, dtype=int), dtype=jnp.float32)).reshape(size, *axes)
         expected = jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.sin(f(key, x)))))(x)
-        for found, want in zip(exported.call(key, x), expected):
-            np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)
-            np.testing.assert_array_equal(found != 0, want != 0)
+        for result, want in zip(exported.call(key, x), expected):
+            np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(result != 0, want != 0)
 
 
-def test_ids_of_any_shape():
+def test_ids_of_symbolic_shape():
     b, t = export.symbolic_shape("b, t")
     f = lambda k, x: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=jnp.zeros(x.shape[:2], jnp.int32))
     key, x = jax.random.PRNGKey(0), jnp.ones((5, 6, 16))

@@ -16,7 +16,7 @@ def at(shape, size, start=None, **options):
 
 
 def flat_coordinates(shape):
-    """(row, col) of every element by the definition, in Python integers."""
+    """Return (row, col) of every element by definition, in Python integers."""
     first = len(shape)
     while first and np.prod(shape[first:], dtype=object) < 128:
         first -= 1
@@ -52,12 +52,12 @@ def test_rows_and_columns(shape):
     ],
 )
 def test_strides_of_large_shapes(shape, rows, cols, long):
-    found = strides(shape)
-    assert (found.row_strides, found.col_strides, found.long) == (rows, cols, long)
+    result = strides(shape)
+    assert (result.row_strides, result.col_strides, result.long) == (rows, cols, long)
 
 
 def test_strides_give_distinct_words_at_the_corners_of_large_shapes():
-    """Every corner of a huge array has a (row, col) of its own, equal to Python's own arithmetic."""
+    """Every corner of a huge array has its own (row, col), as computed in Python integers."""
     for shape in ((3, 2**33), (2**40, 2, 256), (2**20, 2**20, 200), (5, 2**32 + 7)):
         steps = strides(shape)
         seen = set()
@@ -96,7 +96,7 @@ def test_pairs_are_sign_extended(value):
         assert (int(hi) << 32) + int(lo) == value % 2**64
 
 
-def test_a_word_is_the_same_alone_and_in_an_array():
+def test_a_word_is_the_same_for_one_element_and_in_an_array():
     seed = (jnp.uint32(5), jnp.uint32(6))
     row, col = at((9, 300), (9, 300))
     words = np.asarray(fast.word(seed, row, col))
@@ -112,7 +112,7 @@ def test_unsigned_words_are_not_sign_extended():
 
 
 def test_indices_along_an_axis_beyond_2_to_the_32():
-    """A slice of the index alone: XLA makes no more of it than that."""
+    """XLA computes only the slice of the index."""
 
     @jax.jit
     def ends():
@@ -123,15 +123,15 @@ def test_indices_along_an_axis_beyond_2_to_the_32():
     assert hi.tolist() == [0, 0, 1, 1] and lo.tolist() == [2**32 - 2, 2**32 - 1, 0, 1]
 
 
-def test_rows_between_2_to_the_32_and_twice_as_many():
+def test_rows_from_2_to_the_32_on():
     (hi, lo), col = at((2**33, 128), (1, 1), [U64.of(2**32 + 5), U64.of(7)])
     assert (int(np.asarray(hi).item()), int(np.asarray(lo).item()), int(np.asarray(col).item())) == (1, 5, 7)
 
 
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize("shape", [(3, 4, 5, 6), (2, 3, 200), (5, 127), (300,), (2**33, 3), (2**20, 2**20, 200)])
-def test_one_element_at_a_time_agrees_with_a_window(shape, columns):
-    """One element of an array at a time, in any order."""
+def test_single_elements_agree_with_a_window(shape, columns):
+    """Single elements in any order have the row and column of a window."""
     rng = np.random.default_rng(0)
     index = [[int(rng.integers(n)) for n in shape] for _ in range(4)]
     index[0], index[1] = [0 for _ in shape], [n - 1 for n in shape]
@@ -143,5 +143,5 @@ def test_one_element_at_a_time_agrees_with_a_window(shape, columns):
     for k, where in enumerate(index):
         start = [U64.of(i) for i in where]
         (one_hi, one_lo), one_col = at(shape, [1] * len(shape), start, columns=columns)
-        found = [np.broadcast_to(np.asarray(x), (4,))[k] for x in (hi, lo, col)]
-        assert found == [np.asarray(x).item() for x in (one_hi, one_lo, one_col)]
+        element = [np.broadcast_to(np.asarray(x), (4,))[k] for x in (hi, lo, col)]
+        assert element == [np.asarray(x).item() for x in (one_hi, one_lo, one_col)]

@@ -37,10 +37,10 @@ def test_paths_that_differ_give_different_keys():
         ("a",), ("b",), ("a", "b"), ("b", "a"), ("ab",), ("3",), (3,), (4,), (3, 4), (4, 3), (2**32,), (2**32 + 3,),
         (2**64 - 1,), (0,), (0, 0), ("",), ("", ""), ("é",), (np.int32(-3),),
     ]  # fmt: skip
-    found = {words(derive(KEY, *path)) for path in paths}
-    found |= {words(derive(derive(KEY, "a"), "b")), words(derive(jax.random.key(1), "a"))}
-    found |= {words(k) for k in jax.random.split(KEY, 5)} | {words(jax.random.fold_in(KEY, i)) for i in range(5)}
-    assert len(found) == len(paths) + 2 + 5  # split(key, n)[i] == fold_in(key, i)
+    distinct = {words(derive(KEY, *path)) for path in paths}
+    distinct |= {words(derive(derive(KEY, "a"), "b")), words(derive(jax.random.key(1), "a"))}
+    distinct |= {words(k) for k in jax.random.split(KEY, 5)} | {words(jax.random.fold_in(KEY, i)) for i in range(5)}
+    assert len(distinct) == len(paths) + 2 + 5  # split(key, n)[i] == fold_in(key, i)
 
 
 def test_ten_thousand_steps_and_keys_do_not_collide():
@@ -49,7 +49,7 @@ def test_ten_thousand_steps_and_keys_do_not_collide():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "int32", "uint32", "int64", "uint64"])
-def test_integers_count_by_value(dtype, x64):
+def test_integers_are_identified_by_value(dtype, x64):
     for value in {0, 3, 127} | ({-1, -128} if dtype.startswith("i") else {200}):
         traced = jax.jit(lambda i: derive(KEY, i))(jnp.asarray(value, dtype))
         same = derive(KEY, value) if value >= 0 else derive(KEY, np.uint64(value % 2**64))
@@ -79,7 +79,7 @@ def test_transforms_agree_with_eager():
     assert [words(k) for k in over_keys] == [words(derive(k, "a")) for k in keys]
 
 
-def test_derived_keys_are_fresh_and_the_base_key_is_not_used_up():
+def test_derived_keys_are_fresh_and_the_base_key_is_not_consumed():
     with jax.debug_key_reuse(True):
         key = jax.random.key(9)
         a, b = derive(key, "a"), derive(key, "b")
@@ -121,10 +121,10 @@ def test_bad_keys_and_ids():
 
 
 def test_integers_on_the_device_stay_there():
-    """As fold_in allows it. NumPy and Python numbers have to be moved, there as here."""
+    """As with fold_in. NumPy and Python numbers must be transferred, there as here."""
     step, ids = jnp.int32(3), jnp.arange(4)
     expected = derive(KEY, 3), per_example(KEY, np.arange(4))
     with jax.transfer_guard("disallow"):
         jax.random.fold_in(KEY, step)
-        found = derive(KEY, step), per_example(KEY, ids)
-    assert (found[0] == expected[0]).all() and (found[1] == expected[1]).all()
+        results = derive(KEY, step), per_example(KEY, ids)
+    assert (results[0] == expected[0]).all() and (results[1] == expected[1]).all()

@@ -1,6 +1,6 @@
-"""Mask version 1 and derived keys are frozen: literals first, then the NumPy version on random shapes.
+"""Mask version 1 and derived keys are frozen: literals first, then the NumPy reference on random shapes.
 
-A failure here means that trained models would see other masks. Never change a literal: make a new mask version.
+A failure here means that existing runs would get other masks. Never change a literal: create a new mask version.
 """
 
 import functools
@@ -50,7 +50,7 @@ def library_words(key, shape, window=None):
 
 
 def packed(mask) -> bytes:
-    """The first element is the lowest bit of the first byte."""
+    """Pack bits, with the first element in the lowest bit of the first byte."""
     return np.packbits(np.asarray(mask).ravel(), bitorder="little").tobytes()
 
 
@@ -59,13 +59,13 @@ def packed(mask) -> bytes:
 
 @pytest.mark.parametrize(
     ("key", "counter", "answer"),
-    [  # the known answers that come with Random123
+    [  # the known answers of Random123
         ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
         ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
         ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
     ],
 )
-def test_threefry_gives_its_published_answers(key, counter, answer):
+def test_threefry_gives_the_published_answers(key, counter, answer):
     assert tuple(int(w[0]) for w in reference.threefry2x32(key, counter)) == answer
     of_library = jax.jit(threefry2x32)(tuple(map(np.uint32, key)), tuple(map(np.uint32, counter)))
     assert tuple(map(int, of_library)) == answer
@@ -206,7 +206,7 @@ DTYPES = ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint6
 
 
 def ids_of(dtype: str) -> list[int]:
-    """Eight of the ids that a dtype can hold, some of them repeated."""
+    """Return eight ids that a dtype can hold, some of them repeated."""
     info = np.iinfo(dtype)
     return ([i for i in IDS if info.min <= i <= info.max] * 8)[:8]
 
@@ -244,16 +244,16 @@ def test_keys_of_traced_ids_are_frozen(dtype):
     assert as_words(batch) == [IDS[i] for i in ids]
 
 
-# ---------------------------------------------------------------------------------- the library equals the reference
+# ---------------------------------------------------------------------------------- library against reference
 
 
 def random_shapes(count: int) -> list[tuple[int, ...]]:
-    """Shapes of 0 to 5 axes and at most 4,000 elements, the sizes around what the geometry turns on."""
-    draw = np.random.default_rng(0)
+    """Return shapes of 0 to 5 axes and at most 4,000 elements, with sizes around the limits of the geometry."""
+    rng = np.random.default_rng(0)
     shapes: list[tuple[int, ...]] = []
     while len(shapes) < count:
-        shape = tuple(draw.choice([0, 1, 2, 3, 5, 8, 16, 64, 127, 128, 129, 300], draw.integers(0, 6)).tolist())
-        if np.prod(shape, dtype=np.int64) <= 4000 and (0 not in shape or draw.random() < 0.1):
+        shape = tuple(rng.choice([0, 1, 2, 3, 5, 8, 16, 64, 127, 128, 129, 300], rng.integers(0, 6)).tolist())
+        if np.prod(shape, dtype=np.int64) <= 4000 and (0 not in shape or rng.random() < 0.1):
             shapes.append(shape)
     return shapes
 
@@ -275,13 +275,13 @@ HUGE = [
 
 @pytest.mark.parametrize("shape", HUGE, ids=str)
 def test_windows_of_huge_arrays_equal_the_reference(shape):
-    draw = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     corners = [tuple(0 for _ in shape), tuple(max(n - 3, 0) for n in shape)]
-    corners += [tuple(int(draw.integers(0, max(n - 3, 1))) for n in shape) for _ in range(4)]
+    corners += [tuple(int(rng.integers(0, max(n - 3, 1))) for n in shape) for _ in range(4)]
     for corner in [*corners, tuple(min(2**32 - 1, max(n - 3, 0)) for n in shape)]:
         window = [(at, min(3, n)) for at, n in zip(corner, shape, strict=True)]
-        found = library_words(typed("threefry2x32"), shape, window)
-        np.testing.assert_array_equal(found, reference.words(MAIN, shape, window), err_msg=str(window))
+        result = library_words(typed("threefry2x32"), shape, window)
+        np.testing.assert_array_equal(result, reference.words(MAIN, shape, window), err_msg=str(window))
 
 
 @pytest.mark.parametrize("impl", KEYS)

@@ -46,8 +46,8 @@ def test_window_with_shared_axes_and_array_rates():
     assert bool(part[0].all()) and not bool(part[1].any())
 
 
-def test_windows_beyond_what_memory_holds_agree_with_each_other():
-    """Overlapping windows at huge indices agree, and a start counts by its value, traced or not."""
+def test_windows_of_arrays_beyond_memory_agree():
+    """Overlapping windows at huge indices agree, and traced starts give the same windows."""
     for shape, start in (
         ((2**26, 100), (2**26 - 3, 10)),
         ((2**34,), (2**33 - 50,)),
@@ -106,7 +106,7 @@ def just_above(rate):
 
 
 def test_a_word_equal_to_the_threshold_is_kept():
-    """Words with 24 significant bits are thresholds of float32 rates: just there, and not one step above."""
+    """Words with 24 significant bits are thresholds of float32 rates: kept at this rate, dropped one step above."""
     shape = (64, 512)
     words = words_of(shape)
     at = np.argwhere((words % 256 == 0) & (words > 0))
@@ -122,7 +122,7 @@ def test_a_word_equal_to_the_threshold_is_kept():
 
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg", "threefry4x32", "philox2x32", "philox4x32"])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 130), (2, 5, 7, 3)])
-def test_generator_jax_is_bernoulli(impl, shape):
+def test_generator_jax_equals_bernoulli(impl, shape):
     key = jax.random.key(5, impl=impl)
     for rate in (0.1, 0.5, 0.999, np.float32(0.3), jnp.float32(0.7), jnp.bfloat16(0.1), jnp.float16(0.2)):
         mask = dropout_mask(key, shape, rate, generator="jax")
@@ -147,7 +147,7 @@ def test_generator_jax_without_partitionable_bits():
     assert bool(jnp.any(mask != dropout_mask(KEY, (50, 201), 0.3, generator="jax")))
 
 
-def test_generator_jax_scales_by_the_probability_really_used():
+def test_generator_jax_scales_by_the_exact_keep_probability():
     """A bfloat16 rate draws 7 bits: 1 - bfloat16(0.1) = 0.8984375 = 115 / 128."""
     x = jnp.ones((100, 100))
     y = dropout(KEY, x, jnp.bfloat16(0.1), train=True, generator="jax")
@@ -208,7 +208,7 @@ def test_masks_of_haiku(need):
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-def test_a_mask_shares_nothing_with_the_keys_own_draws():
+def test_a_mask_is_unrelated_to_other_draws_from_the_key():
     shape = (200, 200)
     ours = dropout_mask(KEY, shape, 0.5)
     for draw in (
@@ -223,7 +223,7 @@ def test_a_mask_shares_nothing_with_the_keys_own_draws():
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float32", 23), ("float16", 10), ("bfloat16", 7)])
 def test_thresholds_of_generator_jax_are_rounded_up(dtype, bits):
-    """``uniform < p`` holds for ceil(p * 2**bits) of the 2**bits values; random draws would rarely tell."""
+    """``uniform < p`` holds for ceil(p * 2**bits) of the 2**bits values; random draws would rarely show it."""
     for p in jnp.array([0.0, 1e-4, 0.1, 0.3, 0.5, 0.7, 0.999, 1.0], dtype):
         rate = jax_bits.realized_rate(1 - p)
         kept = int(np.ceil(np.float64(1 - (1 - p)) * 2**bits))
@@ -233,7 +233,7 @@ def test_thresholds_of_generator_jax_are_rounded_up(dtype, bits):
 
 
 def test_windows_of_generator_jax_beyond_2_to_the_32_elements():
-    """Bits by index have 64 bits of it: the mask is uniform(threefry(key, index)) < 1 - rate by hand."""
+    """The index has 64 bits: by hand, the mask is uniform(threefry(key, index)) < 1 - rate."""
     shape, start, n = (2**20, 2**20), (2**15 + 3, 77), 200
     mask = dropout_mask(KEY, shape, 0.5, generator="jax", window=((start[0], 1), (start[1], n)))[0]
     words = jax.random.key_data(KEY)
@@ -243,28 +243,28 @@ def test_windows_of_generator_jax_beyond_2_to_the_32_elements():
     np.testing.assert_array_equal(mask, ((high ^ low) >> 9) < jnp.uint32(2**22))
 
 
-def test_decisions_at_an_index_keep_a_word_equal_to_the_threshold():
+def test_keep_at_keeps_a_word_equal_to_the_threshold():
     for shape in ((64, 512), (2**17, 1)):
         words = words_of(shape)
         mask = draw_mask("test", jax.random.clone(KEY), np.asarray(0.5), shape)
         at = np.argwhere((words % 256 == 0) & (words > 0))[:5]  # float32 holds these exactly
         assert len(at) == 5
-        for place in at:
-            rate = np.float32(words[tuple(place)] / 2**32)
-            index = [U64(np.uint32(0), jnp.full((1, 1), i, jnp.uint32)) for i in place]
-            for given, kept in ((rate, True), (just_above(rate), False)):
-                assert bool(dataclasses.replace(mask, rate=jnp.asarray(given)).keep_at(index).item()) == kept
+        for element in at:
+            threshold = np.float32(words[tuple(element)] / 2**32)
+            index = [U64(np.uint32(0), jnp.full((1, 1), i, jnp.uint32)) for i in element]
+            for rate, kept in ((threshold, True), (just_above(threshold), False)):
+                assert bool(dataclasses.replace(mask, rate=jnp.asarray(rate)).keep_at(index).item()) == kept
 
 
-def test_generator_jax_takes_one_minus_the_rate_before_it_is_rounded():
-    """Python's 1 - rate, rounded to float32 once, as in bernoulli(key, 1 - rate): one step of 2**-23 tells."""
-    told = 0
+def test_generator_jax_subtracts_a_python_rate_before_rounding():
+    """1 - rate in Python, rounded once to float32, as in bernoulli(key, 1 - rate): the difference is a step of 2**-23."""
+    differing = 0
     for rate in np.random.default_rng(0).uniform(0, 0.5, 200):
         realized = jax_bits.realized_rate(np.asarray(rate))
         steps = lambda p: np.ceil(np.float64(p) * 2**23)
         assert realized.dtype == jnp.float32 and 1 - float(realized) == steps(np.float32(1 - rate)) / 2**23
-        told += steps(np.float32(1 - rate)) != steps(np.float32(1) - np.float32(rate))
-    assert told >= 10, "where the two differ"
+        differing += steps(np.float32(1 - rate)) != steps(np.float32(1) - np.float32(rate))
+    assert differing >= 10, "some rates show the difference"
 
 
 def test_rate_zero_keeps_all_of_the_window():
@@ -276,7 +276,7 @@ def test_rate_zero_keeps_all_of_the_window():
 
 @pytest.mark.parametrize("generator", ["fast", "jax"])
 def test_arrays_of_2_to_the_32_elements_and_more(generator):
-    """Strides exceed 32 bits there, also those of axes that have one element or none."""
+    """Strides exceed 32 bits, even those of axes with one element or none."""
     shape, first = (1, 2**32, 128), 2**32 - 2
     window = dropout_mask(KEY, shape, 0.5, generator=generator, window=((0, 1), (first, 2), (0, 128)))
     without = dropout_mask(KEY, shape[1:], 0.5, generator=generator, window=((first, 2), (0, 128)))

@@ -1,6 +1,6 @@
-"""What every member of the family keeps; ``members.py`` says who does not and why.
+"""Rules of all members of the family; ``members.py`` lists the exemptions and their reasons.
 
-An exemption has to be real: where a member is exempt, the check must fail, and as the table says.
+Exemptions are tested too: where a member is exempt, the check must fail in the way that the table says.
 """
 
 import re
@@ -52,7 +52,7 @@ def train(name, **options):
 
 
 def same(a, b, claim, name=None):
-    """Bit for bit, or up to rounding where the member may."""
+    """Require equality bit for bit, or up to rounding if the member may round differently."""
     a, b = np.asarray(a), np.asarray(b)
     if name and MEMBERS[name].rounds:
         atol = 64 * np.finfo(np.float32).eps * float(np.abs(b).max())
@@ -63,7 +63,7 @@ def same(a, b, claim, name=None):
 
 @check
 def jit(name):
-    """At two rates as constants of the program; ``traced`` has rates as operands."""
+    """At two rates that are constants of the program; in ``traced``, rates are operands."""
     for rate in (0.3, 0.9):
         same(jax.jit(lambda k, x, r=rate: train(name)(k, x, r))(KEY, X), train(name)(KEY, X, rate), "eager bits", name)
     off = lambda x: MEMBERS[name](None, x, 0.3, train=False)
@@ -77,7 +77,7 @@ def jit(name):
 
 @check
 def vmap(name):
-    """Over keys and data with keys whose own bits under vmap are not those of a loop; over keys alone; on another axis."""
+    """Over keys and data, with keys whose bits under vmap differ from a loop; over keys only; over another axis."""
     keys = jax.vmap(lambda i: jdrop.keys.derive(jax.random.key(0, impl="rbg"), i))(jnp.arange(8))
     one = jax.jit(lambda k, x: (MEMBERS[name].one or MEMBERS[name])(k, x, 0.5, train=True))
     loop = np.stack([one(k, x) for k, x in zip(keys, X, strict=True)])
@@ -128,7 +128,7 @@ def traced(name):
         np.testing.assert_allclose(f(X, rate), train(name)(KEY, X, rate), rtol=1e-6, atol=1e-6, err_msg=message)
     assert bool(jnp.any(f(X, 0.0) != f(X, 0.6))), "the rate is used"
     if not jnp.issubdtype(f(X, 0.3).dtype, jnp.integer):
-        assert bool(jnp.all(jnp.isnan(f(X, jnp.nan)))), "a NaN rate is seen"
+        assert bool(jnp.all(jnp.isnan(f(X, jnp.nan)))), "a NaN rate gives NaN"
     assert len(traces) == 1, "one trace for all rates"
     gradient = jax.grad(lambda r: jnp.sum(f(X, r).astype("float32")))(0.3)
     assert gradient == 0, "no gradient flows to the rate"
@@ -147,7 +147,7 @@ def traced_at_one(name):
 
 @check
 def contained(name):
-    """NaN and Inf do not leak out of dropped slots, and the gradient is exactly 0 there."""
+    """NaN and Inf do not leak from dropped elements, whose gradient is exactly 0."""
     plain = train(name)(KEY, jnp.ones_like(X), 0.5)
     dropped = plain == 0
     assert 0.2 < float(dropped.mean()) < 0.8, DROPPED_IS_ZERO
@@ -194,10 +194,10 @@ def taylor(name):
 
 @check
 def residuals(name):
-    """The backward pass is given seeds and rates: no mask, no noise; nor does a scan stack them."""
+    """The backward pass needs seeds and rates, but no mask and no noise, and a scan stacks none either."""
     pull = jax.vjp(lambda x: train(name)(KEY, x, 0.5), X)[1]
-    stays = sum(leaf.nbytes for leaf in jax.tree.leaves(pull) if hasattr(leaf, "nbytes"))
-    assert stays <= 40, SEED_AND_RATE
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(pull) if hasattr(leaf, "nbytes"))
+    assert size <= 40, SEED_AND_RATE
 
     def loss(x):
         keys = jax.vmap(lambda i: jdrop.keys.derive(KEY, i))(jnp.arange(5))
@@ -233,8 +233,8 @@ def over(devices, kind):
     return jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
 
 
-def stays_apart(compiled, shapes, devices):
-    """Require that each device works at its part alone: no collective, and no buffer of these unsharded shapes."""
+def require_no_communication(compiled, shapes, devices):
+    """Require each device to work only on its part: no collective, and no buffer of these unsharded shapes."""
     text = compiled.as_text()
     assert not re.search(COLLECTIVES, text), "no collective"
     for shape in shapes:
@@ -252,7 +252,7 @@ def tiles(name, devices=8):
     arguments = jax.device_put(KEY, NamedSharding(mesh, P())), jax.device_put(X, NamedSharding(mesh, P("data")))
     compiled = jax.jit(f).lower(*arguments).compile()
     same(compiled(*arguments), expected, ON_ONE_DEVICE, name)
-    stays_apart(compiled, [expected.shape], devices)
+    require_no_communication(compiled, [expected.shape], devices)
     with pytest.raises(ValueError, match=r"key must vary over the manual mesh axes"):
         g = jax.shard_map(
             lambda k, x: train(name)(k, x, 0.5), mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data")
@@ -264,8 +264,8 @@ def tiles(name, devices=8):
 def meshes(name, devices=8):
     """On auto and explicit meshes: the single-device bits, no collective, no unsharded buffer, forward and backward.
 
-    Where decisions along channels are independent too, the explicit mesh splits them; test_sharding has every axis on
-    meshes of both kinds.
+    The explicit mesh splits channels if their decisions are independent. test_sharding splits every axis on both kinds
+    of mesh.
     """
 
     def step(k, x):
@@ -279,11 +279,11 @@ def meshes(name, devices=8):
             x = jax.device_put(X, NamedSharding(mesh, P(*[None] * axis, "data")))
             key = jax.device_put(KEY, NamedSharding(mesh, P()))
             compiled = jax.jit(step).lower(key, x).compile()
-            placed = compiled(key, x)
-            for got, want in zip(placed, whole, strict=True):
+            results = compiled(key, x)
+            for got, want in zip(results, whole, strict=True):
                 same(got, want, ON_ONE_DEVICE, name)
-                assert devices == 1 or got.sharding.spec[axis] == "data", "the result is placed as x is"
-            stays_apart(compiled, {one.shape for one in whole}, devices)
+                assert devices == 1 or got.sharding.spec[axis] == "data", "the result is sharded like x"
+            require_no_communication(compiled, {one.shape for one in whole}, devices)
 
 
 @check
@@ -299,7 +299,7 @@ def platforms(name):
 
 @check
 def generators(name):
-    """``generator="jax"`` draws other bits; another name, or one where no mask is drawn, is an error."""
+    """``generator="jax"`` draws other bits. Other names are errors, and so is any for members without a mask."""
     if not MEMBERS[name].generator:
         with pytest.raises(TypeError, match="unexpected keyword argument 'generator'"):
             train(name, generator="jax")(KEY, X, 0.5)
@@ -311,7 +311,7 @@ def generators(name):
         train(name, generator="torch")(KEY, X, 0.5)
 
 
-OF_PROGRAMS = ("jit", "tiles", "meshes")  # what the optimized program is, or rounds
+OF_PROGRAMS = ("jit", "tiles", "meshes")  # these read or depend on the optimized program
 
 
 def cases(marks):
@@ -342,7 +342,7 @@ def test_exemptions_name_checks():
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_clean_numbers_pass_debug_nans(name):
-    """No NaN is made on the way, not even eagerly; in evaluation neither."""
+    """No intermediate result is NaN, eagerly or in evaluation."""
     with jax.debug_nans(True):
         train(name)(KEY, X, 0.5)
         MEMBERS[name](None, X, 0.5, train=False)

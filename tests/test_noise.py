@@ -1,4 +1,4 @@
-"""Gaussian members: the quantile function, moments, shares, and what they do at the limits."""
+"""Gaussian members: the quantile function, moments, shared axes, and limits."""
 
 import dataclasses
 
@@ -19,25 +19,25 @@ N = 2**22
 
 
 def exact(word):
-    """The quantile in float64, of the same 31 bits and sign."""
+    """Return the quantile in float64 from the same 31 bits and sign."""
     word = np.asarray(word, np.uint64)
     tail = ((word >> 1) + 0.5) * 2.0**-31
     return np.where(word & 1, -1, 1) * stats.norm.isf(tail / 2)
 
 
 def test_the_quantile_is_accurate_over_all_words():
-    some = np.random.default_rng(0).integers(0, 2**32, 2**20, dtype=np.uint64)
+    random = np.random.default_rng(0).integers(0, 2**32, 2**20, dtype=np.uint64)
     ends = np.concatenate([np.arange(2**16), 2**32 - 1 - np.arange(2**16)]).astype(np.uint64)
     powers = (np.uint64(1) << np.arange(32, dtype=np.uint64)).repeat(3) + np.tile([0, 1, 2], 32).astype(np.uint64)
-    word = np.concatenate([some, ends, powers]) % 2**32
+    word = np.concatenate([random, ends, powers]) % 2**32
     z = np.asarray(normal.normal(jnp.asarray(word.astype(np.uint32))), np.float64)
-    assert np.abs(z - exact(word)).max() < 5e-6  # what the docstring says
+    assert np.abs(z - exact(word)).max() < 5e-6  # as the docstring says
     assert 6.33 < np.abs(z).max() < 6.34
 
 
 def test_arithmetic_without_contraction_agrees_within_its_roundings():
-    """NumPy rounds each product and each sum. P takes 10 roundings, Q 8, and 3 join them: two ways to round differ by
-    at most 42 half units of z, and 4 of l, whose error does not shrink with z."""
+    """NumPy rounds each product and each sum: 10 times for P, 8 for Q, and 3 times to combine them. Two orders of
+    rounding differ by at most 42 half units of z, and by 4 of l, whose error does not shrink with z."""
     word = np.random.default_rng(2).integers(0, 2**32, 2**20, dtype=np.uint64).astype(np.uint32)
     tail = (word >> np.uint32(1)).astype(np.int32).astype(np.float32) + np.float32(0.5)
     bits = tail.view(np.int32)
@@ -57,16 +57,16 @@ def test_arithmetic_without_contraction_agrees_within_its_roundings():
     assert (np.abs(z.astype(np.float64) - ours) <= 2.0**-24 * (42 * np.abs(z) + 4)).all()
 
 
-def test_the_sign_is_the_lowest_bit_and_size_falls_with_the_rest():
+def test_the_lowest_bit_is_the_sign_and_the_rest_decreases_in_size():
     word = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 2**31, 10**5)) * 2, jnp.uint32)
     z, minus = normal.normal(word), normal.normal(word + 1)
     np.testing.assert_array_equal(z, -minus)
-    assert float(jnp.diff(z).max()) <= 2e-6, "monotone but for rounding"
+    assert float(jnp.diff(z).max()) <= 2e-6, "monotone up to rounding"
 
 
 @pytest.mark.parametrize("shape", [(2**12, 2**10), (N,), (2**20, 4)])
 def test_added_noise_is_standard_normal(shape):
-    """Moments within 5 standard errors (of the k-th: sqrt((E z^2k - (E z^k)^2) / N)) and a Kolmogorov-Smirnov test."""
+    """Moments within 5 standard errors (k-th moment: sqrt((E z^2k - (E z^k)^2) / N)), and a Kolmogorov-Smirnov test."""
     z = np.asarray(jdrop.gaussian_noise(KEY, jnp.zeros(shape), 1.0, train=True), np.float64).ravel()
     for k, (mean, variance) in {1: (0, 1), 2: (1, 2), 3: (0, 15), 4: (3, 96)}.items():
         assert abs((z**k).mean() - mean) < 5 * np.sqrt(variance / N), k
@@ -76,7 +76,7 @@ def test_added_noise_is_standard_normal(shape):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_gaussian_dropout_has_the_variance_of_dropout(rate):
-    """Variance r / (1 - r): its estimate from N draws has a standard error of sqrt(2 / N) of it."""
+    """The variance is r / (1 - r), with a relative standard error of sqrt(2 / N) for N draws."""
     y = np.asarray(jdrop.gaussian_dropout(KEY, jnp.full((2048, 2048), 2.0), rate, train=True), np.float64) / 2
     variance = rate / (1 - rate)
     assert abs(y.mean() - 1) < 5 * np.sqrt(variance / N)
@@ -142,7 +142,7 @@ def test_sixteen_bit_floats_are_rounded_once():
 
 
 def test_noise_of_a_tile_of_one_element_is_as_close_as_promised():
-    """The words are equal; the arithmetic of another program may round differently."""
+    """The words are equal, but another program may round differently."""
     x = jnp.zeros((8, 300))
     whole = np.asarray(jax.jit(lambda x: jdrop.gaussian_noise(KEY, x, 1.0, train=True))(x), np.float64)
     mask = draw_mask("test", KEY, np.asarray(1.0), x.shape)

@@ -1,4 +1,4 @@
-"""The package as a whole: layers, public names, documentation that runs."""
+"""The whole package: layers, public names, and documentation that runs."""
 
 import ast
 import doctest
@@ -45,7 +45,7 @@ PUBLIC = {name: value for name, value in vars(jdrop).items() if inspect.isfuncti
     "schedules.curriculum": jdrop.schedules.curriculum,
     "schedules.depth_rates": jdrop.schedules.depth_rates,
 }
-NO_MODE = {  # what is no member, and where the rules that hold for it are tested
+NO_MODE = {  # public functions that are not members, and where their rules are tested
     "dropout_mask": "test_masks, test_sharding",
     "drop_block_mask": "test_blocks",
     "keys.derive": "test_keys, test_known_answers",
@@ -58,7 +58,7 @@ NO_MODE = {  # what is no member, and where the rules that hold for it are teste
 
 
 def module_of(path):
-    """The name of a module inside the package, "" for the package itself."""
+    """Return the name of a module inside the package, or "" for the package itself."""
     return ".".join(path.relative_to(ROOT / "jdrop").with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
@@ -93,7 +93,7 @@ def test_names_of_modules_say_public_or_private():
     assert jdrop.keys.__all__ == ["derive", "per_example"] and jdrop.attention.__all__ == ["dot_product_attention"]
 
 
-def test_import_brings_in_nothing_but_jax():
+def test_the_package_imports_nothing_but_jax():
     code = (
         "import sys, jax, jax.numpy, jax.export; before = set(sys.modules); import jdrop;"
         "print({m.split('.')[0] for m in set(sys.modules) - before} - {'jdrop', 'jax', *sys.stdlib_module_names})"
@@ -103,17 +103,17 @@ def test_import_brings_in_nothing_but_jax():
 
 
 def test_every_public_name_is_listed_here():
-    found = {n for n, v in vars(jdrop).items() if callable(v) and not n.startswith("_")}
+    names = {n for n, v in vars(jdrop).items() if callable(v) and not n.startswith("_")}
     for module in ("keys", "schedules"):
         for name, value in vars(getattr(jdrop, module)).items():
             if inspect.isfunction(value) and value.__module__ == f"jdrop.{module}" and not name.startswith("_"):
-                found.add(f"{module}.{name}")
-    assert found == set(PUBLIC)
+                names.add(f"{module}.{name}")
+    assert names == set(PUBLIC)
     assert jdrop.MASK_VERSION == 1
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_docstrings_are_whole(name):
+def test_docstrings_are_complete(name):
     doc = inspect.getdoc(PUBLIC[name])
     first = doc.splitlines()[0]
     assert first.endswith(".") and len(first) <= 120
@@ -185,7 +185,7 @@ def snippets():
 
 
 def imported(code):
-    """The libraries that a snippet imports."""
+    """Return the libraries that a snippet imports."""
     nodes = [n for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.Import, ast.ImportFrom))]
     names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
     return {n.split(".")[0] for n in [*names, *(n.module for n in nodes if isinstance(n, ast.ImportFrom))]}
@@ -193,7 +193,7 @@ def imported(code):
 
 @pytest.mark.parametrize("number", range(len(snippets())))
 def test_readme_snippets_run(number, need):
-    """As they are, and with the import that a comment says was there before."""
+    """As written, and with the import that the comment "before" gives."""
     code = snippets()[number]
     before = re.sub(r"^from jdrop\.adapters\..* import .*  # before: ", "", code, flags=re.MULTILINE)
     peers = imported(before) & {"flax", "equinox", "haiku"}
@@ -211,13 +211,13 @@ def test_readme_has_a_before_and_after_for_every_library():
         assert re.search(rf"^from jdrop.adapters.{module} import {name}  # before: from .* import {name}$", text, re.M)
 
 
-def test_readme_table_of_the_family_is_that_of_the_members():
+def test_the_family_table_of_the_readme_matches_the_members():
     text = (ROOT / "README.md").read_text().split("| function | what shares a decision |")[1].split("\n\n")[0]
     assert text.splitlines()[2:] == [readme_line(name) for name, member in MEMBERS.items() if member.readme]
 
 
 @pytest.mark.parametrize("name", [name for name, member in MEMBERS.items() if member.readme])
-def test_papers_and_peers_of_a_member_are_those_of_its_docstring_and_benchmark(name):
+def test_papers_and_peers_in_the_readme_match_docstring_and_benchmark(name):
     member, references = MEMBERS[name], inspect.getdoc(PUBLIC[name]).split("References:")[1]
     for author, year in re.findall(r"(\w+)[^,]* (\d{4})", member.readme.paper):
         assert author in references and f"({year})" in references
@@ -227,7 +227,7 @@ def test_papers_and_peers_of_a_member_are_those_of_its_docstring_and_benchmark(n
 
 
 def names_table():
-    """Rows of the table of names: the code in its columns PyTorch, Keras and jdrop."""
+    """Return the code in the columns PyTorch, Keras, and jdrop of each row of the table of names."""
     text = (ROOT / "README.md").read_text().split("### What you called it there")[1].split("\n## ")[0]
     rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("|")][2:]
     return [[re.findall(r"`([^`]*)`", cell) for cell in row] for row in rows]
@@ -244,25 +244,25 @@ def test_readme_table_of_names_runs(row):
     assert same == ("train=True" not in call)
 
 
-def test_readme_names_what_exists_there(need):
-    """Names of timm and torchvision have no prefix, and are not looked up."""
+def test_names_of_other_libraries_in_the_readme_exist(need):
+    """Names of timm and torchvision have no prefix, so they are not checked."""
     need("torch")
     need("keras")
     import keras
     import torch
 
     roots = {"nn": torch.nn, "F": torch.nn.functional, "torch": torch, "layers": keras.layers, "random": keras.random}
-    found = 0
+    count = 0
     for in_torch, in_keras, _ in names_table():
         for name in (*in_torch, *in_keras):
             root, _, rest = name.partition(".")
             if root in roots:
                 operator.attrgetter(rest)(roots[root])
-                found += 1
-    assert found >= 25
+                count += 1
+    assert count >= 25
 
 
-def test_readme_names_what_exists():
+def test_paths_and_functions_in_the_readme_exist():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"`((?:scripts|examples|jdrop|tests)/[\w./]+)`", text):
         assert (ROOT / path.split(" ")[0]).exists(), path
@@ -273,14 +273,14 @@ def test_readme_names_what_exists():
 
 
 def test_files_stay_small():
-    """Blockwise attention is one file on purpose: block, loops and derivative are read together."""
+    """Blockwise attention is one file on purpose: block, loops, and derivative belong together."""
     longer = {"attention._blockwise": 400}
     for path in (ROOT / "jdrop").glob("**/*.py"):
         assert len(path.read_text().splitlines()) <= longer.get(module_of(path), 250), path
 
 
 def error_texts():
-    """The texts that the package raises, with {} for each value."""
+    """Yield the error messages of the package, with {} for each value."""
     for path in (ROOT / "jdrop").glob("**/*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             call = node.exc if isinstance(node, ast.Raise) else None
@@ -291,7 +291,7 @@ def error_texts():
 
 
 def test_every_error_has_one_form():
-    """``function: argument rule, got value; fix``. Texts without a function are for the package itself."""
+    """``function: argument rule, got value; fix``. Messages without a function are internal."""
     texts = [(path, text) for path, text in error_texts() if ":" in text]
     assert len(texts) >= 60
     for path, text in texts:

@@ -1,4 +1,4 @@
-"""The bits of masks are plain functions that Pallas kernels call: a tile of a mask, on TPU and on Hopper GPUs."""
+"""The bits of masks are plain functions that Pallas kernels can call: tiles of masks on TPUs and Hopper GPUs."""
 
 import functools
 
@@ -52,8 +52,8 @@ def mask_on_tpu(seed, interpret=False):
 
 
 def test_a_tpu_kernel_draws_the_mask():
-    found = mask_on_tpu(FastBits().seed(KEY), interpret=True)
-    np.testing.assert_array_equal(found != 0, jdrop.dropout_mask(jax.random.clone(KEY), SHAPE, RATE))
+    result = mask_on_tpu(FastBits().seed(KEY), interpret=True)
+    np.testing.assert_array_equal(result != 0, jdrop.dropout_mask(jax.random.clone(KEY), SHAPE, RATE))
 
 
 def test_a_tpu_kernel_lowers():
@@ -65,7 +65,7 @@ def test_a_tpu_kernel_lowers():
 
 
 def test_a_mosaic_gpu_kernel_lowers():
-    """One warpgroup per tile; the layout of registers is that of the matrix products of Hopper."""
+    """One warpgroup per tile, with the register layout of Hopper's matrix products."""
     pytest.importorskip("absl", reason="Mosaic GPU needs absl-py on jax 0.10")
     from jax.experimental.pallas import mosaic_gpu as plgpu
 

@@ -1,7 +1,7 @@
-"""The same function in PyTorch, timm and Keras: their formula or distribution against ours.
+"""The same functions in PyTorch, timm, and Keras: their formula or distribution compared with jdrop's.
 
-Where they keep something, it is kept with the same factor; where they drop, as often: both fractions lie within 5
-standard errors of the rate. Where jdrop differs on purpose, the difference is what is tested.
+Kept values have the same factor, and both drop fractions are within 5 standard errors of the rate. Where jdrop differs
+on purpose, the test checks the difference.
 """
 
 import jax
@@ -29,7 +29,7 @@ def torch(need):
 
 @pytest.fixture
 def timm(torch):
-    """Files of timm's layers, by name."""
+    """Return a function that imports a file of timm's layers by name."""
     return lambda file: peers.require_file("timm", f"layers/{file}.py")
 
 
@@ -43,7 +43,7 @@ def keras(need):
 
 
 def factors(y, x, groups):
-    """What groups of elements were multiplied by: one number for each, the same for all elements of it."""
+    """Return the factor of each group of elements, which must be the same for all its elements."""
     ratio = np.asarray(y, np.float64) / x
     axes = tuple(a for a in range(x.ndim) if a not in groups)
     np.testing.assert_allclose(ratio.max(axes), ratio.min(axes), rtol=1e-6)
@@ -51,7 +51,7 @@ def factors(y, x, groups):
 
 
 def agree(theirs, ours, n):
-    """The same two factors, each dropping a fraction within 5 standard errors of the rate."""
+    """Require the same two factors, and drop fractions within 5 standard errors of the rate."""
     np.testing.assert_allclose(np.unique(theirs.round(5)), np.unique(ours.round(5)), rtol=2e-5)
     for f in (theirs, ours):
         assert len(f) == n and abs((f == 0).mean() - RATE) < 5 * np.sqrt(RATE * (1 - RATE) / n)
@@ -75,7 +75,7 @@ def test_dropout_and_whole_maps_in_torch(torch):
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.8])
 def test_alpha_dropout_in_torch(torch, rate):
-    """The two affine maps, kept and dropped, are the same. (Functional alpha_dropout of PyTorch needs training=True.)"""
+    """The affine maps of kept and dropped values are equal. PyTorch's functional form needs training=True."""
     t = torch.from_numpy(NCHW.copy())
     for theirs, shared in (
         (torch.nn.functional.alpha_dropout, ()),
@@ -95,7 +95,7 @@ def test_alpha_dropout_in_torch(torch, rate):
 
 @pytest.mark.parametrize("block", [2, 5, (3, 4)])
 def test_blocks_as_max_pooling_in_torch(torch, block):
-    """DropBlock is written with max pooling in PyTorch's world (timm, torchvision): the same mask from the same seeds."""
+    """timm and torchvision implement DropBlock by max pooling: the same seeds give the same mask."""
     seeds = np.random.default_rng(1).random((30, 16, 14)) < 0.05
     high, wide = (block, block) if isinstance(block, int) else block
     padded = torch.nn.functional.pad(torch.from_numpy(seeds).float(), (wide - 1, wide - 1, high - 1, high - 1))
@@ -107,15 +107,15 @@ def test_blocks_as_max_pooling_in_torch(torch, block):
 @pytest.mark.parametrize("coupled", [True, False])
 @pytest.mark.parametrize("block", [1, 2, 5])
 def test_drop_block_in_timm(torch, timm, monkeypatch, block, coupled):
-    """The same mask from the same starts, drawn as often, and the same rescaling, over another set.
+    """The same mask from the same starts, at the same rate, with rescaling over another set.
 
-    timm starts blocks beyond the border too, so its mask is a window of the mask of a larger map, and it rescales all
+    timm also starts blocks beyond the border, so its mask is a window of the mask of a larger map, and it rescales all
     examples by one factor.
     """
-    drawn, bernoulli = [], torch.Tensor.bernoulli_
-    monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda t, p: drawn.append((p, bernoulli(t, p).clone())) or t)
+    draws, bernoulli = [], torch.Tensor.bernoulli_
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", lambda t, p: draws.append((p, bernoulli(t, p).clone())) or t)
     y = timm("drop").drop_block_2d(torch.ones(3000, 2, 16, 14), RATE, block, couple_channels=coupled).numpy()
-    (gamma, starts), every = drawn[0], jax.vmap(jax.vmap(lambda s: jdrop.drop_block_mask(s, block)))
+    (gamma, starts), every = draws[0], jax.vmap(jax.vmap(lambda s: jdrop.drop_block_mask(s, block)))
     kept = np.asarray(every(jnp.asarray(starts.numpy() == 1)))[..., block // 2 :, block // 2 :][..., :16, :14]
     np.testing.assert_allclose(y, np.broadcast_to(kept / kept.mean(), y.shape), rtol=1e-6)
 
@@ -124,7 +124,7 @@ def test_drop_block_in_timm(torch, timm, monkeypatch, block, coupled):
     ours = np.asarray(jdrop.drop_block(KEY, x, RATE, block, **options))
     kept = ours != 0
     np.testing.assert_allclose(ours, kept / kept.mean((1, 2, 3), keepdims=True), rtol=1e-6)
-    corners = kept[:, : 1 if coupled else 2, ::15, ::13]  # one block alone covers a corner
+    corners = kept[:, : 1 if coupled else 2, ::15, ::13]  # only one block covers a corner
     for f in corners, starts.numpy() == 0:
         assert abs(1 - f.mean() - gamma) < 5 * np.sqrt(gamma * (1 - gamma) / f.size)
 
@@ -142,14 +142,14 @@ def test_depth_rates_in_timm(timm, depth):
 
 @pytest.mark.parametrize("tokens, rate, theirs, ours", [(16, 0.25, 12, 12), (17, 0.5, 8, 9), (5, 0.9, 1, 1)])
 def test_patch_dropout_in_timm(torch, timm, tokens, rate, theirs, ours):
-    """Prefix and order; each token as often, within 5 standard errors. timm rounds the number of tokens down."""
+    """Prefix and order are kept, and each token is equally frequent within 5 standard errors. timm rounds down."""
     x = np.broadcast_to(np.arange(tokens + 2, dtype=np.float32)[:, None], (2000, tokens + 2, 3))
     y, _ = timm("patch_dropout").patch_dropout_forward(torch.from_numpy(x.copy()), rate, 2, ordered=True, training=True)
     draw = jax.vmap(lambda k, x: jdrop.patch_dropout(k, x, rate, train=True, num_prefix=2)[0])
-    for found, kept in ((np.asarray(y), theirs), (np.asarray(draw(jax.random.split(KEY, 2000), x)), ours)):
-        assert found.shape == (2000, 2 + kept, 3) and (np.diff(found[..., 0]) > 0).all()
-        assert (found[:, :2, 0] == [0, 1]).all()
-        often = np.bincount(found[:, 2:, 0].astype(int).ravel(), minlength=tokens + 2)[2:] / 2000
+    for result, kept in ((np.asarray(y), theirs), (np.asarray(draw(jax.random.split(KEY, 2000), x)), ours)):
+        assert result.shape == (2000, 2 + kept, 3) and (np.diff(result[..., 0]) > 0).all()
+        assert (result[:, :2, 0] == [0, 1]).all()
+        often = np.bincount(result[:, 2:, 0].astype(int).ravel(), minlength=tokens + 2)[2:] / 2000
         share = kept / tokens
         assert (abs(often - share) < 5 * np.sqrt(share * (1 - share) / 2000)).all()
 
@@ -195,7 +195,7 @@ def test_alpha_dropout_in_keras(keras):
 
 
 def test_where_jdrop_differs_on_purpose(torch, keras):
-    """PyTorch spreads a dropped NaN on CPU; Keras divides by zero at rate 1."""
+    """A dropped NaN remains NaN in PyTorch on CPU; Keras divides by zero at rate 1."""
     bad = np.full(1000, np.nan, np.float32)
     assert np.isnan(np.asarray(torch.nn.functional.dropout(torch.from_numpy(bad), 0.5))).all()
     assert (np.asarray(jdrop.dropout(KEY, bad, 0.5, train=True)) == 0).any()

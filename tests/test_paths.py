@@ -1,4 +1,4 @@
-"""drop_path and stochastic_depth: whole branches, and work that is not done."""
+"""drop_path and stochastic_depth: whole branches, and work that is skipped."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_stochastic_depth_keeps_the_expectation(generator):
     assert abs((y == 1).all(1).mean() - 0.3) < 5 * np.sqrt(0.21 / len(y))
 
 
-def test_one_decision_equals_the_mask_of_shape_nothing():
+def test_one_decision_equals_a_scalar_mask():
     for i in range(20):
         key = jax.random.key(i)
         y = jdrop.stochastic_depth(key, jnp.float32(1), 0.5, lambda x: x, train=True)
@@ -75,7 +75,7 @@ def test_the_branch_is_traced_once():
     assert len(traces) == 1
 
 
-def test_scan_over_layers_with_a_rate_a_layer():
+def test_scan_over_layers_with_a_rate_per_layer():
     layers, width = 6, 16
     w = jnp.stack([jnp.eye(width) * (i + 1) / 10 for i in range(layers)])
     rates = jnp.array(jdrop.schedules.depth_rates(0.5, layers, "i/(n-1)"))
@@ -101,7 +101,7 @@ def test_scan_over_layers_with_a_rate_a_layer():
 
 
 @pytest.mark.parametrize("rate", [1.0, jnp.float32(1), jnp.float32(2)])
-def test_rate_one_leaves_x_and_finite_gradients_also_under_vmap(rate):
+def test_rate_one_leaves_x_and_finite_gradients_even_under_vmap(rate):
     f = lambda k, x: jdrop.stochastic_depth(k, x, rate, jnp.log1p, train=True)
     x = jnp.ones((4, 3))
     keys = jax.random.split(KEY, 4)
@@ -141,7 +141,7 @@ def test_errors():
         jdrop.drop_path(KEY, x, 0.5, train=True, batch_axes=2)
 
 
-def test_one_decision_for_all_tiles_of_a_key_whose_bits_do_not_go_by_index():
+def test_one_decision_for_all_tiles_even_if_bits_lack_random_access():
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     key, x = jax.random.key(3, impl="rbg"), jnp.arange(1.0, 33.0).reshape(8, 4)
     f = lambda k, x, **o: jdrop.stochastic_depth(k, x, 0.5, jnp.sin, train=True, generator="jax", **o)

@@ -17,7 +17,7 @@ X = jnp.asarray(((np.arange(2 * 3 * 8 * 128) % 61 - 29.5) / 16).astype(np.float3
 
 
 def text_for(platform, f, *args):
-    """The StableHLO of a program, without what names the platform."""
+    """Return the StableHLO of a program, without the attributes that name the platform."""
     text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
     return re.sub(r"module @\S+ attributes \{[^}]*\}", "module", text)
 
@@ -33,7 +33,7 @@ def step_of(name):
 
 @pytest.fixture
 def no_forms_for_cpu(monkeypatch):
-    """CPU takes the plain forms, too."""
+    """Use the plain forms on CPU too."""
     jax.clear_caches()
     monkeypatch.delitem(PLATFORMS, "cpu")
     yield
@@ -42,7 +42,7 @@ def no_forms_for_cpu(monkeypatch):
 
 @pytest.fixture(scope="module")
 def texts():
-    """The programs of all members for two platforms without forms of their own."""
+    """Return the programs of all members for two platforms that have no own forms."""
     return {name: [text_for(p, step_of(name), KEY, X) for p in ("cuda", "tpu")] for name in MEMBERS}
 
 
@@ -53,7 +53,7 @@ def test_the_forms_for_cpu_reach_no_other_platform(name, texts, no_forms_for_cpu
 
 
 def test_the_forms_for_cpu_reach_the_cpu(texts):
-    """Without them the test above would compare nothing. token_dropout and the rest share the same few operations."""
+    """Otherwise the test above would compare nothing. All members share the same few operations."""
     own = {name for name in MEMBERS if text_for("cpu", step_of(name), KEY, X) != texts[name][0]}
     assert own == set(MEMBERS)
 
@@ -67,7 +67,7 @@ def test_blockwise_attention_lowers_for_each_platform_in_its_own_form():
     assert squeezed(cuda) and not squeezed(cpu)
 
 
-def test_a_program_for_two_platforms_holds_both_forms():
+def test_a_program_for_two_platforms_contains_both_forms():
     f = jax.jit(lambda k, x: jdrop.dropout(k, x, 0.3, train=True))
     exported = jax.export.export(f, platforms=("cpu", "tpu"))(jax.random.PRNGKey(0), X)
     np.testing.assert_array_equal(exported.call(jax.random.PRNGKey(0), X), f(jax.random.PRNGKey(0), X))
@@ -84,7 +84,7 @@ def product(x, scale=1.5):
     return at_lowering(times_two_on_cpu, x, jnp.float32(scale))["y"]
 
 
-def test_a_function_of_the_target_sees_what_the_program_is_lowered_for():
+def test_a_function_of_the_target_gets_the_platform_of_lowering():
     x = jnp.arange(3.0)
     for f in (product, jax.jit(product), jax.vmap(product), jax.jit(jax.vmap(product))):
         np.testing.assert_array_equal(f(x), 3 * x)
@@ -93,7 +93,7 @@ def test_a_function_of_the_target_sees_what_the_program_is_lowered_for():
 
 
 def test_its_derivatives_are_those_of_the_plain_form():
-    """Callers have derivatives of their own; only second ones get here."""
+    """Callers define first derivatives; only second ones use these."""
     y, slope = jax.jvp(product, (jnp.float32(1),), (jnp.float32(1),))
     assert (y, slope) == (1.5, 1.5) and jax.grad(product)(jnp.float32(1)) == 1.5
     assert jax.jvp(lambda x: product(jnp.float32(1)) * x, (1.0,), (1.0,)) == (3, 3)
@@ -115,10 +115,10 @@ def test_the_target_knows_how_many_devices_share_an_array():
     assert devices(x)[0] == 1 and Target().devices == 1 and Target().platform is GENERIC
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     spec = jax.sharding.PartitionSpec("a")
-    placed = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-    assert jax.jit(devices)(placed)[0] == 8
+    sharded = jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+    assert jax.jit(devices)(sharded)[0] == 8
     whole, part = (
-        jax.jit(jax.shard_map(devices, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=names))(placed)
+        jax.jit(jax.shard_map(devices, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=names))(sharded)
         for names in ({"a", "b"}, {"a"})
     )
     assert whole[0] == 1 and part[0] == 2

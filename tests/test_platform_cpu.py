@@ -1,4 +1,4 @@
-"""Operations on elements in the forms for a CPU: the same bits as the plain ones."""
+"""Elementwise operations in the forms for CPU: the same bits as the plain forms."""
 
 import pathlib
 import re
@@ -31,7 +31,7 @@ def test_the_opaque_zero_is_zero():
     assert not np.asarray(cpu._opaque_zero(jnp.asarray(words))).any()
 
 
-def test_what_waits_keeps_its_bits():
+def test_order_after_preserves_bits():
     x = jnp.array([0.0, -0.0, 1.5, jnp.nan, -jnp.inf, 1e-37])
     for dtype in ("float16", "bfloat16", "float32"):
         for dependency in (x.astype(dtype), jnp.float32(jnp.nan)):
@@ -40,7 +40,7 @@ def test_what_waits_keeps_its_bits():
     assert CPU.order_after(x, None) is x and GENERIC.order_after(x, x) is x
 
 
-def test_what_is_stored_comes_back_bit_by_bit():
+def test_stored_arrays_preserve_bits():
     words = np.random.default_rng(1).integers(0, 2**32, 4096, dtype=np.uint64).astype(np.uint32)  # some of them NaN
     words[:4] = 0, 1 << 31, 0x7F800001, 0xFFFFFFFF
     back = np.asarray(jax.jit(cpu._stored)(words.view(np.float32)))
@@ -58,7 +58,7 @@ def test_select_is_where(dtype):
     np.testing.assert_array_equal(jax.jit(CPU.select)(kept, x, y, seed=words), jnp.where(kept, x, y))
 
 
-def test_an_axis_is_folded_within_the_columns_of_one():
+def test_an_axis_is_folded_only_within_2_to_the_32_columns():
     assert CPU.fold(2**32, 1).width == 1024
     assert not any(CPU.fold(n, 1) for n in (2**32 + 1024, 2**33, 2**14 + 1))
     assert CPU.fold(2**32, 2) is GENERIC.fold(2**32, 1) is None
@@ -85,12 +85,12 @@ def test_a_selection_is_made_of_bits():
 
 
 def test_every_form_names_tests_that_exist():
-    """Each form has its symptom, gain, JAX version and test beside it."""
+    """Each form states its symptom, gain, JAX version, and test."""
     folder = pathlib.Path(__file__).parent
     source = pathlib.Path(cpu.__file__).read_text()
     defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in folder.glob("test_*.py")), re.M))
     named = set(re.findall(r"\btest_\w+\b(?!\.py)", source))
     assert named <= defined and all((folder / name).exists() for name in re.findall(r"\btest_\w+\.py", source))
     forms = [name for name in vars(cpu.Cpu) if not name.startswith("_")]
-    assert source.count("Symptom:") >= len(forms) - 1  # a table of sizes has none
+    assert source.count("Symptom:") >= len(forms) - 1  # the table of block sizes has none
     assert source.count("Gain:") + source.count("Gain ") >= len(forms) - 1 and source.count("Seen: jax") >= len(forms)

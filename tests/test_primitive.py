@@ -1,4 +1,4 @@
-"""The mask as a linear operator: every transform, and nothing stored."""
+"""The mask as a linear operator: every transform, and no stored mask."""
 
 import functools
 import itertools
@@ -116,10 +116,10 @@ def test_vmap_is_the_loop(axes, generator):
     same(jax.vmap(f, axes)(x, keys, rates), loop)
     same(jax.jit(jax.vmap(f, axes))(x, keys, rates), loop)
     same(jax.vmap(pull, axes)(x, keys, rates), loop)
-    total = jax.grad(lambda x: jax.vmap(f, axes)(x, keys, rates).sum())(x)  # x shared: gradients are summed
-    alone = [jax.grad(lambda x, i=i: f(take(x, axes[0], i), take(keys, axes[1], i), take(rates, axes[2], i)).sum())(x)
+    total = jax.grad(lambda x: jax.vmap(f, axes)(x, keys, rates).sum())(x)  # gradients of a shared x are summed
+    each = [jax.grad(lambda x, i=i: f(take(x, axes[0], i), take(keys, axes[1], i), take(rates, axes[2], i)).sum())(x)
              for i in range(n)]  # fmt: skip
-    np.testing.assert_allclose(total, sum(alone), rtol=1e-6)
+    np.testing.assert_allclose(total, sum(each), rtol=1e-6)
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "philox2x32"])
@@ -192,7 +192,7 @@ def test_scan_while_cond_and_map_agree_with_the_loop(generator):
     same(jax.jit(jax.grad(loss), static_argnums=1)(X, jax.checkpoint(body, prevent_cse=False)), g)
 
 
-# ------------------------------------------------------------------------------------ nothing is stored
+# ------------------------------------------------------------------------------------ no mask is stored
 
 
 def bytes_of(tree):
@@ -200,7 +200,7 @@ def bytes_of(tree):
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_the_backward_pass_holds_seed_and_rate(generator):
+def test_the_residuals_are_seed_and_rate(generator):
     pull = jax.vjp(lambda x: drop(x, generator=generator), X)[1]
     assert bytes_of(pull) == 12  # two uint32 words, one float32 rate
     many = jax.random.split(KEY, 6)
@@ -211,7 +211,7 @@ def test_the_backward_pass_holds_seed_and_rate(generator):
 
 
 def model(x, w, key, dropping):
-    """Layers whose other residuals are few, so that a stored mask would show."""
+    """Return layers with few other residuals, so that a stored mask would show, and the inputs of a scan."""
 
     def layer(h, kw):
         k, w = kw
@@ -233,7 +233,7 @@ def per_example(k, h):
     return jax.vmap(lambda k, h: dropout(k, h, 0.1, train=True))(jax.random.split(k, h.shape[0]), h)
 
 
-def by_jax(k, h):
+def jax_generator(k, h):
     return dropout(k, h, 0.1, train=True, generator="jax")
 
 
@@ -258,14 +258,14 @@ def test_temporary_bytes_are_those_of_a_plain_scale(how):
         compiled = jax.jit(jax.grad(loss, argnums=1)).lower(x, w, KEY).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    mask = 256 * 512  # bytes: what one stored bool mask would take; a stored form keeps one a layer
-    rows = 256 * 8  # bytes: the seeds of 256 examples, or the keys of 256 rows
+    mask = 256 * 512  # bytes of one bool mask, of which a stored form keeps one per layer
+    rows = 256 * 8  # bytes of the seeds of 256 examples, or of the keys of 256 rows
     floor = temp(plain)
-    assert temp(fast) < floor + 4 * rows + rows  # 4 layers; one more for the alignment of buffers
-    assert temp(by_jax) < floor + 4 * rows + rows
+    assert temp(fast) < floor + 4 * rows + rows  # 4 layers, and one more for the alignment of buffers
+    assert temp(jax_generator) < floor + 4 * rows + rows
     assert temp(per_example) < floor + 4 * 2 * rows + rows  # seeds and row keys
 
-    def stored(k, h):  # the test can fail: a mask by where is kept, a byte an element and layer
+    def stored(k, h):  # shows that the test can fail: keeps a byte per element and layer
         return jnp.where(jax.random.bernoulli(k, 0.9, h.shape), h / 0.9, 0.0)
 
     if how == "scan":
@@ -281,13 +281,13 @@ def test_forward_is_one_loop_over_elements_with_the_row_hash_outside():
     assert len(elements) == 1
     body = elements[0]
     wide = re.findall(r"= \w+\[512,1024\]\S* multiply\(", body)
-    assert len(wide) <= 5, body  # 4 of the mix, one of them by column alone, and the scale
+    assert len(wide) <= 5, body  # 4 of the mixing function, one of them only by column, and the scale
     assert len(re.findall(r" xor\(", body)) <= 6, body  # 20 more would be the row hash
     assert not re.search(r"u32\[512,1024\]|pred\[512,1024\]", text.split("ENTRY")[1]), "a mask is written to memory"
 
 
 def hashes(text, shape):
-    """Fused computations that mix words, and those of them that hold data of a shape."""
+    """Return the fused computations that mix words, and those among them with data of a shape."""
     mixing = {c for c in re.split(r"\n\n", text) if "fused" in c.split("(")[0] and str(0x7FEB352D) in c}
     return mixing, {c for c in mixing if f"f32[{','.join(map(str, shape))}]" in c}
 
@@ -304,8 +304,8 @@ def test_shared_decisions_are_drawn_once_on_a_cpu(member, shape, shared):
 
     x = jnp.ones(shape)
     compiled = jax.jit(f).lower(KEY, x).compile()
-    drawn, again = hashes(compiled.as_text(), shape)
-    assert drawn and not again
+    mixing, again = hashes(compiled.as_text(), shape)
+    assert mixing and not again
     decisions = x.size // np.prod([shape[axis] for axis in np.atleast_1d(shared)])
     stored = 2 * decisions * (1 if member in (dropout, alpha_dropout) else 4)  # twice a bool, or twice a float32
     assert compiled.memory_analysis().temp_size_in_bytes <= stored + 128  # seed and row keys, at multiples of 64
@@ -313,14 +313,14 @@ def test_shared_decisions_are_drawn_once_on_a_cpu(member, shape, shared):
 
 @pytest.mark.compiled
 def test_decisions_that_few_elements_share_are_drawn_again():
-    """Stored they would be an eighth of the data; and the search of the test above finds what it looks for."""
+    """Stored, they would take an eighth of the data. This also shows that the search of the test above works."""
     shape = (4, 512, 256)
     text = jax.jit(lambda k, x: drop(x, k, shared_axes=0)).lower(KEY, jnp.ones(shape)).compile().as_text()
     assert hashes(text, shape)[1]
 
 
 def rows_of(n, f, *args):
-    """The numbers of rows that an axis of n elements is folded in."""
+    """Return the numbers of rows into which an axis of n elements is folded."""
     shapes = re.findall(r"[fc]\d+\[(\d+),(\d+)\]", jax.jit(f).lower(*args).compile().as_text())
     return {int(rows) for rows, width in shapes if int(rows) * int(width) == n and int(rows) > 1}
 
@@ -335,7 +335,7 @@ def test_a_long_axis_is_folded_on_one_cpu_and_keeps_its_bits(n, width):
     f = jax.jit(lambda k, x: drop(x, k))
     assert rows_of(n, f, KEY, x) == ({n // width} if width else set())
     temp = f.lower(KEY, x).compile().memory_analysis().temp_size_in_bytes
-    assert temp >= 8 * (n // width) if width else temp < 128  # keys of rows, which a loop over one axis would not read
+    assert temp >= 8 * (n // width) if width else temp < 128  # row keys, which a loop over one axis would not read
     same(f(KEY, x), drop(x))
     same(f(KEY, jnp.ones(n)) != 0, mask)
     same(jax.grad(lambda x: f(KEY, x).sum())(x), f(KEY, jnp.ones(n)))
@@ -354,14 +354,14 @@ def test_a_long_axis_is_folded_on_one_cpu_and_keeps_its_bits(n, width):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_long_axis_on_a_mesh(axis_type, devices):
-    n = 2**14 + 128  # 129 blocks, which 8 devices could not share
+    n = 2**14 + 128  # 129 blocks, which 8 devices cannot share
     mesh = jax.make_mesh((devices,), ("i",), axis_types=(axis_type,), devices=jax.devices()[:devices])
     for data in (jnp.ones(n), jax.lax.complex(jnp.ones(n), jnp.arange(float(n)))):
         with jax.set_mesh(mesh):
-            placed = jax.device_put(data, NamedSharding(mesh, PartitionSpec("i")))
-            y, z = jax.jit(drop)(placed), jax.jit(lambda x: zoneout(KEY, x, 0.4, -x, train=True))(placed)
-            assert rows_of(n, drop, placed) == ({129} if devices == 1 and axis_type == AxisType.Auto else set())
-            assert y.sharding == placed.sharding
+            sharded = jax.device_put(data, NamedSharding(mesh, PartitionSpec("i")))
+            y, z = jax.jit(drop)(sharded), jax.jit(lambda x: zoneout(KEY, x, 0.4, -x, train=True))(sharded)
+            assert rows_of(n, drop, sharded) == ({129} if devices == 1 and axis_type == AxisType.Auto else set())
+            assert y.sharding == sharded.sharding
         same((y, z), (drop(data), zoneout(KEY, data, 0.4, -data, train=True)))
 
 
@@ -372,7 +372,7 @@ def test_a_long_axis_on_a_mesh(axis_type, devices):
     ("platform", "dtype", "generator"),
     list(itertools.product(["cuda", "tpu"], [jnp.float32, jnp.bfloat16], GENERATORS)),
 )
-def test_lowers_for_platforms_that_are_not_here(platform, dtype, generator):
+def test_lowers_for_platforms_without_a_device(platform, dtype, generator):
     def f(x, k):
         return jax.grad(lambda x: jnp.sum(drop(x, k, generator=generator).astype(jnp.float32)))(x)
 
@@ -380,7 +380,7 @@ def test_lowers_for_platforms_that_are_not_here(platform, dtype, generator):
 
 
 def test_the_op_without_scale_on_a_tile():
-    """What other files build on: unscaled, and a tile of a larger mask."""
+    """As other files use it: unscaled, on a tile of a larger mask."""
     whole = dropout_mask(KEY, (12, 200), 0.4)
     start = jnp.array([[0, 6], [0, 0]], jnp.uint32)
     mask = draw_mask("test", KEY, np.asarray(0.4), (12, 200), start=start)

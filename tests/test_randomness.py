@@ -1,4 +1,4 @@
-"""The randomness checks accept the library and reject broken generators; the stream of emit_bits is the library's."""
+"""The randomness checks accept the library and reject broken generators; emit_bits writes the library's words."""
 
 import importlib.util
 import itertools
@@ -57,7 +57,7 @@ def no_row_hash(key, rows, cols):
 
 
 def row_xored_on(key, rows, cols):
-    """One hash a key, the row xored onto the word."""
+    """One hash per key, with the row xored onto the word."""
     return healthy(key, np.zeros(1, np.uint64), cols) ^ rows.astype(np.uint32)[None, :, None]
 
 
@@ -81,7 +81,7 @@ def reused_key(key, rows, cols):
 
 
 def raw_key_words(key, rows, cols):
-    """Key data xored into a counter, with no hash of the key."""
+    """Key data xored into a counter, without a hash of the key."""
     words = np.asarray(jax.random.key_data(key))[:, :, None, None]
     row = rows[None, :, None]
     k0, k1 = reference.threefry2x32((0, 0), (row >> np.uint64(32), row))
@@ -93,7 +93,7 @@ def jax_bits(key, rows, cols):
 
 
 def biased_bit(key, rows, cols):
-    """The highest bit is 1 in 1/64 of the words for no reason."""
+    """The highest bit is always 1 in 1/64 of the words."""
     w = healthy(key, rows, cols)
     return w | np.where(w & np.uint32(63) == 0, np.uint32(2**31), np.uint32(0))
 
@@ -134,7 +134,7 @@ def hash_keys(words):
 
 
 def few_rounds(rounds):
-    """Keys of rows by a Threefry that stops early."""
+    """Row keys by a Threefry that stops early."""
 
     def row_keys(key, rows):
         seed = np.stack(hash_keys(jax.random.key_data(key)), -1)[..., None]
@@ -158,7 +158,7 @@ def short_threefry(k0, k1, x, y, rounds):
 
 
 def unhashed_seed(key, rows):
-    """Keys of rows as jax.random splits a key: with the key's words as the seed."""
+    """Row keys as jax.random splits a key, with the words of the key as the seed."""
     words = np.asarray(jax.random.key_data(key))[:, :, None]
     row = rows[None, :]
     return np.stack(reference.threefry2x32((words[:, 0], words[:, 1]), (row >> np.uint64(32), row)), -1)
@@ -193,7 +193,7 @@ def test_the_library_passes(group):
     assert results[group] and not randomness.rejected(results)
 
 
-def test_a_result_that_is_no_number_is_rejected():
+def test_a_nan_result_is_rejected():
     assert randomness.rejected({"group": [randomness.Result("subject", "statistic", float("nan"))]})
 
 
@@ -203,22 +203,22 @@ def test_the_broken_generators_start_from_a_healthy_one():
 
 
 def test_p_values_are_uniform_for_random_words():
-    """Of 400 p-values, Binomial(400, q) lie below q; within 4 standard errors for what has an exact distribution."""
-    draw, n = np.random.default_rng(0), 400
-    found = [dict(randomness.couple(*draw.integers(0, 2**32, (2, 4096), np.uint32))) for _ in range(n)]
-    for statistic in found[0]:
-        p = np.array([one[statistic] for one in found])
+    """Of 400 p-values, Binomial(400, q) lie below q: within 4 standard errors if the distribution is exact."""
+    rng, n = np.random.default_rng(0), 400
+    results = [dict(randomness.couple(*rng.integers(0, 2**32, (2, 4096), np.uint32))) for _ in range(n)]
+    for statistic in results[0]:
+        p = np.array([result[statistic] for result in results])
         for q in (0.05, 0.5):
             excess = ((p < q).mean() - q) / np.sqrt(q * (1 - q) / n)
             assert excess < 4, statistic
-            assert excess > -4 or "largest" in statistic, statistic  # Bonferroni's bound is on the safe side
+            assert excess > -4 or "largest" in statistic, statistic  # Bonferroni's bound is conservative
 
 
 # ---------------------------------------------------------------------------------- emit_bits
 
 
 def joined(columns, order, rate, count):
-    """The first words or bytes of the stream, and of the array that it should be."""
+    """Return the first words or bytes of the stream."""
     blocks = emit.stream(columns, order, 7, rate)
     parts, size = [], 0
     while size < count:
@@ -254,7 +254,7 @@ def test_mask_bits_are_the_mask_of_the_library():
 @pytest.mark.parametrize("columns", [1, 3, 1000, 4097, 2**22 + 8, 2**32])
 @pytest.mark.parametrize("order", ["rows", "columns"])
 def test_blocks_follow_one_another(columns, order):
-    """Every block starts where the one before ends, and holds a few million elements at most."""
+    """Every block starts where the previous one ends, and has a few million elements at most."""
     row = col = 0
     for at_row, rows, at_col, cols in itertools.islice(emit.blocks(columns, order), 50):
         assert (at_row, at_col) == (row, col) and cols <= columns - col

@@ -63,7 +63,7 @@ def test_zoneout_gradients_go_where_values_came_from():
     )
     same(jax.vmap(one, in_axes=(0, 1, 0), out_axes=1)(keys, c.T, c), c.T)
     square = c[:, :3]
-    for axis in (1, 2):  # an unmapped state beside one that is mapped along another axis
+    for axis in (1, 2):  # one state unmapped, the other mapped along another axis
         news = jnp.moveaxis(jnp.stack([square, 2 * square, 3 * square]), 0, axis)
         y = jax.vmap(one, in_axes=(0, axis, None))(keys, news, -square)
         same(y, jnp.stack([one(k, (i + 1) * square, -square) for i, k in enumerate(keys)]))
@@ -89,14 +89,14 @@ def test_numpy_states_of_64_bits():
         assert jdrop.zoneout(KEY, new, 0.5, old, train=train).dtype == jnp.float32
 
 
-def test_a_nan_rate_gives_nan_to_value_and_gradients():
+def test_a_nan_rate_gives_nan_values_and_gradients():
     x = jnp.ones((2, 200))
     y, pull = jax.vjp(lambda new, old: jdrop.zoneout(KEY, new, jnp.float32(jnp.nan), old, train=True), x, x)
     for a in (y, *pull(x)):
         assert bool(jnp.isnan(a).all())
 
 
-def test_zoneout_gives_the_expectation_in_evaluation():
+def test_zoneout_returns_the_expectation_in_evaluation():
     new, old = jnp.linspace(-1, 1, 300), jnp.linspace(3, 2, 300)
     y = jdrop.zoneout(None, new, 0.3, old, train=False)
     t = round(float(np.float32(0.3)) * 2**32) / 2**32
@@ -114,8 +114,8 @@ def test_zoneout_gives_the_expectation_in_evaluation():
     assert narrow.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(narrow, float), exact, rtol=2**-8)
     mean = np.mean([jdrop.zoneout(jax.random.key(i), new, 0.3, old, train=True) for i in range(400)], axis=0)
-    spread = np.sqrt(0.21 / 400) * np.abs(np.asarray(new - old))
-    assert (np.abs(mean - np.asarray(jdrop.zoneout(None, new, 0.3, old, train=False))) < 5 * spread).all()
+    standard_error = np.sqrt(0.21 / 400) * np.abs(np.asarray(new - old))
+    assert (np.abs(mean - np.asarray(jdrop.zoneout(None, new, 0.3, old, train=False))) < 5 * standard_error).all()
 
 
 def test_errors():
@@ -139,7 +139,7 @@ def test_complex_states():
     np.testing.assert_allclose(y, 0.75 * np.asarray(new) + 0.25 * np.asarray(old), rtol=2**-21)
 
 
-def test_zoneout_expects_the_probability_of_generator_jax():
+def test_zoneout_in_evaluation_uses_the_probability_of_generator_jax():
     """A bfloat16 rate draws 7 bits: 1 - bfloat16(0.1) = 0.8984375 = 115 / 128."""
     new, old = jnp.ones((2, 3)), jnp.zeros((2, 3))
     y = jdrop.zoneout(None, new, jnp.bfloat16(0.1), old, train=False, generator="jax")

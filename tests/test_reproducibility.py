@@ -1,4 +1,4 @@
-"""The checks of scripts/check_reproducibility.py, one by one, on eight host devices; and that they can fail."""
+"""The checks of scripts/check_reproducibility.py, one by one, on eight host devices, and proof that they can fail."""
 
 import importlib.util
 import pathlib
@@ -30,12 +30,12 @@ def test_known_answers_are_those_of_the_reference():
     parts += [reference.mask((0, 42), shape, 0.5) for shape in [(), (5,), (200, 1), (2, 5, 7, 3), (300, 1000)]]
     parts.append(reference.mask((0, 42), (2**40, 256), 0.5, ((2**32 - 1, 2), (100, 64))))
     parts.append(reference.mask((0, 42), (2**33,), 0.5, ((2**32 - 64, 128),)))
-    for expected, found in zip(parts, script.frozen_parts(), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for expected, part in zip(parts, script.frozen_parts(), strict=True):
+        np.testing.assert_array_equal(part, expected)
     assert script.digest(parts) == script.FROZEN
 
 
-def test_a_changed_bit_is_a_failure(monkeypatch):
+def test_a_changed_bit_fails(monkeypatch):
     parts = [part.copy() for part in script.frozen_parts()]
     parts[-1][3] ^= True
     monkeypatch.setattr(script, "frozen_parts", lambda: parts)
@@ -44,13 +44,13 @@ def test_a_changed_bit_is_a_failure(monkeypatch):
     assert script.same("", [(np.float32([0.0]), np.float32([-0.0]))], "").ok is False
 
 
-def test_related_masks_are_a_failure(monkeypatch):
+def test_related_masks_fail(monkeypatch):
     key = jax.random.key(5)
     assert script.uncorrelated("", [key, jax.random.key(6)], "").ok is True
     assert script.uncorrelated("", [key, key], "").ok is False
     draw = script.jdrop.dropout_mask
 
-    def related(key, shape, rate):  # 1 element in 16 is the same under all keys: distinct, but correlated by 1/16
+    def related(key, shape, rate):  # 1 element in 16 is the same for all keys: the masks differ, with correlation 1/16
         mask, common = draw(key, shape, rate), draw(jax.random.key(0), shape, rate)
         return script.jnp.where(np.arange(shape[-1])[None, :] % 16 == 0, common, mask)
 
@@ -58,7 +58,7 @@ def test_related_masks_are_a_failure(monkeypatch):
     assert script.uncorrelated("", [key, jax.random.key(6)], "").ok is False
 
 
-def test_an_exception_is_a_row_that_failed():
+def test_an_exception_is_a_failed_row():
     def broken():
         raise ValueError("no\nmask")
 

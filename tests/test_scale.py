@@ -1,4 +1,4 @@
-"""One device to many processes, killed and resumed: the same masks, and where the layout is the same, the same bits."""
+"""One device or many processes, killed and resumed: the same masks, and on the same layout, the same bits."""
 
 import importlib.util
 import os
@@ -20,7 +20,7 @@ import pytest
 from jdrop import dropout_mask
 from jdrop.keys import derive, per_example
 
-pytestmark = pytest.mark.long  # with -n, --dist loadfile makes the runs that tests share once
+pytestmark = pytest.mark.long  # with -n, use --dist loadfile to share runs between tests
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed_lm.py"
 STEPS = 6
 LAYOUTS = [(1, 1), (1, 4), (2, 2), (4, 1)]  # processes, devices of each
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def start(layout, out, cache, *options, **environment):
-    """Start the trainer in a session of its own, so that all of its processes can be killed at once."""
+    """Start the trainer in its own session, so that all of its processes can be killed at once."""
     processes, devices = map(str, layout)
     command = [sys.executable, str(EXAMPLE), "--processes", processes, "--devices", devices, "--out", str(out)]
     command += ["--steps", str(STEPS), "--dump-masks", *map(str, options)]
@@ -52,13 +52,13 @@ def start(layout, out, cache, *options, **environment):
 
 
 def kill(run):
-    """End all processes of a run, and wait for them."""
+    """Kill all processes of a run, and wait for them."""
     os.killpg(run.pid, signal.SIGKILL)
     return run.communicate()
 
 
 def finish(run):
-    """Wait for a run, and return what it printed, the progress bar too."""
+    """Wait for a run, and return its output, including the progress bar."""
     try:
         printed, errors = run.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -80,10 +80,10 @@ def masks(out):
     return {path.name: dict(np.load(path)) for path in sorted(out.glob("masks-*.npz"))}
 
 
-def assert_same_masks(found, expected):
-    for name in found:
-        assert found[name].keys() == expected[name].keys() == {"ids", "embed", "attention", "out", "up", "down"}
-        for place, mask in found[name].items():
+def assert_same_masks(actual, expected):
+    for name in actual:
+        assert actual[name].keys() == expected[name].keys() == {"ids", "embed", "attention", "out", "up", "down"}
+        for place, mask in actual[name].items():
             np.testing.assert_array_equal(mask, expected[name][place], f"{name}, {place}")
 
 
@@ -101,7 +101,7 @@ def steps_done(out):
 
 @pytest.fixture(scope="module")
 def undisturbed(folder):
-    """The trainer on each layout, and what it printed."""
+    """Run the trainer on each layout; return the outputs."""
     return {
         layout: finish(start(layout, folder / "{}x{}".format(*layout), folder / "cache", "--every", 1))
         for layout in LAYOUTS
@@ -118,13 +118,13 @@ def test_layouts_agree(undisturbed, folder):
             kept = kept[..., np.tril(np.ones(kept.shape[-2:], bool))] if place == "attention" else kept
             assert abs(kept.mean() - 0.9) < 5 * (0.9 * 0.1 / kept.size) ** 0.5, f"5 standard errors, {place}"
             assert t == 0 or (step[place] != expected["masks-00000000.npz"][place]).any(), "a mask for each step"
-        keys = per_example(derive(jax.random.key(0), "dropout", t), step["ids"])  # by numbers of examples, not places
-        alone = dropout_mask(derive(keys[3], "embed"), step["embed"].shape[1:], 0.1)
-        np.testing.assert_array_equal(step["embed"][3], alone)
+        keys = per_example(derive(jax.random.key(0), "dropout", t), step["ids"])  # by example id, not by position
+        mask = dropout_mask(derive(keys[3], "embed"), step["embed"].shape[1:], 0.1)
+        np.testing.assert_array_equal(step["embed"][3], mask)
     steps, curve = losses(outs[0])
     assert steps == list(range(STEPS))
-    # A sum of n terms, in whatever order, is off by n eps at most, relative to the sum of their sizes. The longest
-    # sum is over the positions of a batch, in the loss and in gradients; a step hands on what it got and adds its own.
+    # A sum of n terms in any order has an error of at most n eps, relative to the sum of their sizes. The longest sums
+    # are over the positions of a batch, in the loss and in gradients. Each step adds its own error to that of the others.
     terms = expected["masks-00000000.npz"]["embed"][..., 0].size
     bound = terms * np.finfo(np.float32).eps * (1 + np.arange(STEPS))
     for out in outs[1:]:
@@ -132,10 +132,10 @@ def test_layouts_agree(undisturbed, folder):
         assert masks(out).keys() == expected.keys()
         assert losses(out)[0] == steps
         assert (np.abs(losses(out)[1] - curve) <= bound * curve).all(), (losses(out)[1] - curve) / curve
-    assert all(printed.count("validation loss") == 1 for printed in undisturbed.values()), "by process 0 alone"
+    assert all(printed.count("validation loss") == 1 for printed in undisturbed.values()), "only by process 0"
 
 
-FIRST_PORT = 65536 - 4096  # JAX makes the port from the number of the job: one of the last 4096
+FIRST_PORT = 65536 - 4096  # JAX derives the port from the job id: one of the last 4096
 
 
 def free_port():
@@ -148,8 +148,8 @@ def free_port():
             return server.getsockname()[1]
 
 
-def test_a_cluster_is_found(undisturbed, folder):
-    """Two processes that a Slurm job step would start, as JAX itself finds them: no launcher."""
+def test_jax_detects_a_cluster(undisturbed, folder):
+    """Two processes as a Slurm job step starts them, without the launcher."""
     out = folder / "cluster"
     job = {"SLURM_JOB_ID": str(free_port() - FIRST_PORT), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": "2"}
     runs = [
@@ -158,14 +158,14 @@ def test_a_cluster_is_found(undisturbed, folder):
     ]
     printed = [finish(run) for run in runs]
     for line in ("characters/s", "validation loss"):
-        assert line in printed[0] and line not in printed[1], "progress is shown by process 0 alone"
+        assert line in printed[0] and line not in printed[1], "only process 0 shows progress"
     assert weights(printed[0]) == weights(undisturbed[2, 2])
     assert_same_masks(masks(out), masks(folder / "1x1"))
 
 
 def example():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # those of other libraries
+        warnings.simplefilter("ignore")  # warnings of other libraries
         spec = importlib.util.spec_from_file_location("distributed_lm", EXAMPLE)
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
     return module
@@ -201,7 +201,7 @@ DAMAGE = {
     "truncated sums": lambda step: truncate(step.with_suffix(".sha256")),
     "empty sums": lambda step: step.with_suffix(".sha256").write_text(""),
 }
-ANOTHER = 2  # devices to resume on
+ANOTHER = 2  # other number of devices to resume on
 
 
 def checkpoint(folder, step):
@@ -210,15 +210,15 @@ def checkpoint(folder, step):
 
 @pytest.fixture(scope="module")
 def killed(folder, undisturbed):
-    """Kill the trainer at a random moment, resume it, kill it while it writes, and leave what is there then."""
+    """Kill the trainer at a random moment, resume it, and kill it during a write; return its folders."""
     out, cache, saved = folder / "killed", folder / "cache", folder / "saved"
     options = ("--every", 1, "--checkpoints", saved)
-    draw = random.Random(6)
+    rng = random.Random(6)
     done = lambda: max((int(path.stem.removeprefix("step-")) for path in saved.glob("*.sha256")), default=0)
-    at = draw.randrange(1, STEPS - 2)
+    at = rng.randrange(1, STEPS - 2)
     run = start((1, 4), out, cache, *options)
     wait_until(lambda: done() >= at, run)
-    time.sleep(draw.random() * 0.1)
+    time.sleep(rng.random() * 0.1)
     kill(run)
     before = done()
     assert at <= before < STEPS - 1
@@ -231,17 +231,17 @@ def killed(folder, undisturbed):
 
 @pytest.fixture(scope="module")
 def resumed(killed, folder):
-    """What was killed, resumed on the same number of devices and on another: what was printed, and checkpoints."""
-    found = {}
+    """Resume the killed run on the same number of devices and on another; return outputs, folders, and checkpoints."""
+    runs = {}
     for layout in ((1, 4), (1, ANOTHER)):
         out, saved = (Path(shutil.copytree(path, folder / f"{path.name} {layout[1]}")) for path in killed)
         options = ("--every", 1, "--checkpoints", saved)
-        found[layout] = finish(start(layout, out, folder / "cache", *options)), out, saved
-    return found
+        runs[layout] = finish(start(layout, out, folder / "cache", *options)), out, saved
+    return runs
 
 
-def test_killed_and_resumed_is_as_if_nothing_had_been(resumed, undisturbed, folder):
-    """Bit for bit; and on another number of devices, the same masks."""
+def test_a_killed_and_resumed_run_equals_an_undisturbed_one(resumed, undisturbed, folder):
+    """Bit for bit on the same number of devices; on another, with the same masks."""
     for layout, (printed, out, _) in resumed.items():
         assert re.search(r"resumes at step [1-9]", printed)
         assert_same_masks(masks(out), masks(folder / "1x4"))
@@ -252,14 +252,14 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(resumed, undisturbed, fold
             np.testing.assert_array_equal(losses(out)[1], losses(folder / "1x4")[1])
 
 
-def test_the_newest_checkpoints_alone_are_kept(resumed):
+def test_only_the_newest_checkpoints_are_kept(resumed):
     for _, _, saved in resumed.values():
         kept = [checkpoint(saved, step) for step in range(STEPS - 2, STEPS + 1)]
         assert sorted(saved.iterdir()) == sorted([*kept, *(path.with_suffix(".sha256") for path in kept)])
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_passed_over(damage, resumed, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_reported_and_skipped(damage, resumed, tmp_path, capsys):
     saved = Path(shutil.copytree(resumed[1, 4][2], tmp_path / "saved"))
     assert newest(saved) == STEPS and not capsys.readouterr().out
     for step in (STEPS, STEPS - 1):
@@ -269,7 +269,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, resumed, tmp_path
         assert f"checkpoint {checkpoint(saved, step)}: " in printed
 
 
-def test_new_checkpoints_are_kept_where_all_later_ones_are_damaged(resumed, tmp_path, capsys):
+def test_new_checkpoints_are_kept_if_all_later_ones_are_damaged(resumed, tmp_path, capsys):
     saved = Path(shutil.copytree(resumed[1, 4][2], tmp_path / "saved"))
     for step in range(STEPS - 2, STEPS + 1):
         flip(largest_file(checkpoint(saved, step)))
@@ -282,7 +282,7 @@ def test_new_checkpoints_are_kept_where_all_later_ones_are_damaged(resumed, tmp_
 
 
 def test_a_finished_run_has_nothing_to_do(resumed, folder, tmp_path):
-    """Also where its losses are gone; and a run that has made more steps is no run of fewer."""
+    """Even if its losses are lost. A checkpoint of more steps than requested is an error."""
     saved = Path(shutil.copytree(resumed[1, 4][2], tmp_path / "saved"))
     printed = finish(start((1, 4), tmp_path / "out", folder / "cache", "--checkpoints", saved))
     assert weights(printed) == weights(resumed[1, 4][0]) and "no step is left" in printed
@@ -298,7 +298,7 @@ def test_devices_that_cannot_share_the_batch():
             size(devices, wanted)
 
 
-def test_a_run_goes_on_from_before_a_flipped_bit(resumed, undisturbed, folder, tmp_path):
+def test_a_flipped_bit_resumes_from_the_previous_checkpoint(resumed, undisturbed, folder, tmp_path):
     out, saved = (Path(shutil.copytree(path, tmp_path / path.name)) for path in resumed[1, 4][1:])
     flip(largest_file(checkpoint(saved, STEPS)))
     options = ("--every", 1, "--checkpoints", saved)
@@ -308,26 +308,26 @@ def test_a_run_goes_on_from_before_a_flipped_bit(resumed, undisturbed, folder, t
 
 
 def children(pid):
-    """The processes that a process has started, by the number that each was given."""
-    found = {}
+    """Return the child processes of a process by their process numbers."""
+    numbered = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         arguments = Path(f"/proc/{child}/cmdline").read_text().split("\0")
         if "--process" in arguments:
-            found[int(arguments[arguments.index("--process") + 1])] = int(child)
-    return found
+            numbered[int(arguments[arguments.index("--process") + 1])] = int(child)
+    return numbered
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a process by /proc")
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc to find a process")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_one_process_of_two_dies(victim, undisturbed, folder):
-    """The other one ends within the heartbeat, the launcher says what happened, and the same command resumes."""
+    """The other one ends within the heartbeat, the launcher reports it, and the same command resumes."""
     out, heartbeat = folder / f"dies {victim}", 10
     options = ("--every", 1, "--checkpoints", folder / f"saved {victim}", "--heartbeat", heartbeat)
     run = start((2, 2), out, folder / "cache", *options)
     wait_until(lambda: steps_done(out) >= 2, run)
     both = children(run.pid)
     os.kill(both[victim], signal.SIGKILL)
-    _, errors = run.communicate(timeout=3 * heartbeat)  # a heartbeat, and what it takes to notice on a busy machine
+    _, errors = run.communicate(timeout=3 * heartbeat)  # a heartbeat, and time to notice it on a busy machine
     assert run.returncode == 1
     assert f"process {victim} of 2 was ended by SIGKILL; " in errors.splitlines()[-1], errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in both.values())

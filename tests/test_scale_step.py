@@ -1,4 +1,4 @@
-"""A whole train step: the same masks on any mesh, in any microbatch and under any checkpoint policy, at no traffic."""
+"""A train step: the same masks on any mesh, microbatch, and checkpoint policy, without communication."""
 
 import re
 from collections import Counter
@@ -22,16 +22,16 @@ POLICIES = {
     "nothing saved": jax.checkpoint_policies.nothing_saveable,
     "everything saved": jax.checkpoint_policies.everything_saveable,
 }
-draw = np.random.default_rng(0)
+rng = np.random.default_rng(0)
 SIZES = {"qkv": (3, W, N, W // N), "out": (N, W // N, W), "up": (W, 3 * W), "down": (3 * W, W), "bias": (W,)}
-PARAMS = {name: draw.normal(0, 0.2, size) for name, size in SIZES.items()}
-X = draw.normal(0, 1, (B, T, W))
+PARAMS = {name: rng.normal(0, 0.2, size) for name, size in SIZES.items()}
+X = rng.normal(0, 1, (B, T, W))
 PROBE = np.zeros((B, T, N, T)), np.broadcast_to(np.eye(T)[:, None], (B, T, N, T))
-MASKS = [f"[{B},{T},{W}]", f"[{B},{T},{3 * W}]", f"[{B},{N},{T},{T}]"]  # as the compiled text has them
+MASKS = [f"[{B},{T},{W}]", f"[{B},{T},{3 * W}]", f"[{B},{N},{T},{T}]"]  # as in compiled text
 
 
-def places(key, train, shard=None):
-    """The dropouts of a model, by name: functions of what they drop."""
+def dropouts(key, train, shard=None):
+    """Return the dropouts of a model by name."""
     o = dict(train=train, shard=shard)
     k = lambda *path: derive(key, *path) if train else None
     return {
@@ -52,96 +52,96 @@ def loss_fn(params, x, drop):
     return jnp.mean(drop["add"](jnp.einsum("btu,uw->btw", h, params["down"]), params["bias"], x) ** 2)
 
 
-def masks_of(drop, x, nothing, eye):
-    """What each place keeps of ones; of attention, whose scores are equal here, what is kept of each of them."""
+def masks_of(drop, x, zeros, eye):
+    """Return the mask of each dropout of ones; equal scores and identity values show the mask of attention."""
     ones = jnp.ones_like(x)
     wide = jnp.concatenate([ones] * 3, axis=-1)
-    found = {name: drop[name](ones) != 0 for name in ("in", "path")}
-    found |= {name: drop[name](wide) for name in ("up", "channel")}
-    found["add"] = drop["add"](ones, jnp.zeros(W), jnp.zeros_like(x)) != 0
-    return found | {"attention": drop["attention"](nothing, nothing, eye) != 0}
+    masks = {name: drop[name](ones) != 0 for name in ("in", "path")}
+    masks |= {name: drop[name](wide) for name in ("up", "channel")}
+    masks["add"] = drop["add"](ones, jnp.zeros(W), jnp.zeros_like(x)) != 0
+    return masks | {"attention": drop["attention"](zeros, zeros, eye) != 0}
 
 
 def on_mesh(kind, devices, train):
-    """The step and its masks over a mesh, and where their arguments go."""
+    """Return a mesh, the shardings of batch and weights, the step, and its masks."""
     axis = AxisType.Explicit if kind == "explicit" else AxisType.Auto
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(axis,), devices=jax.devices()[:devices])
-    spread, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    batch, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     if kind != "shard_map":
-        step = lambda params, x: jax.value_and_grad(loss_fn)(params, x, places(KEY, train))
-        return mesh, spread, whole, step, lambda x, *probe: masks_of(places(KEY, train), x, *probe)
+        step = lambda params, x: jax.value_and_grad(loss_fn)(params, x, dropouts(KEY, train))
+        return mesh, batch, replicated, step, lambda x, *probe: masks_of(dropouts(KEY, train), x, *probe)
 
     def step(params, x):
-        one = lambda params, x: jax.lax.pmean(loss_fn(params, x, places(KEY, train, P("data"))), "data")
+        one = lambda params, x: jax.lax.pmean(loss_fn(params, x, dropouts(KEY, train, P("data"))), "data")
         return jax.value_and_grad(jax.shard_map(one, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))(params, x)
 
-    each = lambda x, *probe: masks_of(places(KEY, train, P("data")), x, *probe)
-    return mesh, spread, whole, step, jax.shard_map(each, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"))
+    each = lambda x, *probe: masks_of(dropouts(KEY, train, P("data")), x, *probe)
+    return mesh, batch, replicated, step, jax.shard_map(each, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"))
 
 
-def assert_equal_but_for_rounding(found, expected):
-    """A sum of n terms is off by n eps at most in any order, relative to the sum of their sizes.
+def assert_equal_up_to_rounding(results, expected):
+    """A sum of n terms in any order has an error of at most n eps, relative to the sum of their sizes.
 
-    In float64, with all sums that lead to one number below 10^5 terms, and sizes that add up to less than 100 times the
-    largest result, that is below 100 x 10^5 x 2.2e-16 = 2.2e-9. One decision taken otherwise changes a gradient by
-    about 1 / (B T) = 2.6e-3 of its size.
+    In float64, if the sums behind one number have fewer than 10^5 terms, whose sizes add up to less than 100 times the
+    largest result, the error is below 100 x 10^5 x 2.2e-16 = 2.2e-9. One wrong decision changes a gradient by about
+    1 / (B T) = 2.6e-3 of its size.
     """
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.float64
         np.testing.assert_allclose(a, b, rtol=0, atol=2.2e-9 * np.abs(b).max())
 
 
 @pytest.fixture(scope="module")
-def whole():
-    """The step on one device, with no mesh: loss, gradients, masks."""
-    drop = places(KEY, True)
+def single_device():
+    """Return loss, gradients, and masks of the step on one device, without a mesh."""
+    drop = dropouts(KEY, True)
     with jax.enable_x64(True):
         loss, grads = jax.jit(lambda p, x: jax.value_and_grad(loss_fn)(p, x, drop))(PARAMS, X)
         return loss, grads, jax.jit(lambda *a: masks_of(drop, *a))(X, *PROBE)
 
 
-FIRST = [("auto", 1), *((kind, 8) for kind in KINDS)]
-THEN = [(kind, n) for n in (1, 2, 4) for kind in KINDS if (kind, n) not in FIRST]
+COMPILED = [("auto", 1), *((kind, 8) for kind in KINDS)]
+LONG = [(kind, n) for n in (1, 2, 4) for kind in KINDS if (kind, n) not in COMPILED]
 
 
 @pytest.mark.parametrize(
     ("kind", "devices"),
-    [pytest.param(*one, marks=pytest.mark.compiled) for one in FIRST]
-    + [pytest.param(*one, marks=pytest.mark.long) for one in THEN],
+    [pytest.param(*one, marks=pytest.mark.compiled) for one in COMPILED]
+    + [pytest.param(*one, marks=pytest.mark.long) for one in LONG],
 )
-def test_step_over_a_mesh(kind, devices, whole, x64):
+def test_step_over_a_mesh(kind, devices, single_device, x64):
     text = {}
     for train in (False, True):
-        mesh, spread, everywhere, step, masks = on_mesh(kind, devices, train)
+        mesh, batch, replicated, step, masks = on_mesh(kind, devices, train)
         with jax.set_mesh(mesh):
-            params, x = jax.device_put(PARAMS, everywhere), jax.device_put(X, spread)
+            params, x = jax.device_put(PARAMS, replicated), jax.device_put(X, batch)
             compiled = jax.jit(step).lower(params, x).compile()
             text[train] = compiled.as_text()
             if train:
                 loss, grads = compiled(params, x)
-                found = jax.jit(masks)(x, *jax.device_put(PROBE, spread))
-    for name, mask in found.items():
-        np.testing.assert_array_equal(mask, whole[2][name], name)
-    assert_equal_but_for_rounding((loss, grads), whole[:2])
+                mesh_masks = jax.jit(masks)(x, *jax.device_put(PROBE, batch))
+    for name, mask in mesh_masks.items():
+        np.testing.assert_array_equal(mask, single_device[2][name], name)
+    assert_equal_up_to_rounding((loss, grads), single_device[:2])
     dropped, plain = (Counter(re.findall(rf"\b{COLLECTIVES}(?:-start)?\(", text[train])) for train in (True, False))
-    assert dropped == plain, "a collective that the undropped program lacks"
-    assert plain.total() or devices == 1, "the gradients are summed over devices, so something is counted"
+    assert dropped == plain, "a collective that the program without dropout lacks"
+    assert plain.total() or devices == 1, "gradients are summed over devices, so there is something to count"
     for shape in MASKS:
         assert (shape in text[True]) == (devices == 1), f"a buffer {shape} of the unsharded size"
 
 
 # ---------------------------------------------------------------------------------- microbatches and checkpoints
 
-IDS = jnp.asarray(draw.permutation(1000)[:B])
+IDS = jnp.asarray(rng.permutation(1000)[:B])
 STEP = 7
 
 
 def by_example(params, x, ids, policy="no checkpoint", keys=per_example):
-    """Mean loss and masks, with a key for each example."""
+    """Return the mean loss and the masks, with one key per example."""
 
-    def one(key, x, nothing, eye):
-        drop = places(key, True)
-        masks = masks_of(drop, x[None], nothing[None], eye[None])
+    def one(key, x, zeros, eye):
+        drop = dropouts(key, True)
+        masks = masks_of(drop, x[None], zeros[None], eye[None])
         loss = lambda params, x: loss_fn(params, x[None], drop)
         loss = loss if policy == "no checkpoint" else jax.checkpoint(loss, policy=POLICIES[policy])
         return loss(params, x), masks
@@ -152,12 +152,12 @@ def by_example(params, x, ids, policy="no checkpoint", keys=per_example):
 
 
 def accumulated(parts, policy):
-    """Gradients by weights and inputs, and masks, of a step in microbatches."""
+    """Return the gradients of weights and inputs, and the masks, of a step in microbatches."""
     step = jax.jit(jax.grad(lambda p, x, i: by_example(p, x, i, policy), argnums=(0, 1), has_aux=True))
-    found = [step(PARAMS, x, ids) for x, ids in zip(np.split(X, parts), jnp.split(IDS, parts), strict=True)]
-    by_params = jax.tree.map(lambda *g: sum(g) / parts, *[grads[0] for grads, _ in found])
-    by_inputs = jnp.concatenate([grads[1] for grads, _ in found]) / parts
-    return by_params, by_inputs, jax.tree.map(lambda *m: jnp.concatenate(m), *[masks for _, masks in found])
+    steps = [step(PARAMS, x, ids) for x, ids in zip(np.split(X, parts), jnp.split(IDS, parts), strict=True)]
+    by_params = jax.tree.map(lambda *g: sum(g) / parts, *[grads[0] for grads, _ in steps])
+    by_inputs = jnp.concatenate([grads[1] for grads, _ in steps]) / parts
+    return by_params, by_inputs, jax.tree.map(lambda *m: jnp.concatenate(m), *[masks for _, masks in steps])
 
 
 @pytest.fixture(scope="module")
@@ -179,13 +179,13 @@ def at_once():
 def test_microbatches_and_checkpoint_policies(parts, policy, at_once, x64):
     by_params, by_inputs, masks = accumulated(parts, policy)
     jax.tree.map(np.testing.assert_array_equal, masks, at_once[2])
-    np.testing.assert_array_equal(by_inputs == 0, at_once[1] == 0)  # the masks that the backward pass used
+    np.testing.assert_array_equal(by_inputs == 0, at_once[1] == 0)  # shows the masks of the backward pass
     assert 0.05 < float(jnp.mean(at_once[1] == 0)) < 0.15
-    assert_equal_but_for_rounding((by_params, by_inputs), at_once[:2])
+    assert_equal_up_to_rounding((by_params, by_inputs), at_once[:2])
 
 
-def test_keys_by_the_place_in_a_microbatch_would_be_seen(x64):
-    by_place = lambda key, ids: per_example(key, jnp.arange(len(ids)))
-    masks = jax.jit(lambda x, ids: by_example(PARAMS, x, ids, keys=by_place)[1]["in"])
+def test_keys_by_position_in_a_microbatch_would_be_noticed(x64):
+    by_position = lambda key, ids: per_example(key, jnp.arange(len(ids)))
+    masks = jax.jit(lambda x, ids: by_example(PARAMS, x, ids, keys=by_position)[1]["in"])
     parts = [masks(x, ids) for x, ids in zip(np.split(X, 2), jnp.split(IDS, 2), strict=True)]
     assert (np.asarray(masks(X, IDS)) != np.concatenate(parts)).any()

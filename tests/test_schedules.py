@@ -17,9 +17,9 @@ def test_early_and_late_switch_at_the_step():
 
 def test_curriculum_is_the_formula():
     steps = np.array([0, 1, 10, 1000, 10**7])
-    found = schedules.curriculum(0.4, 0.01)(steps)
-    np.testing.assert_allclose(found, 0.4 * -np.expm1(-0.01 * steps), rtol=1e-6)
-    assert found[0] == 0.0 and found.dtype == jnp.float32
+    rates = schedules.curriculum(0.4, 0.01)(steps)
+    np.testing.assert_allclose(rates, 0.4 * -np.expm1(-0.01 * steps), rtol=1e-6)
+    assert rates[0] == 0.0 and rates.dtype == jnp.float32
     tiny = schedules.curriculum(0.4, 1e-9)(1)  # no cancellation
     np.testing.assert_allclose(tiny, 0.4e-9, rtol=1e-5)
 
@@ -51,9 +51,9 @@ def test_a_traced_step_drives_dropout_without_recompiling(schedule):
     [("i/(n-1)", (0, 0.1, 0.2, 0.3)), ("i/n", (0, 0.075, 0.15, 0.225)), ("(i+1)/n", (0.075, 0.15, 0.225, 0.3))],
 )
 def test_depth_rates(convention, rates):
-    found = schedules.depth_rates(0.3, 4, convention)
-    assert isinstance(found, tuple) and all(type(r) is float for r in found)
-    np.testing.assert_allclose(found, rates, rtol=1e-12)
+    result = schedules.depth_rates(0.3, 4, convention)
+    assert isinstance(result, tuple) and all(type(r) is float for r in result)
+    np.testing.assert_allclose(result, rates, rtol=1e-12)
     one = schedules.depth_rates(0.3, 1, convention)
     assert one == ((0.3,) if convention == "(i+1)/n" else (0.0,))
 
@@ -109,9 +109,9 @@ def test_limits_and_steps_of_other_types(limit, dtype):
 def test_the_last_layer_has_the_rate_itself(convention):
     for rate in (0.1, 0.3, 0.7, np.float16(0.3)):
         for layers in (2, 3, 4, 7, 49):
-            found = schedules.depth_rates(rate, layers, convention)
-            assert found[-1] == max(found) == rate
-            assert all(type(r) is float for r in found)
+            rates = schedules.depth_rates(rate, layers, convention)
+            assert rates[-1] == max(rates) == rate
+            assert all(type(r) is float for r in rates)
 
 
 @pytest.mark.parametrize("dtype", ["uint32", "int32", "int8", "float32"])

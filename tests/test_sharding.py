@@ -1,4 +1,4 @@
-"""The same mask on one device and on eight, with no collective and no mask of the whole on any."""
+"""The same mask on one device and on eight, without collectives and without the whole mask on any device."""
 
 import itertools
 import re
@@ -50,13 +50,13 @@ def drop(key, x, **options):
 
 
 def both(key, x, **options):
-    """Forward and backward; the operator is its own transpose, so the two are the same."""
+    """Run forward and backward. The operator is its own transpose, so both give the same."""
     y, pull = jax.vjp(lambda x: drop(key, x, **options), x)
     return y, pull(x)[0]
 
 
-def stays_apart(compiled, the_mesh, spec):
-    """Require that each device works at its part alone: no collective, and no buffer that is larger than the part."""
+def require_no_communication(compiled, the_mesh, spec):
+    """Require each device to work only on its part: no collective, and no buffer larger than the part."""
     text = compiled.as_text()
     assert not re.search(COLLECTIVES, text), spec
     assert largest(text) <= X.size // parts(the_mesh, spec), spec
@@ -75,7 +75,7 @@ def test_jit_over_a_mesh(kind, generator):
             for y in compiled(KEY, x):
                 np.testing.assert_array_equal(y, expected)
                 assert y.sharding.is_equivalent_to(x.sharding, x.ndim), spec
-            stays_apart(compiled, the_mesh, spec)
+            require_no_communication(compiled, the_mesh, spec)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
@@ -109,7 +109,7 @@ def test_shared_axes_and_array_rates_over_a_mesh(kind):
 @pytest.mark.parametrize("generator", ["fast", "jax"])
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_with_shard(generator, check_vma):
-    """Types of varying values change with the rank of the mesh axes that split x, not with the axis that is split."""
+    """Types of varying values depend on the mesh axes that split x, not on the axis of x that they split."""
     expected = np.asarray(drop(KEY, X, generator=generator))
     the_mesh = mesh(AxisType.Auto)
     for spec in SPECS if check_vma else (P(None, "a"), P("a", None, "b"), P(("a", "b")), P()):
@@ -124,7 +124,7 @@ def test_shard_map_with_shard(generator, check_vma):
         compiled = jax.jit(tiled).lower(KEY, x).compile()
         for y in compiled(KEY, x):
             np.testing.assert_array_equal(y, expected)
-        stays_apart(compiled, the_mesh, spec)
+        require_no_communication(compiled, the_mesh, spec)
 
 
 def test_gradient_through_shard_map():
@@ -161,7 +161,7 @@ def test_shard_map_over_some_axes_of_the_mesh():
     np.testing.assert_array_equal(jax.jit(tiled)(KEY, X), drop(KEY, X))
 
 
-def test_shard_map_wants_a_key_of_each_devices_own_or_shard():
+def test_shard_map_needs_a_key_per_device_or_shard():
     the_mesh = mesh(AxisType.Auto)
 
     def tiled(f, check_vma=True):
@@ -173,7 +173,7 @@ def test_shard_map_wants_a_key_of_each_devices_own_or_shard():
             ValueError, match=rf"dropout: key must {known}vary over the manual mesh axes .*'a'.* shard="
         ):
             tiled(drop, check_vma=check_vma)(KEY, X)
-    y = tiled(lambda k, x: drop(k, x, shard=P()))(KEY, X)  # meant: every tile has the mask of a tile's shape
+    y = tiled(lambda k, x: drop(k, x, shard=P()))(KEY, X)  # explicit: every tile has the mask of one tile
     tile = drop(KEY, jnp.ones((16, 16, 256)))
     np.testing.assert_array_equal(y != 0, np.tile(np.asarray(tile) != 0, (4, 2, 1)))
 
@@ -189,7 +189,7 @@ def test_shard_map_wants_a_key_of_each_devices_own_or_shard():
 
 
 def test_replication_is_never_claimed_falsely():
-    """x is the same on all devices, the key is not: the result must not pass for replicated."""
+    """x is the same on all devices but the key is not, so the result must not count as replicated."""
     keys = jax.random.split(KEY, 4)
 
     def f(keys, x):
@@ -215,7 +215,7 @@ def test_bad_shards(shard, error, message):
         drop(KEY, X, shard=shard)
 
 
-def test_shard_with_bits_that_do_not_go_by_index():
+def test_shard_with_bits_without_random_access():
     key = jax.random.key(0, impl="rbg")
     tiled = jax.shard_map(
         lambda k, x: drop(k, x, shard=P("a"), generator="jax"),
@@ -231,7 +231,7 @@ def test_shard_with_bits_that_do_not_go_by_index():
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("generator", ["fast", "jax"])
 def test_dropout_mask_with_out_sharding(kind, generator):
-    """Given as a spec and as a NamedSharding in turns."""
+    """Alternately as a spec and as a NamedSharding."""
     expected = np.asarray(dropout_mask(KEY, SHAPE, 0.3, generator=generator))
     the_mesh = mesh(kind)
     with jax.set_mesh(the_mesh):
@@ -242,7 +242,7 @@ def test_dropout_mask_with_out_sharding(kind, generator):
             mask = compiled(KEY)
             np.testing.assert_array_equal(mask, expected)
             assert mask.sharding.is_equivalent_to(NamedSharding(the_mesh, spec), 3)
-            stays_apart(compiled, the_mesh, spec)
+            require_no_communication(compiled, the_mesh, spec)
         eager = dropout_mask(KEY, SHAPE, 0.3, generator=generator, out_sharding=P("a"))
         np.testing.assert_array_equal(eager, expected)
         assert eager.sharding.is_equivalent_to(NamedSharding(the_mesh, P("a")), 3)
@@ -269,7 +269,7 @@ def test_out_sharding_needs_a_mesh():
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("kinds", [*itertools.permutations([AxisType.Auto, AxisType.Explicit])], ids=str)
 def test_out_sharding_over_axes_of_two_kinds(kinds, rate):
-    """A spec under jit, a NamedSharding without; axes of one kind are in the test of the compiled masks."""
+    """A spec under jit, a NamedSharding without it. test_dropout_mask_with_out_sharding has axes of one kind."""
     the_mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=kinds)
     expected = np.asarray(dropout_mask(KEY, SHAPE, rate))
     draw = lambda k, s: dropout_mask(k, SHAPE, rate, out_sharding=s)
@@ -277,7 +277,7 @@ def test_out_sharding_over_axes_of_two_kinds(kinds, rate):
         for spec in (P("a"), P("b", None, "a"), P(("a", "b")), P()):
             for mask in (draw(KEY, NamedSharding(the_mesh, spec)), jax.jit(lambda k, s=spec: draw(k, s))(KEY)):
                 np.testing.assert_array_equal(mask, expected)
-                # Of one axis over both kinds, the explicit ones are the major part, whatever the order.
+                # If one axis is split by both kinds, the explicit mesh axis is the major part, in any order.
                 if spec != P(("a", "b")) or kinds != (AxisType.Auto, AxisType.Explicit):
                     assert mask.sharding.is_equivalent_to(NamedSharding(the_mesh, spec), 3)
 
@@ -288,7 +288,7 @@ def test_per_example_masks_over_a_mesh(kind):
     ids = jnp.arange(100, 164)
 
     def step(key, ids, x):
-        """Masks by per_example, their gradient, and masks by keys that derive makes."""
+        """Return masks by per_example, their gradient, and masks by keys from derive."""
         f = lambda x: jax.vmap(lambda k, x: drop(k, x))(per_example(key, ids), x)
         keys = jax.vmap(lambda i: derive(key, "layer", i, "attention", 3))(ids)
         return f(x), jax.grad(lambda x: jnp.sum(f(x) ** 2))(x), jax.vmap(lambda k, x: drop(k, x))(keys, x)
@@ -302,10 +302,10 @@ def test_per_example_masks_over_a_mesh(kind):
             compiled = jax.jit(step).lower(KEY, i, x).compile()
             for got, want in zip(compiled(KEY, i, x), expected, strict=True):
                 np.testing.assert_array_equal(got, np.asarray(want))
-            stays_apart(compiled, the_mesh, spec)
+            require_no_communication(compiled, the_mesh, spec)
 
 
-def test_vary_together_leaves_arrays_alone_outside_shard_map():
+def test_vary_together_is_the_identity_outside_shard_map():
     from jdrop._sharding import vary_together
 
     a, b = jnp.ones(3), jax.random.key_data(KEY)
@@ -323,7 +323,7 @@ def test_one_x_under_sharded_keys_on_an_explicit_mesh():
     np.testing.assert_array_equal(y, f(keys, x))
 
 
-def test_where_types_do_not_tell_the_error_says_so():
+def test_without_types_of_varying_values_the_error_says_so():
     keys, x = jax.random.split(jax.random.key(1), 8), jnp.ones((8, 200))
     with pytest.raises(ValueError, match=r"key must be known to vary .* check_vma=False"):
         jax.pmap(lambda k, x: dropout(k, x, 0.5, train=True))(keys, x)
@@ -340,7 +340,7 @@ def test_a_key_that_varies_over_some_mesh_axes_only():
     tiled = jax.shard_map(f, mesh=the_mesh, in_specs=(P(), P("a", "b")), out_specs=P("a", "b"))
     with pytest.raises(ValueError, match=r"dropout: key must vary over the manual mesh axes \('b',\)"):
         tiled(KEY, jnp.ones((64, 32)))
-    # Tensor parallelism: x and its mask are the same along b.
+    # Tensor parallelism: x and its mask are equal along b.
     tiled = jax.shard_map(f, mesh=the_mesh, in_specs=(P(), P("a")), out_specs=P("a"))
     expected = [dropout(derive(KEY, i), jnp.ones((16, 32)), 0.3, train=True) for i in range(4)]
     np.testing.assert_array_equal(tiled(KEY, jnp.ones((64, 32))), jnp.concatenate(expected))
@@ -357,7 +357,7 @@ def test_a_mesh_axis_named_twice():
         tiled(KEY, jnp.ones((8, 16)))
 
 
-OPERANDS = {  # for x of [8, 16]: which argument, its shape, and the call
+OPERANDS = {  # for x of shape [8, 16]: the argument, its shape, and the call
     "rates": ("rate", (8, 16), lambda x, other: dropout(KEY, x, other, train=True)),
     "rates of rows": ("rate", (8, 1), lambda x, other: drop_path(KEY, x, other, train=True)),
     "noise": ("stddev", (8, 16), lambda x, other: gaussian_noise(KEY, x, other, train=True)),

@@ -1,4 +1,4 @@
-"""token_dropout and patch_dropout: integers that change, and tokens that are left out."""
+"""token_dropout and patch_dropout: replaced ids, and tokens that are left out."""
 
 import itertools
 import math
@@ -60,17 +60,17 @@ def test_token_tiles_and_meshes(devices):
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((devices,), ("d",), axis_types=(kind,), devices=jax.devices()[:devices])
         with jax.set_mesh(mesh):
-            placed = jax.device_put(ids, jax.NamedSharding(mesh, P("d")))
+            sharded = jax.device_put(ids, jax.NamedSharding(mesh, P("d")))
             f = jax.jit(lambda k, i: jdrop.token_dropout(k, i, 0.5, -1, train=True))
-            same(f(KEY, placed), whole)
-            text = f.lower(KEY, placed).compile().as_text()
+            same(f(KEY, sharded), whole)
+            text = f.lower(KEY, sharded).compile().as_text()
             assert "all-" not in text and ("[64,16]" in text) == (devices == 1)
             tiled = jax.shard_map(
                 lambda k, i: jdrop.token_dropout(k, i, 0.5, -1, train=True, shard=P("d")),
                 in_specs=(P(), P("d")),
                 out_specs=P("d"),
             )
-            same(tiled(KEY, placed), whole)
+            same(tiled(KEY, sharded), whole)
 
 
 def test_token_errors():
@@ -120,7 +120,7 @@ def test_the_number_of_tokens_rounds_half_up(n, rate, kept):
 
 @pytest.mark.parametrize("shape,axis,prefix", [((3, 40, 5), 1, 0), ((3, 40, 5), 1, 2), ((200, 3), 0, 1)])
 def test_the_tokens_with_the_largest_words_stay(shape, axis, prefix):
-    """The words are those of a mask of shape [*batch, tokens], so a mask at a rate between two words cuts there."""
+    """The words are those of a mask of shape [*batch, tokens]."""
     decided = (*shape[:axis], shape[axis] - prefix)
     mask = draw_mask("test", jax.random.clone(KEY), np.asarray(0.5), decided)
     word = np.asarray(jnp.broadcast_to(mask.word_at(mask.index(decided)), decided))
@@ -134,12 +134,12 @@ def test_every_subset_is_equally_likely():
     """4 of 6 tokens: 15 subsets, each within 5 standard errors of 1/15, over independent examples."""
     count = 30_000
     _, indices = jdrop.patch_dropout(KEY, jnp.zeros((count, 6, 1)), 1 / 3, train=True)
-    found, counts = np.unique(np.asarray(indices), axis=0, return_counts=True)
-    assert [tuple(f) for f in found] == list(itertools.combinations(range(6), 4))
+    subsets, counts = np.unique(np.asarray(indices), axis=0, return_counts=True)
+    assert [tuple(s) for s in subsets] == list(itertools.combinations(range(6), 4))
     assert np.abs(counts - count / 15).max() < 5 * np.sqrt(count * (1 / 15) * (14 / 15))
 
 
-def test_axes_before_the_tokens_have_subsets_of_their_own():
+def test_axes_before_the_tokens_have_their_own_subsets():
     x = jnp.ones((3, 4, 20, 2, 5))
     y, indices = jdrop.patch_dropout(KEY, x, 0.5, train=True, token_axis=2)
     assert y.shape == (3, 4, 10, 2, 5) and indices.shape == (3, 4, 10)

@@ -1,4 +1,4 @@
-"""drop_connect and embedding_dropout: masks by path, and by word."""
+"""drop_connect and embedding_dropout: masks by path and by word."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def same(a, b):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_leaves_have_masks_of_their_own():
+def test_each_leaf_has_its_own_mask():
     y = jdrop.drop_connect(KEY, PARAMS, 0.5, train=True)
     assert jax.tree.structure(y) == jax.tree.structure(PARAMS)
     first, second = (y["lstm"][i]["w"] for i in (0, 1))
@@ -37,17 +37,17 @@ def test_leaves_have_masks_of_their_own():
     assert y["scale"].dtype == jnp.bfloat16
 
 
-def test_a_mask_depends_on_path_and_shape_alone():
+def test_a_mask_depends_only_on_path_and_shape():
     y = jdrop.drop_connect(KEY, PARAMS, 0.5, train=True)
     less = {"lstm": [PARAMS["lstm"][0]]}
     same(jdrop.drop_connect(KEY, less, 0.5, train=True)["lstm"][0]["w"], y["lstm"][0]["w"])
-    place = jdrop.keys.derive(KEY, "drop_connect", "lstm", 0, "w")
-    same(jdrop.dropout(place, PARAMS["lstm"][0]["w"], 0.5, train=True), y["lstm"][0]["w"])
+    key = jdrop.keys.derive(KEY, "drop_connect", "lstm", 0, "w")
+    same(jdrop.dropout(key, PARAMS["lstm"][0]["w"], 0.5, train=True), y["lstm"][0]["w"])
     single = jdrop.drop_connect(KEY, jnp.ones(50), 0.5, train=True)
     same(jdrop.dropout(jdrop.keys.derive(KEY, "drop_connect"), jnp.ones(50), 0.5, train=True), single)
 
 
-def test_where_chooses_by_path_and_leaf():
+def test_where_selects_by_path_and_leaf():
     seen = []
 
     def hidden(path, leaf):
@@ -83,8 +83,8 @@ def test_tiles_of_leaves_in_shard_map():
     for wrong in ([P(), P()], {"a": P(), "c": P()}):
         with pytest.raises(ValueError, match="drop_connect: shard must be a PartitionSpec, or a pytree"):
             jdrop.drop_connect(KEY, params, 0.5, train=True, shard=wrong)
-    held = {"a": jnp.ones(4), "b": None}
-    assert jdrop.drop_connect(KEY, held, 0.5, train=True, shard={"a": None, "b": None})["b"] is None
+    with_none = {"a": jnp.ones(4), "b": None}
+    assert jdrop.drop_connect(KEY, with_none, 0.5, train=True, shard={"a": None, "b": None})["b"] is None
 
 
 def test_drop_connect_errors():
@@ -154,23 +154,23 @@ def test_narrow_ids_with_a_larger_vocabulary(dtype, vocab):
     same(y, jdrop.embedding_dropout(KEY, table, 0.5, train=True)[: len(ids)])
 
 
-def test_wide_numpy_ids_are_not_cut_off():
+def test_wide_numpy_ids_are_not_truncated():
     ids = np.array([0, 2**32, 5, 2**32 + 5, 2**40])
     rows = [jdrop.dropout_mask(KEY, (2**41, 1), 0.5, window=((int(i), 1), (0, 1)))[0, 0] for i in ids]
     y = jdrop.embedding_dropout(KEY, jnp.ones((5, 2)), 0.5, train=True, ids=ids)
     same(y[:, 0] != 0, jnp.stack(rows))
 
 
-def test_ids_outside_count_as_jax_gathers_them():
+def test_ids_out_of_range_follow_the_gathers_of_jax():
     table = jnp.ones((50, 2))
     ids = jnp.arange(-60, 70)
-    for key in jax.random.split(KEY, 4):  # so that the rows at the ends are both kept and dropped
+    for key in jax.random.split(KEY, 4):  # so that rows at the ends are kept with some keys and dropped with others
         y = jdrop.embedding_dropout(key, table[ids], 0.5, train=True, ids=ids, vocab_size=50)
         same(y, jdrop.embedding_dropout(jax.random.clone(key), table, 0.5, train=True)[ids])
 
 
 @pytest.mark.compiled
-def test_the_vocabulary_costs_nothing():
+def test_the_size_of_the_vocabulary_costs_no_memory():
     ids, x = jnp.zeros((4, 8), jnp.int32), jnp.ones((4, 8, 16))
     f = jax.jit(lambda k, x: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=ids, vocab_size=10**9))
     assert f.lower(KEY, x).compile().memory_analysis().temp_size_in_bytes < 4096
@@ -200,9 +200,9 @@ def test_ids_on_tiles_and_meshes(devices):
     whole = jdrop.embedding_dropout(KEY, x, 0.5, train=True, ids=ids)
     f = lambda k, x, i, **o: jdrop.embedding_dropout(k, x, 0.5, train=True, ids=i, **o)
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(a, jax.NamedSharding(mesh, P("d"))) for a in (x, ids)]
-        compiled = jax.jit(f).lower(KEY, *placed).compile()
-        same(compiled(KEY, *placed), whole)
+        sharded = [jax.device_put(a, jax.NamedSharding(mesh, P("d"))) for a in (x, ids)]
+        compiled = jax.jit(f).lower(KEY, *sharded).compile()
+        same(compiled(KEY, *sharded), whole)
         assert "all-" not in compiled.as_text()
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
     tiled = jax.shard_map(
@@ -246,19 +246,19 @@ class Layer:
     b: jax.Array
 
 
-def test_steps_of_a_path_by_attribute_and_by_other_keys():
+def test_paths_with_attributes_and_other_keys():
     layer = Layer(jnp.ones((8, 100)), jnp.ones(100))
     y = jdrop.drop_connect(KEY, layer, 0.5, train=True)
     for name in ("w", "b"):
-        place = jdrop.keys.derive(KEY, "drop_connect", name)
-        same(getattr(y, name), jdrop.dropout(place, getattr(layer, name), 0.5, train=True))
+        key = jdrop.keys.derive(KEY, "drop_connect", name)
+        same(getattr(y, name), jdrop.dropout(key, getattr(layer, name), 0.5, train=True))
     for step, entry in ((2, 2), (-1, "-1"), (True, "True"), ((1, "a"), "(1, 'a')")):
         y = jdrop.drop_connect(KEY, {step: jnp.ones((8, 100))}, 0.5, train=True)[step]
         same(y, jdrop.dropout(jdrop.keys.derive(KEY, "drop_connect", entry), jnp.ones((8, 100)), 0.5, train=True))
 
 
-def test_leaves_that_are_no_weights_stay_as_they_are():
-    """Also where ``where`` could not look at them."""
+def test_leaves_that_are_not_weights_are_unchanged():
+    """Even if ``where`` would fail on them."""
     params = {
         "w": jnp.ones((8, 130)),
         "f": jnp.tanh,
@@ -277,7 +277,7 @@ def test_leaves_that_are_no_weights_stay_as_they_are():
     assert y["small"] is float8["small"] and not y["w"].any()
 
 
-def test_sparse_arrays_are_dropped_from_by_their_data():
+def test_dropout_of_sparse_arrays_acts_on_their_data():
     from jax.experimental import sparse
 
     y = jdrop.drop_connect(jax.random.key(6), sparse.BCOO.fromdense(jnp.eye(300)), 0.5, train=True)

@@ -151,10 +151,10 @@ def multi_sample_dropout(
     arguments = check_arguments(name, key, x, rate, train=train, generator=generator, shard=shard)
     if arguments.is_identity:
         return _with_mean(name, head(x))
-    own = mark_used(require_key(name, key))
+    base_key = mark_used(require_key(name, key))
 
     def sample(index: Array) -> Any:
-        sample_key = derive(own, name, index)
+        sample_key = derive(base_key, name, index)
         mask = prepare(name, sample_key, x, rate, train=train, generator=generator, shard=shard)
         return _with_mean(name, head(x if mask is None else masked_op(SCALE, mask, x)))
 

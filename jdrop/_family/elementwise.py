@@ -165,11 +165,11 @@ def _alpha(view: MaskView, x: Array) -> Array:
 
 def _alpha_factor(view: MaskView, x: Array) -> tuple[Array, Array]:
     q = view.mask.keep_probability(real_dtype(x))
-    some = jnp.where(q == 0, jnp.ones_like(q), q)
+    safe_q = jnp.where(q == 0, jnp.ones_like(q), q)
     # q + s**2 * q * (1 - q), written without adding to a product, which compilers may or may not fuse into an FMA. The
     # result is exactly 1 for q = 1.
-    a = jnp.sqrt(1 / (some * (_LIMIT**2 * ((1 + _LIMIT**-2) - some))))
-    return q, jnp.where(some == 1, jnp.ones_like(a), a)
+    a = jnp.sqrt(1 / (safe_q * (_LIMIT**2 * ((1 + _LIMIT**-2) - safe_q))))
+    return q, jnp.where(safe_q == 1, jnp.ones_like(a), a)
 
 
 def _alpha_gradient(view: MaskView, x: Array) -> Array:

@@ -86,17 +86,17 @@ def token_dropout(
     return _replace(arguments.draw(), jnp.asarray(ids), new, protect)
 
 
-def _as_ids(function: str, given: Any, ids: Array) -> Array:
+def _as_ids(function: str, value: Any, ids: Array) -> Array:
     """Return replacement ids in the dtype of ids, after checking that they are in its range."""
     limits = jnp.iinfo(ids.dtype)
-    replacement: Any = np.asarray(given) if type(given) is int else given
-    if type(given) is not int:
+    replacement: Any = np.asarray(value) if type(value) is int else value
+    if type(value) is not int:
         check_integers(function, "replacement", replacement)
         check_broadcastable(function, "replacement", replacement, ids.shape)
         check_sharded_as(function, "replacement", replacement, ids, "ids")
     if not isinstance(replacement, Array) and not np.all((replacement >= limits.min) & (replacement <= limits.max)):
         raise ValueError(
-            f"{function}: replacement must fit the dtype of ids, {ids.dtype}, got {describe(given)}; "
+            f"{function}: replacement must fit the dtype of ids, {ids.dtype}, got {describe(value)}; "
             "pass an id within its range"
         )
     replacement = expand_rank(jnp.asarray(replacement).astype(ids.dtype), ids.ndim)

@@ -71,7 +71,7 @@ def drop_connect(
         raise TypeError(f"{name}: where must be a predicate on path and leaf, got {describe(where)}; pass a function")
     arguments = check_arguments(name, key, None, rate, shape=(), train=train, generator=generator)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    shards = _like(name, shard, tree, leaves)
+    shards = _leaf_specs(name, shard, tree, leaves)
     chosen = [_is_floating(leaf) and (where is None or bool(where(path, leaf))) for path, leaf in leaves]
     for (_, leaf), drop in zip(leaves, chosen):
         if drop and leaf.dtype.name not in INEXACT:
@@ -81,11 +81,11 @@ def drop_connect(
             )
     if arguments.is_identity:
         return params
-    own = mark_used(require_key(name, key))
+    base_key = mark_used(require_key(name, key))
     dropped = []
     for (path, leaf), spec, drop in zip(leaves, shards, chosen):
         if drop:
-            leaf_key = derive(own, "drop_connect", *map(_path_element, path))
+            leaf_key = derive(base_key, "drop_connect", *map(_path_element, path))
             mask = prepare(name, leaf_key, leaf, rate, train=train, generator=generator, shard=spec)
             leaf = leaf if mask is None else masked_op(SCALE, mask, leaf)
         dropped.append(leaf)
@@ -105,22 +105,22 @@ def _path_element(entry: Any) -> str | int:
     return str(entry)
 
 
-def _like(function: str, shard: Any, tree: Any, leaves: Sequence[Any]) -> list[Any]:
+def _leaf_specs(function: str, shard: Any, tree: Any, leaves: Sequence[Any]) -> list[Any]:
     """Return a PartitionSpec or None for each leaf."""
     if shard is None or isinstance(shard, PartitionSpec):
-        found = [shard] * len(leaves)
+        specs = [shard] * len(leaves)
     else:
         try:
-            found = tree.flatten_up_to(shard)
+            specs = tree.flatten_up_to(shard)
         except (TypeError, ValueError):
             raise ValueError(
                 f"{function}: shard must be a PartitionSpec, or a pytree of them like params, got {shard}; "
                 "give each leaf its own"
             ) from None
-    for (_, leaf), spec in zip(leaves, found):
+    for (_, leaf), spec in zip(leaves, specs):
         if _is_floating(leaf):
             tile_axes(function, leaf.shape, spec)
-    return found
+    return specs
 
 
 # ---------------------------------------------------------------------------------- rows of an embedding

@@ -1,7 +1,7 @@
-"""One place for what exists only because of a compiler, chosen when a program is lowered.
+"""The code that exists only because of compilers, chosen by platform when a program is lowered.
 
-``generic.py`` has each operation in its plain form, and there is one file per platform for its own forms. GPUs and TPUs
-take the plain forms until a measurement says otherwise.
+``generic.py`` has the plain form of each operation, and the file of a platform has its own forms. GPUs and TPUs use the
+plain forms until a measurement shows a gain.
 """
 
 import functools
@@ -24,16 +24,16 @@ PLATFORMS: dict[str, Platform] = {"cpu": Cpu(), "cuda": Gpu(), "rocm": Gpu(), "t
 
 
 class Target(NamedTuple):
-    """What a program is lowered for."""
+    """The platform and the devices that a program is lowered for."""
 
     name: str | None = None
-    """JAX's name of the platform; ``None`` for one without an entry in ``PLATFORMS``."""
+    """JAX's name of the platform; ``None`` if ``PLATFORMS`` has no entry for it."""
     devices: int = 1
-    """How many devices may share each array: inside ``jax.shard_map``, those along axes of the mesh that are auto."""
+    """Number of devices that may share each array; inside ``jax.shard_map``, those along auto axes of the mesh."""
 
     @property
     def platform(self) -> Platform:
-        """The forms of its operations."""
+        """The forms of operations on this platform."""
         return PLATFORMS.get(self.name, GENERIC) if self.name else GENERIC
 
 

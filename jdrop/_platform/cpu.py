@@ -1,9 +1,9 @@
-"""The forms that XLA for CPU makes the fastest and smallest programs of.
+"""Forms of operations that make XLA for CPU produce faster and smaller programs.
 
-Each states its symptom, its gain, the JAX version where this was last seen, and the test that fails without it. Gains
-depend on the processor. Those "on an EPYC" are times with a form against without it, on two idle cores of an AMD EPYC
-(``scripts/bench_platform.py``, ``scripts/results/platform.json``); the others were measured when the form was made, on
-an Intel Xeon with AVX-512 or on an EPYC.
+Each form states its symptom, its gain, the JAX version where this was last seen, and the test that fails without it.
+Gains depend on the processor. Gains "on an EPYC" are ratios of the time with the form to the time without it, on two
+idle cores of an AMD EPYC (``scripts/bench_platform.py``, ``scripts/results/platform.json``). The others were measured
+when the form was written, on an Intel Xeon with AVX-512 or on an EPYC.
 """
 
 import math
@@ -18,13 +18,13 @@ from jdrop._random import fast
 from jdrop._random.indexing import MIN_COLUMNS
 from jdrop._random.threefry import WORD, ZERO, Pair
 
-_SHARING = 16  # how many elements have to share each byte that materialize stores
-_LONG, _WIDEST = 2**14, 1024  # elements of an axis that is folded, and of its rows
+_SHARING = 16  # minimum number of elements per byte that materialize stores
+_LONG, _WIDEST = 2**14, 1024  # minimum length of a folded axis, maximum length of its rows
 _ONE, _MINUS_ZERO = 0x3F800000, 0x80000000  # bits of float32
 
 
 class Cpu(generic.Platform):
-    """Operations as XLA for CPU wants them."""
+    """Operations in the best forms for XLA on CPU."""
 
     # Symptom: an operation on a block [1, 1, 1, T, S] never reuses its operand's buffer for its result.
     # Gain: dropout adds no array of scores (before: one forward and two backward); 5 to 24% of the time at length 4096.
@@ -50,21 +50,21 @@ class Cpu(generic.Platform):
         Seen: jax 0.10.2, 0.12.0. Test: test_primitive.py, test_shared_decisions_are_drawn_once_on_a_cpu.
         """
         size = math.prod(shape)
-        if not isinstance(size, int) or not shape or x.shape[-1] != shape[-1]:  # a symbolic size is not known
+        if not isinstance(size, int) or not shape or x.shape[-1] != shape[-1]:  # unknown if symbolic
             return x
         few = x.size * x.dtype.itemsize * _SHARING <= size
         return _stored(x) if few else x
 
     def multiply(self, x: Array, factor: Array, *, where: Array, seed: Array) -> Array:
-        """Multiply by the factor times 1, and add -0.0, neither of which the compiler knows.
+        """Multiply by the factor times 1, and add -0.0, both opaque to the compiler.
 
-        Symptom: LLVM makes load, single operation and selection one masked load, which waits for the mask. Gain: half
-        of the time where memory is fast; on an EPYC 0.78 in bfloat16, and none in float32 (0.99). Seen: jax 0.10.2,
+        Symptom: LLVM fuses load, single operation, and selection into one masked load, which waits for the mask. Gain:
+        half of the time if memory is fast; on an EPYC 0.78 in bfloat16, and none in float32 (0.99). Seen: jax 0.10.2,
         0.12.0. Test: test_platform_cpu.py, test_a_product_hides_its_factor; the time by scripts/bench_platform.py.
         """
         if jnp.iscomplexobj(x):
             return generic.multiply(x, factor, where=where)
-        word = lax.optimization_barrier(seed)[0]  # or what the seed was made from would join the loop
+        word = lax.optimization_barrier(seed)[0]  # otherwise, the computation of the seed would be fused into the loop
         one = _opaque_constant(word, _ONE).astype(factor.dtype)
         minus_zero = _opaque_constant(word, _MINUS_ZERO).astype(factor.dtype)  # changes no number, nor the sign of 0
         product = x.astype(factor.dtype) * (factor * one) + minus_zero
@@ -74,7 +74,7 @@ class Cpu(generic.Platform):
     def select(self, kept: Array, x: Array, y: Array, *, seed: Array) -> Array:
         """Select bit by bit.
 
-        Symptom and gain: as for :meth:`multiply`, where a selection is all that is done; a loss on an EPYC (1.07).
+        Symptom and gain: as for :meth:`multiply`, if there is only a selection; a loss on an EPYC (1.07).
         Seen: jax 0.10.2, 0.12.0. Test: test_platform_cpu.py, test_a_selection_is_made_of_bits; the time by
         scripts/bench_platform.py.
         """
@@ -89,9 +89,9 @@ class Cpu(generic.Platform):
     def fold(self, size: int, devices: int) -> generic.Fold | None:
         """Loop over a long axis in rows: a power of two of columns that divides its size.
 
-        Symptom: in a loop over all of a long axis LLVM counts in 64 bits, in vectors twice as wide as the others, which
-        slows down all of them; over rows it counts in 32 bits. Gain: 2.05 to 1.46 times ``x * c`` on a Xeon; on an EPYC
-        0.82. On a mesh no device could fold its part of an axis without the others. Seen: jax 0.10.2. Test:
+        Symptom: in a loop over a whole long axis, LLVM counts in 64 bits, with vectors twice as wide as the others,
+        which slows down all of them; over rows, it counts in 32 bits. Gain: 2.05 to 1.46 times ``x * c`` on a Xeon; on
+        an EPYC 0.82. On a mesh, no device can fold its part of an axis without the others. Seen: jax 0.10.2. Test:
         test_primitive.py, test_a_long_axis_is_folded_on_one_cpu_and_keeps_its_bits.
         """
         width = min(size & -size, _WIDEST)  # size & -size is the largest power of two that divides size
@@ -99,15 +99,15 @@ class Cpu(generic.Platform):
         return generic.Fold(width, _Folded(width)) if fits else None
 
     def order_after(self, x: Array, dependency: Array | None) -> Array:
-        """Add a -0.0 that is made from the dependency, which changes no number.
+        """Add a -0.0 computed from the dependency, which changes no number.
 
         Symptom: XLA orders only operations that depend on each other; it runs all segments of causal attention at once
-        and keeps their blocks, or makes the probabilities of the backward pass in the forward pass. Gain: 11 in place
-        of 68 MB at 8192 with a window; 3.2 in place of 7.4 MB per layer at 512. Seen: jax 0.10.2, 0.12.0. Test:
+        and keeps their blocks, or computes the probabilities of the backward pass in the forward pass. Gain: 11 instead
+        of 68 MB at 8192 with a window; 3.2 instead of 7.4 MB per layer at 512. Seen: jax 0.10.2, 0.12.0. Test:
         test_attention_blockwise.py, test_segments_take_turns_in_memory and
         test_layers_hold_no_scores_for_the_backward_pass.
 
-        Where subnormal numbers count as 0, as for XLA on CPU, they do here.
+        XLA on CPU flushes subnormal numbers to 0, and so does this.
         """
         if dependency is None:
             return x
@@ -117,7 +117,7 @@ class Cpu(generic.Platform):
     def separate(self, *arrays: Array) -> tuple[Array, ...]:
         """Keep transposes out of matrix products.
 
-        Symptom: XLA has no fast kernel for a product that it fused a transpose of its operand into. Gain: 10 to 15% of
+        Symptom: XLA has no fast kernel for a product with a fused transpose of an operand. Gain: 10 to 15% of
         the products for the gradients of keys and values. Seen: jax 0.10.2. Test: test_attention_blockwise.py,
         test_transposes_stay_out_of_products_on_a_cpu; the time by scripts/bench_attention.py.
         """
@@ -134,42 +134,42 @@ class Cpu(generic.Platform):
 
 
 class _Folded(Cpu):
-    """The forms for a single axis, whose one row is folded in rows."""
+    """The forms for a single axis that is folded in rows."""
 
     def __init__(self, width: int):
         self.width = width
 
     def row_key(self, seed: Pair, row: Pair) -> Pair:
-        """Make a key for each part of the one row; the loop reads them, or XLA would make it a loop over one axis."""
+        """Compute a key for each part of the single row. Without keys to read, XLA would loop over one axis."""
         first = row[1] * np.uint32(self.width)
         return _out_of_loops(fast.key_from(fast.row_key(seed, ZERO), first))
 
 
 def _out_of_loops(pair: Pair) -> Pair:
-    """Return two arrays of one shape so that XLA does not fuse what makes them into a loop that reads both.
+    """Return two arrays of one shape, such that XLA does not fuse their computation into a loop that reads both.
 
-    XLA for CPU removes barriers before it fuses, but it does not fuse two arrays in one. The barrier keeps it from
-    taking these apart earlier.
+    XLA for CPU removes barriers before fusion, but does not fuse a stacked pair. The barrier keeps it from splitting
+    the pair earlier.
     """
     both = lax.optimization_barrier(jnp.stack(pair))
     return both[0], both[1]
 
 
 def _stored(x: Array) -> Array:
-    """Return x, bools or float32, so that a loop that reads it does not compute it again for each element."""
+    """Return x, bool or float32, such that a loop that reads it does not recompute it for each element."""
     bits = x if x.dtype == bool else lax.bitcast_convert_type(x, jnp.uint32)
     bits, inverse = _out_of_loops((bits, ~bits))
-    bits = bits & ~inverse  # so that both halves are read, without which they would not stay together
+    bits = bits & ~inverse  # reads both halves, which otherwise would be separated
     return bits if x.dtype == bool else lax.bitcast_convert_type(bits, x.dtype)
 
 
 def _opaque_zero(word: Array) -> Array:
-    """Return 0, uint32, without the compiler's knowledge: ``w * (w + 1)`` is even."""
+    """Return a uint32 0 that is opaque to the compiler: ``w * (w + 1)`` is even."""
     return word * (word + np.uint32(1)) & np.uint32(1)
 
 
 def _opaque_constant(word: Array, bits: int) -> Array:
-    """Return the float32 with these bits, in the shape of a uint32 word, without the compiler's knowledge."""
+    """Return the float32 with these bits, opaque to the compiler, in the shape of a uint32 word."""
     return lax.bitcast_convert_type(_opaque_zero(word) | np.uint32(bits), jnp.float32)
 
 
@@ -179,7 +179,7 @@ def _round_to_bfloat16(x: Array) -> Array:
     Symptom: XLA's own form takes eight. Gain: 0.78 of the time on an EPYC. Seen: jax 0.10.2. Test:
     test_platform_cpu.py, test_bfloat16_is_rounded_as_xla_does_for_every_value; the time by scripts/bench_platform.py.
 
-    It leaves out NaN with a payload only in the lower half, which no product with a bfloat16 has.
+    It does not handle NaN with a payload only in the lower half, which no product with a bfloat16 has.
     """
     bits = lax.bitcast_convert_type(x, jnp.uint32)
     half = np.uint32(16)

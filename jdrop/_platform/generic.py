@@ -1,4 +1,4 @@
-"""What may be done in another way on each platform, here in the plain way: right for every compiler."""
+"""The operations that platforms may override, in their plain form, which is right for every compiler."""
 
 from typing import Any, NamedTuple
 
@@ -10,25 +10,25 @@ from jdrop._random.threefry import Pair
 
 
 class BlockSizes(NamedTuple):
-    """How blockwise attention is cut. Scores are counted per device."""
+    """Sizes of the blocks of attention. Scores are counted per device."""
 
     queries: int = 512
     """Queries per block and key head, over all groups."""
     scores: int = 2**22
-    """A block takes in more queries while it has no more scores than this."""
+    """A block takes more queries while it has at most this many scores."""
     segment: int = 256
-    """Least number of queries in a segment: a range of queries that sees a range of keys, if positions say so."""
+    """Minimum number of queries per segment: a range of queries that sees only a range of keys."""
     segments: int = 4
-    """Number of segments where their size allows it; twice as many with a window."""
+    """Number of segments, if their size allows; twice as many with a window."""
     target_scores: int = 2**25
-    """A block takes in more heads up to this many scores. Segmented attention takes half, and up to twice in flight."""
+    """Target number of scores per block. Segmented attention uses half per block, and up to twice in flight."""
 
 
 class Platform:
-    """The plain form of each operation. A platform overrides what its compiler makes slow or large."""
+    """The plain form of each operation. A platform overrides those that its compiler makes slow or large."""
 
     squeezes_blocks = False
-    """Whether attention leaves out the axes of a block that have one element."""
+    """Whether attention squeezes axes of size 1 from blocks."""
     block_sizes = BlockSizes()
 
     def row_key(self, seed: Pair, row: Pair) -> Pair:
@@ -43,7 +43,7 @@ class Platform:
     def multiply(self, x: Array, factor: Array, *, where: Array, seed: Array) -> Array:
         """Multiply by a real factor in float32 (float64 for float64 x), rounded once; exactly 0 elsewhere.
 
-        ``seed`` is any uint32 value that the compiler does not know.
+        ``seed`` is any uint32 array that is not constant to the compiler.
         """
         del seed
         return multiply(x, factor, where=where)
@@ -54,17 +54,17 @@ class Platform:
         return jnp.where(kept, x, y)
 
     def fold(self, size: int, devices: int) -> "Fold | None":
-        """Return how to loop over the whole of a single axis in rows, or ``None`` to leave it as it is."""
+        """Return how to loop over a single whole axis in rows, or ``None`` to leave it unchanged."""
         del size, devices
         return None
 
     def order_after(self, x: Array, dependency: Array | None) -> Array:
-        """Return x, not computed from before a dependency is."""
+        """Return x, such that computations from it start only after a dependency is computed."""
         del dependency
         return x
 
     def separate(self, *arrays: Array) -> tuple[Array, ...]:
-        """Return arrays that are not fused with what reads them."""
+        """Return arrays that are not fused with their consumers."""
         return arrays
 
     def sum_of_products(self, x: Array, y: Array) -> Array:
@@ -85,7 +85,7 @@ class Fold(NamedTuple):
 
     width: int
     platform: Platform
-    """Makes the keys of these rows so that their words are those of the axis."""
+    """Computes row keys such that the words of the rows are those of the axis."""
 
 
 GENERIC = Platform()

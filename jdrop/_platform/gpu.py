@@ -1,7 +1,7 @@
-"""The forms that XLA for GPUs wants: so far the plain ones. A form comes here with a measurement, as in ``cpu.py``."""
+"""Forms for XLA on GPUs: so far the plain ones. A new form needs a measurement, as in ``cpu.py``."""
 
 from jdrop._platform import generic
 
 
 class Gpu(generic.Platform):
-    """Operations as XLA for GPUs wants them."""
+    """Operations in the best forms for XLA on GPUs."""

@@ -1,7 +1,7 @@
-"""The forms that XLA for TPUs wants: so far the plain ones. A form comes here with a measurement, as in ``cpu.py``."""
+"""Forms for XLA on TPUs: so far the plain ones. A new form needs a measurement, as in ``cpu.py``."""
 
 from jdrop._platform import generic
 
 
 class Tpu(generic.Platform):
-    """Operations as XLA for TPUs wants them."""
+    """Operations in the best forms for XLA on TPUs."""

@@ -15,15 +15,15 @@ from jax import Array
 from jdrop._random.threefry import WORD, Pair, threefry2x32
 
 MASK_VERSION = 1
-"""Version of the bits that ``generator="fast"`` draws; the same version gives the same masks for ever."""
+"""Version of the bits that ``generator="fast"`` draws; a version never changes its masks."""
 
-TAG = 0x6A64726F  # "jdro": as the high word of a counter it is out of reach of jax.random
+TAG = 0x6A64726F  # "jdro": jax.random never reaches this high word of a counter
 USE_SEED, USE_DERIVE = 1, 2
 _GOLDEN = np.uint32(0x9E3779B9)
 
 
 def absorb(state: Pair, blocks: Iterable[Any]) -> Pair:
-    """Encrypt a state under each block ``(tag, a, b)`` in turn; the tag says what the block is."""
+    """Encrypt a state under each block ``(tag, a, b)`` in turn; the tag is the type of the block."""
     for tag, a, b in blocks:
         state = threefry2x32((a, b), (state[0] ^ jnp.asarray(tag, jnp.uint32), state[1]))
     return state
@@ -42,7 +42,7 @@ def row_key(seed: Pair, row: Pair) -> Pair:
 
 
 def key_from(key: Pair, first: Array) -> Pair:
-    """Return the key with which columns count from ``first`` on: ``mix(key_from(key, i), j) == mix(key, i + j)``.
+    """Return the key whose columns count from ``first`` on: ``mix(key_from(key, i), j) == mix(key, i + j)``.
 
     No bit may be set in both i and j.
     """
@@ -50,7 +50,7 @@ def key_from(key: Pair, first: Array) -> Pair:
 
 
 def mix(key: Pair, col: Array) -> Array:
-    """Mix the key of a row and a column into a word: two words feed each other, so no permutation of ``col``.
+    """Mix the key of a row and a column into a word. Two words feed each other, so the result does not permute ``col``.
 
     Multipliers: the golden ratio and three constants from C. Wellons' hash-prospector search.
     """
@@ -81,7 +81,7 @@ def threshold(rate: Array) -> tuple[Array, Array]:
 
     Words below t are dropped. Rate 1 needs the second value, because its t exceeds uint32.
     """
-    inside = (rate > 0) & (rate < 1)  # NaN is outside, and keeps
+    inside = (rate > 0) & (rate < 1)  # NaN is outside, and keeps everything
     return jnp.round(jnp.where(inside, rate, jnp.zeros_like(rate)) * float(WORD)).astype(jnp.uint32), rate >= 1
 
 
@@ -92,7 +92,7 @@ def keep(words: Array, rate: Array) -> Array:
 
 
 def keep_probability(rate: Array, dtype: Any) -> Array:
-    """Return the probability that an element is really kept with, ``1 - t / 2**32``, rounded once to ``dtype``.
+    """Return the exact probability that an element is kept, ``1 - t / 2**32``, rounded once to ``dtype``.
 
     0 and 1 for rates of 1 and 0, NaN for NaN.
     """

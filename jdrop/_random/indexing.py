@@ -34,8 +34,8 @@ def strides(shape: Sequence[Any], *, columns: bool = True) -> Strides:
     The columns are the shortest suffix of axes with at least 128 elements (or all axes); an axis joins only while the
     columns stay within 2**32. With ``columns=False`` all axes are rows, and the row is the flat index.
 
-    Sizes of row axes may be symbolic (``jax.export``), and so may that of the first axis, on which no stride depends.
-    If it becomes a column axis, the whole is taken to stay within 2**32.
+    Sizes of row axes may be symbolic (``jax.export``). So may the size of the first axis, on which no stride depends:
+    as a column axis, it is assumed to keep the whole array within 2**32.
 
     Raises:
       TypeError: a column axis other than the first has a symbolic size.
@@ -100,7 +100,7 @@ def window_index(
     Args:
       size: shape of the window.
       start: the window's first index along each axis; ``None`` means 0.
-      sharding: how the window is laid over an explicit mesh, so that each device makes only its own indices.
+      sharding: sharding of the window over an explicit mesh, so that each device computes only its own indices.
     """
     index = []
     for axis in range(len(size)):
@@ -110,7 +110,7 @@ def window_index(
 
 
 def _iota(axis: int, size: Sequence[Any], sharding: NamedSharding | None) -> U64:
-    """Index along one axis, of shape (1, .., n, .., 1)."""
+    """Return the index along one axis, of shape (1, .., n, .., 1)."""
     shape = [1] * len(size)
     shape[axis] = size[axis]
     if sharding is not None:

@@ -1,8 +1,8 @@
-"""``generator="jax"``: the bits of ``jax.random.bernoulli(key, 1 - rate, shape)``, by index where JAX draws them so.
+"""``generator="jax"``: the bits of ``jax.random.bernoulli(key, 1 - rate, shape)``, by index if JAX draws them by index.
 
-``bernoulli`` keeps where ``uniform(key) < p``, and ``uniform`` makes its numbers from the n bits that the mantissa of
-the dtype of p has. So it keeps where the integer of these bits is below ``ceil(p * 2**n)``, and the drop rate that is
-really used, ``1 - ceil(p * 2**n) / 2**n``, is exact in that dtype.
+``bernoulli`` keeps elements with ``uniform(key) < p``, and ``uniform`` makes its numbers from as many bits as the
+mantissa of p has. It therefore keeps elements whose n bits, as an integer, are below ``ceil(p * 2**n)``. The realized
+drop rate, ``1 - ceil(p * 2**n) / 2**n``, is exact in the dtype of p.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def has_random_access(implementation: str) -> bool:
 
 
 def realized_rate(rate: np.ndarray | Array) -> Array:
-    """Return the drop rate that ``bernoulli(key, 1 - rate)`` really uses, in the dtype that JAX gives ``1 - rate``.
+    """Return the drop rate that ``bernoulli(key, 1 - rate)`` realizes, in the dtype that JAX gives ``1 - rate``.
 
     ``1 - rate`` is formed in the rate's own dtype, as a user would. Rates below 0 and above 1 act as 0 and 1.
     """
@@ -42,12 +42,12 @@ def keep(bits: Array, rate: Array) -> Array:
 
 
 def keep_probability(rate: Array, dtype: Any) -> Array:
-    """Return the probability that an element is really kept with, exactly; NaN for NaN."""
+    """Return the exact probability that an element is kept; NaN for NaN."""
     return (1 - rate).astype(dtype)
 
 
 def bits_at(words: Pair, index: Pair, dtype: Any) -> Array:
-    """Return the integer that ``jax.random.uniform`` makes a number of ``dtype`` from, at a flat index."""
+    """Return the integer at a flat index from which ``jax.random.uniform`` makes a number of ``dtype``."""
     info = jnp.finfo(dtype)
     high, low = threefry2x32(words, index)
     if info.bits == 64:

@@ -1,4 +1,4 @@
-"""The data words of PRNG keys, read so that ``jax.debug_key_reuse`` sees it."""
+"""The data words of PRNG keys, read in a way that ``jax.debug_key_reuse`` notices."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from jax.interpreters import ad, batching, mlir
 
 from jdrop._checks import is_typed_key
 
-# jax.debug_key_reuse does not see jax.random.key_data. It takes a primitive that it does not know for a use of the
-# key, so reading the words through one marks the key as consumed: once per mask.
+# jax.debug_key_reuse does not notice jax.random.key_data, but counts a primitive that it does not know as a use of the
+# key. Reading the words through such a primitive marks the key as consumed, once per mask.
 _key_words_p = Primitive("jdrop_key_words")
 _key_words_jit = jax.jit(_key_words_p.bind)
 
 
 @_key_words_p.def_impl
 def _(key: Any) -> Any:
-    with jax.disable_jit(False):  # a primitive runs compiled, even where the user disables jit
+    with jax.disable_jit(False):  # a primitive runs compiled, even if the user disables jit
         return _key_words_jit(key)
 
 
@@ -42,7 +42,7 @@ mlir.register_lowering(_key_words_p, mlir.lower_fun(jax.random.key_data, multipl
 
 def key_words(key: Array) -> Array:
     """Return a key's data words, uint32, and mark a typed key as used."""
-    return _key_words_jit(key) if is_typed_key(key) else jnp.asarray(key)  # bind alone would ask for the key's type
+    return _key_words_jit(key) if is_typed_key(key) else jnp.asarray(key)  # bind would query the key's type
 
 
 def mark_used(key: Array) -> Array:

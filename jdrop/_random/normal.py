@@ -15,7 +15,7 @@ _G = (0.442656509, -0.277746862, 0.194768754, -0.128317284, 0.0620254748, -0.014
 
 def normal(word: Array) -> Array:
     """Turn uint32 words into standard normal numbers, float32: a sign bit, and 31 bits for the quantile of ``|z|``."""
-    tail = (word >> np.uint32(1)).astype(jnp.int32).astype(jnp.float32) + np.float32(0.5)  # its probability * 2**31
+    tail = (word >> np.uint32(1)).astype(jnp.int32).astype(jnp.float32) + np.float32(0.5)  # tail probability * 2**31
     bits = lax.bitcast_convert_type(tail, jnp.int32)
     f = lax.bitcast_convert_type((bits & np.int32(0x007FFFFF)) | np.int32(0x3F800000), jnp.float32) - np.float32(1)
     exponent = (np.int32(127 + 31) - (bits >> np.int32(23))).astype(jnp.float32)

@@ -103,11 +103,11 @@ def dot_product_attention(
         "promote_dtype": promote_dtype,
         "input_positions": input_positions,
     }
-    for argument, given in unsupported_arguments.items():
-        if given is not None:
+    for argument, unsupported in unsupported_arguments.items():
+        if unsupported is not None:
             fix = "leave it out, or use Flax's own function"
             fix = "run the step under jax.default_matmul_precision" if argument == "precision" else fix
-            raise NotImplementedError(f"{NAME}: {argument} must be None, got {type(given).__name__}; {fix}")
+            raise NotImplementedError(f"{NAME}: {argument} must be None, got {type(unsupported).__name__}; {fix}")
     train = not as_bool(NAME, "deterministic", deterministic)
     rate = as_rate(NAME, dropout_rate, (), "dropout_rate")
     drops = train and not is_zero(rate)

@@ -1,4 +1,4 @@
-"""Common part of all layers: check the arguments, then the mode, then the rate, and only then get a key."""
+"""Shared code of all layers: check the arguments, then the mode, then the rate, and only then get a key."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +54,7 @@ def drop(
       batch_axes: replaces ``broadcast_dims``: axes along which decisions are independent.
       in_jax: whether the library computes ``1 - rate`` of this Python or NumPy rate on a JAX array, which rounds the
         rate first. ``generator="jax"`` then does the same.
-      shard: as in :func:`jdrop.dropout`. Where types do not say whether the key differs per device, ``None`` takes the
+      shard: as in :func:`jdrop.dropout`. If types do not show whether the key differs per device, ``None`` uses the
         key as it is.
     """
     data_argument, rate_argument, key_argument = names

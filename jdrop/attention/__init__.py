@@ -149,7 +149,7 @@ def dot_product_attention(
 
 
 def _scaled(query: Array, scale: float | Array) -> tuple[Array, Array | None, bool]:
-    """Return the query, the scale of its products, and whether to multiply the query by it. An array already is."""
+    """Return the query, the scale of its products, and whether the query is to be multiplied by it."""
     real = real_dtype(query)
     if isinstance(scale, Array):  # so that gradients flow to it
         return (query.astype(real) * scale.astype(real)).astype(query.dtype), None, True

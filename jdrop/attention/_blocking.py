@@ -1,9 +1,9 @@
-"""How blockwise attention is cut: the plan of its loops, and the part of each array that a block takes.
+"""The plan of the loops of blockwise attention, and the slices of arrays for each block.
 
 The axes of a block of scores are [batch, head, group, query, key]; grouped queries share a key head. Batch and key
-heads are split into (major, minor) parts. The loops run over the minor ones. A block holds all of the major ones, which
-are at least as many as there are devices where the axis has them: on a mesh each device works on its part of every
-block, and no loop runs over an axis that is sharded.
+heads are split into (major, minor) parts. The loops run over the minor parts, and a block spans all major parts. There
+are at least as many major parts as devices, if the axis allows: on a mesh, each device then works on its part of every
+block, and no loop runs over a sharded axis.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Segment(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is static about the loops."""
+    """The static plan of the loops."""
 
     platform: Platform
     batch: tuple[int, int]
@@ -43,9 +43,9 @@ class Plan(NamedTuple):
     groups: int
     segments: tuple[Segment, ...]
     max_in_flight: int
-    """How many segments may be computed at a time."""
+    """Maximum number of segments in flight."""
     unit_axes: tuple[int, ...]
-    """The axes of one element that blocks leave out."""
+    """Axes of size 1 that are squeezed from blocks."""
 
 
 def make_plan(
@@ -53,8 +53,8 @@ def make_plan(
 ) -> Plan:
     """Choose the loops for a query [B, T, N, H] and a key [B, S, K, H], on a number of devices."""
     groups = query.shape[2] // key.shape[2]
-    held = math.gcd(key.shape[2], devices) * math.gcd(query.shape[0], devices)  # heads that every block holds
-    rows = max(sizes.queries // groups, sizes.scores // (held * key.shape[1] * groups), 16)
+    min_heads = math.gcd(key.shape[2], devices) * math.gcd(query.shape[0], devices)  # in every block, over all examples
+    rows = max(sizes.queries // groups, sizes.scores // (min_heads * key.shape[1] * groups), 16)
     segments = _segments(spec, query.shape[1], key.shape[1], rows, sizes)
     largest = groups * max(s.rows * (s.high - s.low) for s in segments)
     room = sizes.target_scores // largest // min(len(segments), 2)
@@ -66,7 +66,7 @@ def make_plan(
 
 
 def _parts(size: int, devices: int, room: int) -> tuple[tuple[int, int], int]:
-    """Split an axis so that a device works on up to ``room`` of its elements at a time; return on how many."""
+    """Split an axis so that a device works on up to ``room`` elements at a time; return the parts and that number."""
     shared = math.gcd(size, devices)
     each = max(n for n in range(1, size // shared + 1) if size // shared % n == 0 and n <= max(room, 1))
     return (shared * each, size // shared // each), each
@@ -75,7 +75,7 @@ def _parts(size: int, devices: int, room: int) -> tuple[tuple[int, int], int]:
 def _segments(
     spec: AttentionSpec, num_queries: int, num_keys: int, rows: int, sizes: BlockSizes
 ) -> tuple[Segment, ...]:
-    """Cut queries where positions hide keys: into 4 segments, or 8 with a window, of 256 to 512 queries; later 16."""
+    """Cut queries into segments if positions hide keys: 4, or 8 with a window, of 256 to 512 queries; 16 if longer."""
     left, right = spec.window or (num_queries, num_keys)
     right = 0 if spec.causal else right
     bounded = (spec.causal or spec.window is not None) and not spec.queries_are_tiled
@@ -86,7 +86,7 @@ def _segments(
     segments = []
     for first in range(0, num_queries, span):
         last = min(first + span, num_queries)
-        low = min(max(0, first - left), num_keys - 1)  # one key at least, which then no query sees
+        low = min(max(0, first - left), num_keys - 1)  # at least one key, even if no query sees it
         high = max(min(num_keys, last + right), low + 1)
         size = math.ceil((last - first) / math.ceil((last - first) / rows))
         blocks, rest = divmod(last - first, size)
@@ -140,7 +140,7 @@ def split_scores(operands: T, plan: Plan) -> T:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One block of scores: queries of a segment, against all the keys that the segment may see."""
+    """One block of scores: queries of a segment and all keys that the segment may see."""
 
     plan: Plan
     segment: Segment
@@ -149,9 +149,9 @@ class Block:
     head: Array
     """Minor index of the key heads."""
     query: Array
-    """The first query."""
+    """Index of the first query."""
     dependency: Array | None = None
-    """What the block has to wait for."""
+    """A result that the block must wait for."""
 
     def queries(self, x: Array) -> Array:
         """Slice the queries of [batch, head, group, T, H]."""
@@ -164,7 +164,7 @@ class Block:
 
     def window(self, shape: tuple[int, ...]) -> tuple[list[Any], list[int]]:
         """Return starts and sizes of the block's part of an array from :func:`split_scores`."""
-        zero = np.int32(0)  # dynamic_slice wants its starts to have one type, also with 64 bits enabled
+        zero = np.int32(0)  # dynamic_slice needs starts of one type, even with 64 bits enabled
         low, high = self.segment.low, self.segment.high
         starts: list[Any] = [zero, self.batch, zero, self.head, zero, self.query, np.int32(low)]
         sizes = [shape[0], 1, shape[2], 1, shape[4], self.segment.rows, high - low]
@@ -182,7 +182,7 @@ class Block:
         return jax.tree.map(lambda x: one(x) if x.ndim == 7 else x, operands)
 
     def iota(self, axis: int, size: int, dtype: Any) -> Array:
-        """Return 0, 1, ... along one axis of the block, with 1 element along the others."""
+        """Return 0, 1, ... along one axis of the block, with size 1 along the others."""
         shape = [1] * 5
         shape[axis] = size
         return jnp.squeeze(lax.broadcasted_iota(dtype, shape, axis), self.plan.unit_axes)
@@ -208,5 +208,5 @@ class Block:
 
     def einsum(self, subscripts: str, x: Array, y: Array, dtype: Any) -> Array:
         """Contract two parts of the block. Its axes are b, k, g, then q or s."""
-        left_out = {ord("bkg"[axis]): None for axis in self.plan.unit_axes}
-        return jnp.einsum(subscripts.translate(left_out), x, y, preferred_element_type=dtype)
+        squeezed = {ord("bkg"[axis]): None for axis in self.plan.unit_axes}
+        return jnp.einsum(subscripts.translate(squeezed), x, y, preferred_element_type=dtype)

@@ -1,9 +1,9 @@
-"""Attention in blocks: of the scores, forward and backward, only a few blocks exist at a time.
+"""Blockwise attention: forward and backward, only a few blocks of scores exist at a time.
 
-The method of FlashAttention-2 (Dao 2024, ICLR) in plain JAX. A softmax takes one pass, since a block holds all keys of
-its queries. The backward pass recomputes the probabilities from the maximum of their logits and the logarithm of the
-sum of their exponentials, and the mask from its seed. The two stay apart: in their sum, the logsumexp, a maximum of
-large size would swallow the logarithm.
+This is the method of FlashAttention-2 (Dao 2024, ICLR) in plain JAX. A softmax takes one pass, because a block has all
+keys of its queries. The backward pass recomputes the probabilities from the maximum of the logits and the logarithm of
+the sum of exponentials, and the mask from its seed. Maximum and logarithm are stored separately: in their sum, the
+logsumexp, a large maximum would absorb the logarithm.
 """
 
 import dataclasses
@@ -55,7 +55,7 @@ def refusal(arguments: Arguments, *arrays: Array) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of a block, and the block's part of what makes them."""
+    """The scores of a block, and the block's part of their inputs."""
 
     block: Block
     spec: AttentionSpec
@@ -78,7 +78,7 @@ class Scores:
         return visible_logits(self.spec, products, self.bias, self.inputs, queries, keys)[0]
 
     def drop(self, x: Array, after: Array | None = None) -> Array:
-        """Return x where it is kept, else 0; not scaled. It may replace x in memory if it comes after other reads."""
+        """Return x where it is kept, else 0, unscaled. Computed after all other reads of x, it may reuse its memory."""
         if self.inputs.dropout is None or self.index is None:
             return x
         platform = self.block.plan.platform
@@ -96,12 +96,12 @@ class Scores:
 def _forward_block(scores: Scores, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
     """Return the output of a block's queries, the maximum of their logits, and the log of the sum of exponentials.
 
-    The exponentials are those of the differences from the maximum. Queries that see no key have 0 and +inf.
+    The exponentials are of differences from the maximum. For queries that see no key, these numbers are 0 and +inf.
     """
     block = scores.block
     q, k, v = block.queries(q), block.keys(k), block.keys(v)
     logits = scores.logits(q, k)
-    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))  # it cancels in everything that is returned
+    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))  # it cancels in all results
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)
     e = jnp.exp(logits - peak)
     total = jnp.sum(e, axis=-1, keepdims=True)
@@ -117,23 +117,23 @@ def _forward_block(scores: Scores, q: Array, k: Array, v: Array) -> tuple[Array,
 def _backward_block(
     scores: Scores, q: Array, k: Array, v: Array, do: Array, peak: Array, log_sum: Array, *delta: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """Return a block's part of the gradients: of q times scale, of k and v as [.., H, S], and of its logits.
+    """Return a block's part of the gradients of q times scale, of k and v as [.., H, S], and of its logits.
 
-    The gradient of k is not yet multiplied by ``scale``. ``delta``, if there is one, is the sum over keys of p times
-    its gradient.
+    The gradient of k is not yet multiplied by ``scale``. The optional ``delta`` is the sum over keys of p times its
+    gradient.
     """
     block = scores.block
     q, do, peak, log_sum, *delta = (block.queries(x) for x in (q, do, peak, log_sum, *delta))  # type: ignore[assignment]
     k, v = block.keys(k), block.keys(v)
     p = jnp.exp(scores.logits(q, k) - peak - log_sum)
-    if q.dtype == jnp.float16:  # its range is too small for gradients over a keep probability
+    if q.dtype == jnp.float16:  # its range is too small for gradients divided by the keep probability
         q, k, v = (x.astype(p.dtype) for x in (q, k, v))
     do = scores.scale_kept(do.astype(p.dtype)).astype(q.dtype)
-    # The mask is drawn twice, which takes no longer than to hold it.
+    # The mask is drawn twice, which is as fast as keeping it in memory.
     dp = scores.drop(block.einsum("bkgqh,bksh->bkgqs", do, v, p.dtype))
     ds = p * (dp - (delta[0] if delta else jnp.sum(p * dp, axis=-1, keepdims=True)))
     kept = scores.drop(p, after=ds[..., :1])
-    # The sums over queries as [H, S]: as [S, H] they would transpose a block of scores first.
+    # Sums over queries have the shape [H, S], because [S, H] would first transpose a block of scores.
     do_t, q_t = block.plan.platform.separate(do.swapaxes(-1, -2), q.swapaxes(-1, -2))
     dv = block.einsum("bkghq,bkgqs->bkhs", do_t, kept.astype(q.dtype), p.dtype)
     dk = block.einsum("bkghq,bkgqs->bkhs", q_t, ds.astype(q.dtype), p.dtype)
@@ -152,14 +152,14 @@ def _plan(target: Target, spec: AttentionSpec, sizes: BlockSizes | None, query: 
 
 
 def _scale_queries(spec: AttentionSpec, query: Array, inputs: AttentionInputs) -> tuple[Array, AttentionInputs]:
-    """Multiply the queries by the scale, instead of each logit, where that rounds no more than their products do."""
+    """Multiply the queries instead of the logits by the scale, if that rounds no more than their products do."""
     if inputs.scale is None or not spec.scales_queries:
         return query, inputs
     return query * inputs.scale.astype(query.dtype), inputs._replace(scale=None)
 
 
 def _dependency(plan: Plan, before: list[Array]) -> Array | None:
-    """Return an element of what an earlier segment returned, for the next one to wait for; on a mesh, per device."""
+    """Return an element of an earlier segment's result (one per device), for the next segment to wait for."""
     return before[-plan.max_in_flight][..., :1, :1] if len(before) >= plan.max_in_flight else None
 
 
@@ -194,7 +194,7 @@ class _Forward:
             batch, head, *arrays = x
             results: list[tuple[Array, ...]] = []
             for segment in plan.segments:
-                # Not on the outputs: under vmap there may be many of them where queries and keys are shared.
+                # Not the outputs: under vmap, there may be many of them for shared queries and keys.
                 after = _dependency(plan, [log_sum for _, _, log_sum in results])
 
                 def block(carry: None, first: Array, segment: Segment = segment, after: Any = after) -> Any:
@@ -210,7 +210,7 @@ class _Forward:
 
 @dataclasses.dataclass(frozen=True)
 class _Backward:
-    """The gradients of query, key, value and bias."""
+    """The gradients of query, key, value, and bias."""
 
     spec: AttentionSpec
     sizes: BlockSizes | None
@@ -219,16 +219,16 @@ class _Backward:
         query, key, value, whole_bias, inputs, peak, log_sum, out = residuals
         plan, platform = _plan(target, self.spec, self.sizes, query, key), target.platform
         if plan.batch[1] * plan.heads[1] == 1:
-            # Without a loop that takes do, the probabilities could be made in the forward pass, and held until here.
-            # Under a vmap over PRNG keys they are then made for each.
+            # Without a loop that takes do, XLA could compute the probabilities in the forward pass and store them.
+            # With this dependency, a vmap over PRNG keys computes them for each key.
             query = platform.order_after(query, do[..., :1])
         scale = inputs.scale
         scaled, inputs = _scale_queries(self.spec, query, inputs)
         bias, inputs = _blocking.split_scores((whole_bias, inputs), plan)
-        # The sum over keys of p times its gradient is that over H of out times its own, but not with 16 bits of out.
+        # The sum over keys of p times its gradient is the sum over H of out times its own, unless out has 16 bits.
         delta = [] if out is None else [platform.sum_of_products(do, out)[..., None]]
         peak, log_sum, do, *delta = (_blocking.split(x, plan) for x in (peak, log_sum, do, *delta))
-        # Queries that see no key have no gradient, whatever comes in.
+        # Queries that see no key have no gradient, whatever do is.
         do, *delta = (jnp.where(log_sum == jnp.inf, 0, x) for x in (do, *delta))
 
         def zeros(*shape: int) -> Array:
@@ -264,7 +264,7 @@ class _Backward:
 
 
 def _add(dbias: Array | None, ds: Array, block: Block) -> Array | None:
-    """Add the gradient of a block's logits to that of the bias, summed where the bias broadcasts."""
+    """Add the gradient of a block's logits to that of the bias, summed over axes along which the bias broadcasts."""
     if dbias is None:
         return None
     starts, sizes = block.window(dbias.shape)
@@ -278,7 +278,7 @@ def _add(dbias: Array | None, ds: Array, block: Block) -> Array | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Tangent:
-    """The tangent of the output, linear in the tangents of query, key, value and bias; ``None`` where there is none."""
+    """The tangent of the output, linear in the tangents of query, key, value, and bias (``None`` if there is none)."""
 
     spec: AttentionSpec
     sizes: BlockSizes | None
@@ -297,7 +297,7 @@ class _Tangent:
 
 @dataclasses.dataclass(frozen=True)
 class _Transpose:
-    """The transpose of the tangent: the gradients of those that have a tangent."""
+    """The transpose of the tangent: the gradients of the operands that have a tangent."""
 
     spec: AttentionSpec
     sizes: BlockSizes | None
@@ -323,15 +323,15 @@ def _attend_with_sums(spec: AttentionSpec, sizes: BlockSizes | None, operands: t
 def _attend_jvp(
     spec: AttentionSpec, sizes: BlockSizes | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
-    """Differentiate in both modes: forward mode by the tangent, reverse mode by its transpose."""
+    """Define the tangent for forward mode, and its transpose for reverse mode."""
     out, peak, log_sum = (checkpoint_name(x, CHECKPOINT_NAME) for x in _attend_with_sums(spec, sizes, primals))
     residuals = (*primals, peak, log_sum, out if out.dtype == peak.dtype else None)
-    given = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
-    moving = tuple(t is not None for t in given)
+    nonzero = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
+    moving = tuple(t is not None for t in nonzero)
     if not any(moving):
         return out, jnp.zeros_like(out)
     transpose = _Transpose(spec, sizes, moving)
-    return out, linear_at_lowering(_Tangent(spec, sizes), transpose, residuals, given, jax.typeof(out))
+    return out, linear_at_lowering(_Tangent(spec, sizes), transpose, residuals, nonzero, jax.typeof(out))
 
 
 # ---------------------------------------------------------------------------------- one device, or a mesh
@@ -351,13 +351,13 @@ def attend(
     """Return ``dropout(softmax(query @ key.T * scale + bias)) @ value``.
 
     Args:
-      spec: what is static.
-      query: [B, T, N, H]; an explicit mesh shards only batch and heads, and those of key and value in the same way.
+      spec: the static options.
+      query: [B, T, N, H]; an explicit mesh shards only batch and heads, in the same way for query, key, and value.
       key: [B, S, K, H].
       value: [B, S, K, H].
       bias: ``None``, or an array with four axes that broadcasts to [B, N, T, S].
-      inputs: what no gradient flows to.
-      sizes: sizes of the blocks; ``None`` for those of the platform.
+      inputs: the inputs without gradients.
+      sizes: block sizes; ``None`` uses those of the platform.
     """
     sharding = explicit_sharding(jax.typeof(query).sharding)
     if sharding is None or not any(sharding.spec):

@@ -1,4 +1,4 @@
-"""The argument rules of attention."""
+"""Checks of the arguments of attention."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +48,7 @@ def check_data(query: Array, key: Array, value: Array) -> None:
 
 
 def check_sharding(query: Array, key: Array, value: Array) -> None:
-    """On an explicit mesh, require keys and width whole: sums over them would need communication."""
+    """On an explicit mesh, require unsharded keys and width: sums over them would need communication."""
     for argument, x, axes in (("query", query, (3,)), ("key", key, (1, 3)), ("value", value, (1, 3))):
         sharding = explicit_sharding(jax.typeof(x).sharding)
         if sharding is not None and any(sharding.spec[axis] for axis in axes):
@@ -76,7 +76,7 @@ def as_lengths(argument: str, x: Array | None, batch: int) -> Array | None:
     check_integers(NAME, argument, x)
     if x.shape != (batch,):
         raise ValueError(f"{NAME}: {argument} must have shape {(batch,)}, got {x.shape}; pass one per example")
-    most = np.iinfo(np.int32).max  # a longer length sees everything too
+    most = np.iinfo(np.int32).max  # longer lengths also mean everything
     if np.iinfo(x.dtype).max > most:
         clip = jnp if isinstance(x, Array) else np
         x = clip.clip(x, max(-most, np.iinfo(x.dtype).min), most)

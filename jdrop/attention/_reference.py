@@ -1,4 +1,4 @@
-"""Attention with all of its scores at once: the formula itself, under every transform of JAX."""
+"""Attention with all scores at once: the formula itself, under every transform of JAX."""
 
 import functools
 
@@ -15,7 +15,7 @@ from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, r
 
 
 def refusal(arguments: Arguments, *arrays: Array) -> str | None:
-    """Return why this implementation cannot serve a call: it serves all."""
+    """Return ``None``: this implementation serves all calls."""
     del arguments, arrays
     return None
 

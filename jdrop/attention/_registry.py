@@ -1,4 +1,4 @@
-"""The implementations of attention, and which one serves a call."""
+"""The implementations of attention, and the choice between them."""
 
 import functools
 from collections.abc import Callable
@@ -15,17 +15,17 @@ class Implementation(NamedTuple):
     """One way to compute attention."""
 
     refusal: Callable[..., str | None]
-    """``(arguments, query, key, value)`` to the reason why it cannot serve a call, or ``None``."""
+    """``(arguments, query, key, value) ->`` the reason why it cannot serve the call, or ``None``."""
     attend: Callable[..., Array]
-    """``(spec, query, key, value, bias, inputs)`` to the output, [B, T, N, H]."""
+    """``(spec, query, key, value, bias, inputs) ->`` the output [B, T, N, H]."""
 
 
 IMPLEMENTATIONS = {
     "reference": Implementation(_reference.refusal, _reference.attend),
     "chunked": Implementation(_blockwise.refusal, _blockwise.attend),
 }
-# By platform: the implementations in the order in which they are tried, each from a number of scores per head on. On
-# CPU "chunked" is no slower from 2**16 scores on (scripts/bench_attention.py, jax 0.10.2).
+# For each platform, the implementations in order of preference, each with a minimum number of scores per head. On CPU,
+# "chunked" is no slower from 2**16 scores on (scripts/bench_attention.py, jax 0.10.2).
 PREFERENCES = {"cpu": (("chunked", 2**16), ("reference", 0))}
 DEFAULT_PREFERENCE = (("chunked", 2**16), ("reference", 0))
 
@@ -33,8 +33,8 @@ DEFAULT_PREFERENCE = (("chunked", 2**16), ("reference", 0))
 def choose(arguments: Arguments, implementation: str | None, *arrays: Array) -> Callable[..., Array]:
     """Return the function of the implementation that serves a call.
 
-    An explicit one raises with its reason if it cannot serve. Otherwise each platform takes the first in its order that
-    can, when the program is lowered.
+    An implementation chosen by name raises if it cannot serve the call. Otherwise, each platform uses the first one in
+    its order that can, which is decided when the program is lowered.
     """
     if implementation is not None:
         check_choice(arguments.function, "implementation", implementation, tuple(IMPLEMENTATIONS))

@@ -1,4 +1,4 @@
-"""What the implementations of attention share: the static specification, the inputs, and the logits that are visible.
+"""Shared parts of the attention implementations: static specification, inputs, and visible logits.
 
 Scores have the axes [batch, head, query, key], or finer ones that split batch and head, with 1 where they broadcast.
 """
@@ -19,40 +19,40 @@ T = TypeVar("T")
 
 
 class AttentionSpec(NamedTuple):
-    """What is static about a call."""
+    """The static options of a call."""
 
     causal: bool
     window: tuple[int, int] | None
     """How many keys a query sees to its left and to its right."""
     queries_are_tiled: bool
-    """Whether the queries are a tile of those of the whole array, so that their positions count from its start."""
+    """Whether the queries are a tile of the whole array, from whose start their positions count."""
     scales_queries: bool = True
     """Whether queries times the scale round no more than their products times the scale."""
 
 
 class AttentionInputs(NamedTuple):
-    """The inputs that no gradient flows to. Those that broadcast to scores have four axes."""
+    """The inputs without gradients. Arrays that broadcast to scores have four axes."""
 
     scale: Array | None = None
-    """What the products are multiplied by; ``None`` for 1. It is an operand, so that another one does not recompile."""
+    """Factor of the query-key products; ``None`` means 1. As an operand, it can change without recompiling."""
     visible: Array | None = None
     query_lengths: Array | None = None
     key_lengths: Array | None = None
     start: Array | None = None
-    """Where a tile of ``jax.shard_map`` starts: uint32 [4, 2], ``(hi, lo)`` for each axis of the scores."""
+    """The start of a tile of ``jax.shard_map``: uint32 [4, 2], ``(hi, lo)`` for each axis of the scores."""
     dropout: Mask | None = None
     """The mask of the scores; ``None`` if nothing is dropped."""
 
 
 def reshard_as_scores(operands: T, query: Array) -> T:
-    """On an explicit mesh, lay arrays that broadcast to scores out as the query lays out the scores."""
+    """On an explicit mesh, shard arrays that broadcast to scores like the scores of the query."""
     sharding = explicit_sharding(jax.typeof(query).sharding)
     if sharding is None:
         return operands
     batch, queries, heads, _ = sharding.spec
 
     def one(x: Array) -> Array:
-        sizes = x.shape if x.ndim == 4 else ()  # the seed and the scale are on every device
+        sizes = x.shape if x.ndim == 4 else ()  # the seed and the scale are replicated
         spec = (s if n > 1 else None for s, n in zip((batch, heads, queries, None), sizes))
         return jax.sharding.reshard(x, PartitionSpec(*spec))
 
