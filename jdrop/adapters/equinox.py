@@ -17,6 +17,15 @@ except ImportError as error:
     raise _layer.missing("jdrop.adapters.equinox", "equinox", "equinox", error) from error
 
 
+NAMES = _layer.Names(
+    data="x",
+    rate="p",
+    key="key",
+    make_key="pass key=jax.random.key(seed)",
+    map_keys="use jax.vmap over x and keys",
+)
+
+
 class Dropout(equinox.nn.Dropout):
     """Drop elements with probability ``p`` and rescale the rest, like ``equinox.nn.Dropout``, without storing the mask.
 
@@ -85,13 +94,13 @@ class Dropout(equinox.nn.Dropout):
         inference: bool | None,
         batch_axes: int | Sequence[int] | None = None,
     ) -> Array:
-        inactive = as_bool(function, "inference", self.inference if inference is None else inference)
+        inactive = as_bool(function, "inference", self.inference if inference is None else inference, "p")
 
         def get_key() -> Array:
             if key is None:
                 raise RuntimeError(
                     f"{function}: key must be a PRNG key when something is dropped, got None; "
-                    "pass key=, or inference=True, or p=0."
+                    "pass key=jax.random.key(seed), or inference=True, or p=0."
                 )
             return key
 
@@ -104,7 +113,7 @@ class Dropout(equinox.nn.Dropout):
             train=not inactive,
             generator=self.generator,
             shard=self.shard,
-            names=("x", "p", "key"),
+            names=NAMES,
             batch_axes=batch_axes,
             in_jax=rounded,
         )

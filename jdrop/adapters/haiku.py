@@ -14,6 +14,16 @@ except ImportError as error:
     raise _layer.missing("jdrop.adapters.haiku", "haiku", "dm-haiku", error) from error
 
 
+NAMES = _layer.Names(
+    data="x",
+    rate="rate",
+    key="rng",
+    make_key="pass haiku.next_rng_key(), and an rng to apply",
+    map_keys="use jax.vmap over keys",
+    cast="pass rng, rate, then a float array",
+)
+
+
 def dropout(
     rng: Array | None,
     rate: RateLike,
@@ -62,7 +72,7 @@ def dropout(
         train=True,
         generator=generator,
         shard=shard,
-        names=("x", "rate", "rng"),
+        names=NAMES,
         broadcast_dims=broadcast_dims,
     )
 
@@ -114,6 +124,6 @@ def drop_path(
         train=True,
         generator=generator,
         shard=shard,
-        names=("x", "rate", "rng"),
+        names=NAMES,
         batch_axes=batch_axes,
     )

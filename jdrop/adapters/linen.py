@@ -11,8 +11,28 @@ from jdrop.adapters._attention import dot_product_attention as dot_product_atten
 
 try:
     from flax import linen
+    from flax.errors import InvalidRngError
 except ImportError as error:
     raise _layer.missing("jdrop.adapters.linen", "flax", "flax", error) from error
+
+
+NAMES = _layer.Names(
+    data="inputs",
+    rate="rate",
+    key="rng",
+    make_key='pass rngs={"dropout": key} to apply, or rng=key to the layer',
+    map_keys='pass one key; linen.vmap with split_rngs={"dropout": True} gives each example its own',
+)
+
+
+def _make_rng(module: linen.Module, function: str, collection: str) -> Array:
+    try:
+        return module.make_rng(collection)
+    except InvalidRngError as error:
+        raise InvalidRngError(
+            f'{function}: rngs must have a key for "{collection}" when something is dropped, got none; '
+            f'pass rngs={{"{collection}": key}} to apply, rng=key to the layer, or deterministic=True'
+        ) from error
 
 
 class Dropout(linen.Dropout):
@@ -58,14 +78,14 @@ class Dropout(linen.Dropout):
         inactive = linen.merge_param("deterministic", self.deterministic, deterministic)
         return _layer.drop(
             "Dropout",
-            lambda: self.make_rng(self.rng_collection) if rng is None else rng,
+            lambda: _make_rng(self, "Dropout", self.rng_collection) if rng is None else rng,
             inputs,
             self.rate,
             train=not as_bool("Dropout", "deterministic", inactive),
             broadcast_dims=self.broadcast_dims,
             generator=self.generator,
             shard=self.shard,
-            names=("inputs", "rate", "rng"),
+            names=NAMES,
         )
 
 
@@ -111,12 +131,12 @@ class DropPath(linen.Module):
         inactive = linen.merge_param("deterministic", self.deterministic, deterministic)
         return _layer.drop(
             "DropPath",
-            lambda: self.make_rng(self.rng_collection) if rng is None else rng,
+            lambda: _make_rng(self, "DropPath", self.rng_collection) if rng is None else rng,
             inputs,
             self.rate,
             train=not as_bool("DropPath", "deterministic", inactive),
             batch_axes=self.batch_axes,
             generator=self.generator,
             shard=self.shard,
-            names=("inputs", "rate", "rng"),
+            names=NAMES,
         )

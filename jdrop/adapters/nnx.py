@@ -16,6 +16,13 @@ try:
 except ImportError as error:
     raise _layer.missing("jdrop.adapters.nnx", "flax", "flax", error) from error
 
+NAMES = _layer.Names(
+    data="inputs",
+    rate="rate",
+    key="rngs",
+    make_key="pass nnx.Rngs(dropout=seed), or a key of jax.random.key",
+    map_keys="pass one key; nnx.vmap under nnx.split_rngs gives each example its own",
+)
 Rngs = nnx.Rngs | nnx.RngStream | None
 
 
@@ -102,13 +109,22 @@ class Dropout(nnx.Dropout):
         def get_key() -> Any:
             if isinstance(stream, jax.Array):
                 return stream
-            if isinstance(stream, (nnx.Rngs, nnx.RngStream)):
-                return (stream[self.rng_collection] if isinstance(stream, nnx.Rngs) else stream)()
-            wrong = ValueError if stream is None else TypeError
-            raise wrong(
-                f"{function}: rngs must be nnx.Rngs, a stream or a key, got {stream!r}; "
-                "pass it to the constructor or to the call"
-            )
+            if isinstance(stream, nnx.RngStream):
+                return stream()
+            collection = self.rng_collection
+            if not isinstance(stream, nnx.Rngs):
+                wrong = ValueError if stream is None else TypeError
+                raise wrong(
+                    f"{function}: rngs must be nnx.Rngs, a stream or a key, got {stream!r}; "
+                    f"pass rngs=nnx.Rngs({collection}=seed) to the constructor or to the call"
+                )
+            try:
+                return stream[collection]()
+            except KeyError:
+                raise ValueError(
+                    f"{function}: rngs must have the stream {collection!r}, or a default, got {list(stream)}; "
+                    f"pass nnx.Rngs({collection}=seed)"
+                ) from None
 
         return _layer.drop(
             function,
@@ -118,7 +134,7 @@ class Dropout(nnx.Dropout):
             train=train,
             generator=self.generator,
             shard=self.shard,
-            names=("inputs", "rate", "rngs"),
+            names=NAMES,
             broadcast_dims=broadcast_dims,
             batch_axes=batch_axes,
         )
