@@ -133,6 +133,12 @@ def multi_sample_dropout(
     References:
       Inoue (2019), Multi-Sample Dropout for Accelerated Training and Better Generalization, arXiv:1905.09788.
 
+    Limits:
+      ``head`` runs inside ``jax.vmap``, so it must be a pure function. Layers that change their state or take keys from
+      it, such as BatchNorm or Dropout of Flax nnx, and BatchNorm of Flax linen or Haiku, raise there, and so does the
+      ``init`` of a layer. For these call the head in a Python loop over samples, each on :func:`jdrop.dropout` with its
+      own key, and take the mean.
+
     Example:
       >>> import jax, jax.numpy as jnp, jdrop
       >>> w = jnp.ones([16, 2])
