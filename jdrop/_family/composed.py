@@ -135,7 +135,7 @@ def multi_sample_dropout(
 
     Limits:
       ``head`` runs inside ``jax.vmap``, so it must be a pure function. Layers that change their state or take keys from
-      it, such as BatchNorm or Dropout of Flax nnx, and BatchNorm of Flax linen or Haiku, raise there, and so does the
+      it, such as BatchNorm or Dropout of Flax nnx, and BatchNorm of Flax linen or Haiku, raise there, and so may the
       ``init`` of a layer. For these call the head in a Python loop over samples, each on :func:`jdrop.dropout` with its
       own key, and take the mean.
 
