@@ -33,8 +33,15 @@ def is_integer_array(value: Any) -> bool:
 # ---------------------------------------------------------------------------------- arrays
 
 
-def check_key(function: str, value: Any, argument: str = "key") -> None:
-    """Require one PRNG key: typed, or legacy uint32."""
+MAKE_KEY = "make one with jax.random.key, and pass it before the data"
+MAP_KEYS = "use jax.vmap over keys"
+CAST = "pass key first, then a float array"
+
+
+def check_key(
+    function: str, value: Any, argument: str = "key", *, make_key: str = MAKE_KEY, map_keys: str = MAP_KEYS
+) -> None:
+    """Require one PRNG key: typed, or legacy uint32. ``make_key`` and ``map_keys`` say how to get one."""
     if is_typed_key(value):
         batch = value.shape
     elif isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.ndim:
@@ -45,26 +52,18 @@ def check_key(function: str, value: Any, argument: str = "key") -> None:
             )
         batch = value.shape[:-1]
     else:
-        raise TypeError(
-            f"{function}: {argument} must be a PRNG key, got {describe(value)}; "
-            "make one with jax.random.key, and pass it before the data"
-        )
+        raise TypeError(f"{function}: {argument} must be a PRNG key, got {describe(value)}; {make_key}")
     if batch:
-        raise ValueError(
-            f"{function}: {argument} must be one key, got a batch of shape {batch}; use jax.vmap over keys"
-        )
+        raise ValueError(f"{function}: {argument} must be one key, got a batch of shape {batch}; {map_keys}")
 
 
-def check_array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT) -> None:
-    """Require an array of real or complex floating-point numbers."""
+def check_array(function: str, argument: str, value: Any, dtypes: Sequence[str] = INEXACT, *, cast: str = CAST) -> None:
+    """Require an array of real or complex floating-point numbers. ``cast`` says what to do with another one."""
     if not is_array(value):
         raise TypeError(f"{function}: {argument} must be an array, got {describe(value)}; convert it with jnp.asarray")
     check_byte_order(function, argument, value)
     if is_typed_key(value) or value.dtype.name not in dtypes:
-        raise TypeError(
-            f"{function}: {argument} must be {names_of(dtypes)}, "
-            f"got {describe(value)}; pass key first, then a float array"
-        )
+        raise TypeError(f"{function}: {argument} must be {names_of(dtypes)}, got {describe(value)}; {cast}")
 
 
 def names_of(dtypes: Sequence[str]) -> str:
@@ -180,12 +179,14 @@ def as_count(function: str, argument: str, value: Any, low: int = 1) -> int:
 # ---------------------------------------------------------------------------------- static options
 
 
-def as_bool(function: str, argument: str, value: Any) -> bool:
-    """Require a static bool."""
+def as_bool(function: str, argument: str, value: Any, rate_argument: str = "rate") -> bool:
+    """Require a static bool. Where it is a mode, the error offers a traced rate instead."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, jax.core.Tracer):
-        hint = "pass rate=jnp.where(train, rate, 0.), or " if argument == "train" else ""
+        switched = f"train, {rate_argument}, 0." if argument == "train" else f"{argument}, 0., {rate_argument}"
+        is_mode = argument in ("train", "deterministic", "inference")
+        hint = f"pass {rate_argument}=jnp.where({switched}), or " if is_mode else ""
         raise TypeError(
             f"{function}: {argument} must be static, got a traced value; {hint}list {argument} in static_argnames"
         )

@@ -86,7 +86,7 @@ def check_arguments(
     for members whose arguments have other names.
     """
     shape = data.shape if shape is None else shape
-    train = as_bool(function, "train", train)
+    train = as_bool(function, "train", train, rate_argument)
     check_choice(function, "generator", generator, GENERATORS)
     if mask_shape is None:
         mask_shape = shared_shape(as_axes(function, "shared_axes", shared_axes, len(shape)))

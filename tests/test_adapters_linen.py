@@ -52,9 +52,9 @@ def test_no_rng_is_needed_if_nothing_is_random(layer):
     for rate in (0, 0.0):
         assert layer(rate).apply({}, X, False) is X
     assert not layer(1.0).apply({}, X, False).any()
-    with pytest.raises(flax.errors.InvalidRngError, match='needs PRNG for "dropout"'):
+    with pytest.raises(flax.errors.InvalidRngError, match='rngs must have a key for "dropout"'):
         layer(0.5).apply({}, X, False)
-    with pytest.raises(flax.errors.InvalidRngError, match='needs PRNG for "noise"'):
+    with pytest.raises(flax.errors.InvalidRngError, match='rngs must have a key for "noise"'):
         layer(0.5, rng_collection="noise").apply({}, X, False, rngs={"dropout": KEY})
 
 

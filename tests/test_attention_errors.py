@@ -125,12 +125,12 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
         (
             call(rate=np.full([10], 0.5), implementation="chunked"),
             NotImplementedError,
-            CHOICE + "a rate that differs from key to key, got 'chunked'; pass \"reference\"",
+            CHOICE + "a rate that varies along the keys, got 'chunked'; pass \"reference\"",
         ),
         (
             call(key=jax.random.key(0, impl="rbg"), generator="jax", implementation="chunked"),
             NotImplementedError,
-            CHOICE + "a key whose bits have no random access, got 'chunked'; pass \"reference\"",
+            CHOICE + "a PRNG key whose bits lack random access, got 'chunked'; pass \"reference\"",
         ),
         (
             call(q=Q[:, :0], implementation="chunked", train=False),

@@ -54,7 +54,7 @@ def test_jax_bits_of_keys_without_random_access(implementation):
     if implementation.keys_without_random_access:
         check(implementation, arrays, 0.3, key=key, generator="jax")
     else:
-        with pytest.raises(NotImplementedError, match="a key whose bits have no random access"):
+        with pytest.raises(NotImplementedError, match="a PRNG key whose bits lack random access"):
             implementation.attend(key, q, k, v, 0.3, generator="jax")
 
 
@@ -104,7 +104,7 @@ def test_a_rate_per_key(implementation):
     if implementation.rates_per_key:
         check(implementation, arrays, rates)
     else:
-        with pytest.raises(NotImplementedError, match="a rate that differs from key to key"):
+        with pytest.raises(NotImplementedError, match="a rate that varies along the keys"):
             implementation.attend(KEY, q, k, v, rates)
 
 

@@ -71,7 +71,7 @@ def test_bias_errors():
             r"bias_dropout_add: bias must broadcast to shape \(64, 256\), got shape \(255,\)",
         ),
         (lambda: f(BIAS.astype("bfloat16")), ValueError, "bias_dropout_add: bias must have the dtype of x, float32"),
-        (lambda: f(r=RESIDUAL[0]), ValueError, r"bias_dropout_add: residual must be float32\[64,256\], as x is"),
+        (lambda: f(r=RESIDUAL[0]), ValueError, r"bias_dropout_add: residual must be float32\[64,256\], like x"),
         (lambda: f(1.0), TypeError, "bias_dropout_add: bias must be an array"),
         (lambda: f(r=None), TypeError, "bias_dropout_add: residual must be an array"),
     ]:

@@ -34,9 +34,15 @@ LAYERS = [
     ["attention", *(f"_family.{name}" for name in FAMILY)],
     ["", "_family", "_random", "adapters"],
     ["adapters._layer", "adapters._attention"],
+    ["adapters._depth"],
+    ["adapters._nnx", "adapters._equinox"],
     ["adapters.linen", "adapters.nnx", "adapters.equinox", "adapters.haiku"],
 ]
-LIBRARY_OF = {"adapters.linen": ["flax"], "adapters.nnx": ["flax"], "adapters.equinox": ["equinox"]}
+LIBRARY_OF = {
+    **{f"adapters.{name}": ["flax"] for name in ("linen", "nnx", "_nnx")},
+    "adapters.equinox": ["equinox"],
+    "adapters.haiku": ["haiku"],
+}
 PUBLIC = {name: value for name, value in vars(jdrop).items() if inspect.isfunction(value)} | {
     "keys.derive": jdrop.keys.derive,
     "keys.per_example": jdrop.keys.per_example,

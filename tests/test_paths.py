@@ -126,12 +126,12 @@ def test_a_branch_that_varies_more_than_x_in_shard_map():
 
 def test_errors():
     x = jnp.ones((2, 3))
-    with pytest.raises(ValueError, match=r"stochastic_depth: fn must return float32\[2,3\], as x is, got float32\[3\]"):
+    with pytest.raises(ValueError, match=r"stochastic_depth: fn must return float32\[2,3\], like x, got float32\[3\]"):
         jdrop.stochastic_depth(KEY, x, 0.5, lambda x: x[0], train=True)
     with pytest.raises(ValueError, match=r"stochastic_depth: fn must return .* got bfloat16"):
         jdrop.stochastic_depth(KEY, x, 0.5, lambda x: x.astype("bfloat16"), train=False)
     for bad, got in ((None, "None"), (1.0, "1.0"), ((x, x), "a tuple of arrays"), (jnp.int32(1), r"int32\[\]")):
-        with pytest.raises(ValueError, match=rf"stochastic_depth: fn must return float32\[2,3\], as x is, got {got}"):
+        with pytest.raises(ValueError, match=rf"stochastic_depth: fn must return float32\[2,3\], like x, got {got}"):
             jdrop.stochastic_depth(KEY, x, 0.5, lambda x, bad=bad: bad, train=False)
     with pytest.raises(TypeError, match="stochastic_depth: fn must be a function"):
         jdrop.stochastic_depth(KEY, x, 0.5, x, train=True)

@@ -120,7 +120,7 @@ def test_zoneout_returns_the_expectation_in_evaluation():
 
 def test_errors():
     x = jnp.ones((2, 3))
-    with pytest.raises(ValueError, match=r"zoneout: old must be float32\[2,3\], as new is, got float32\[3\]"):
+    with pytest.raises(ValueError, match=r"zoneout: old must be float32\[2,3\], like new, got float32\[3\]"):
         jdrop.zoneout(KEY, x, 0.5, x[0], train=True)
     with pytest.raises(ValueError, match=r"zoneout: old must be .* got bfloat16"):
         jdrop.zoneout(KEY, x, 0.5, x.astype("bfloat16"), train=False)

@@ -70,7 +70,7 @@ def bias_dropout_add(
     x, residual = jnp.asarray(x), jnp.asarray(residual)
     if (residual.shape, residual.dtype) != (x.shape, x.dtype):
         raise ValueError(
-            f"{name}: residual must be {describe(x)}, as x is, got {describe(residual)}; pass the input of the branch"
+            f"{name}: residual must be {describe(x)}, like x, got {describe(residual)}; pass the input of the branch"
         )
     check_sharded_as(name, "residual", residual, x)
     if bias is not None:
@@ -135,6 +135,12 @@ def multi_sample_dropout(
 
     References:
       Inoue (2019), Multi-Sample Dropout for Accelerated Training and Better Generalization, arXiv:1905.09788.
+
+    Limits:
+      ``head`` runs inside ``jax.vmap``, so it must be a pure function. Layers that change their state or take keys from
+      it, such as BatchNorm or Dropout of Flax nnx, and BatchNorm of Flax linen or Haiku, raise there, and so may the
+      ``init`` of a layer. For these call the head in a Python loop over samples, each on :func:`jdrop.dropout` with its
+      own key, and take the mean.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdrop

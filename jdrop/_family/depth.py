@@ -16,7 +16,7 @@ from jdrop._lowering import at_lowering
 from jdrop._mask import Mask
 from jdrop._platform import Target
 from jdrop._platform.generic import multiply
-from jdrop._prepare import check_arguments
+from jdrop._prepare import Arguments, Shape, check_arguments
 from jdrop._sharding import check_sharded_as, vary_like, vary_together
 from jdrop._types import Generator, RateLike, Shard, real_dtype
 
@@ -59,6 +59,12 @@ def stochastic_depth(
       Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV; Fan, Grave, Joulin (2020),
       Reducing Transformer Depth on Demand with Structured Dropout, ICLR.
 
+    Limits:
+      ``fn`` runs inside ``lax.cond``, so it must be a pure function. Layers that change their state or take keys from
+      it, such as BatchNorm or Dropout of Flax nnx, and BatchNorm of Flax linen or Haiku, raise there, and so does the
+      ``init`` of a layer. For these use ``StochasticDepth`` of ``jdrop.adapters.linen``, ``nnx``, or ``equinox``, or
+      ``stochastic_depth`` of ``jdrop.adapters.haiku``.
+
     Example:
       >>> import jax, jax.numpy as jnp, jdrop
       >>> y = jdrop.stochastic_depth(jax.random.key(0), jnp.ones([4]), 0.5, jnp.sin, train=False)
@@ -70,39 +76,58 @@ def stochastic_depth(
     if not callable(fn):
         raise TypeError(f"{name}: fn must be a function, got {describe(fn)}; pass the branch")
     arguments = check_arguments(
-        name, key, x, rate, train=train, mask_shape=lambda _: (), generator=generator, shard=shard
+        name, key, x, rate, train=train, mask_shape=one_decision, generator=generator, shard=shard
     )
-
-    def branch(x: Array) -> Array:
-        y = fn(x)
-        if not is_array(y) or (y.shape, y.dtype) != (x.shape, x.dtype):
-            raise ValueError(
-                f"{name}: fn must return {describe(x)}, as x is, got {describe(y)}; add a projection to the branch"
-            )
-        check_sharded_as(name, "the result of fn", y, x, "x")
-        return jnp.asarray(y)
-
     x = jnp.asarray(x)
     if arguments.is_identity:
-        return x + branch(x)
-    mask = arguments.draw(one_for_all_tiles=True)
-    mask = dataclasses.replace(mask, rate=lax.stop_gradient(mask.rate))
-    x, kept, keep_probability = vary_together(x, *_decide(mask, dtype=real_dtype(x)))
+        return add_branch(name, "fn", x, fn(x))
+    x, kept, keep_probability = decide(arguments, x)
 
     def added(x: Array) -> Array:
-        return x + multiply(branch(x), 1 / keep_probability, where=jnp.ones_like(kept))
+        return add_branch(name, "fn", x, fn(x), keep_probability)
 
-    if isinstance(x, jet.JetTracer):
-        raise NotImplementedError(
-            f"{name}: x must not be traced by jax.experimental.jet, which has no rule for lax.cond, got {describe(x)}; "
-            "use x + jdrop.drop_path(key, fn(x), rate, train=train, batch_axes=())"
-        )
     if not isinstance(kept, jax.core.Tracer):  # lax.cond would compile new functions at every call
         return added(x) if jax.device_get(kept) else x
     out = jax.typeof(x)
     if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, fn may vary over more axes than x
         out = jax.make_jaxpr(added)(x).out_avals[0]
     return lax.cond(kept, added, lambda x: vary_like(x, out), x)
+
+
+def one_decision(shape: Shape) -> Shape:
+    """Return the shape of the decision about a branch, whatever that of x."""
+    del shape
+    return ()
+
+
+def decide(arguments: Arguments, x: Array) -> tuple[Array, Array, Array]:
+    """Use the key up, and return x, whether its branch is kept, and the probability of that.
+
+    Inside ``jax.shard_map``, all of them vary over the same mesh axes.
+    """
+    if isinstance(x, jet.JetTracer):
+        raise NotImplementedError(
+            f"{arguments.function}: x must not be traced by jax.experimental.jet, which has no rule for lax.cond, "
+            f"got {describe(x)}; use x + jdrop.drop_path(key, fn(x), rate, train=train, batch_axes=())"
+        )
+    mask = arguments.draw(one_for_all_tiles=True)
+    mask = dataclasses.replace(mask, rate=lax.stop_gradient(mask.rate))
+    x, kept, keep_probability = vary_together(x, *_decide(mask, dtype=real_dtype(x)))
+    return x, kept, keep_probability
+
+
+def add_branch(function: str, argument: str, x: Array, y: Array, keep_probability: Array | None = None) -> Array:
+    """Return ``x + y / keep_probability``, or ``x + y``; require a y like x. ``argument`` names what returned y."""
+    if not is_array(y) or (y.shape, y.dtype) != (x.shape, x.dtype):
+        raise ValueError(
+            f"{function}: {argument} must return {describe(x)}, like x, got {describe(y)}; "
+            "add a projection to the branch"
+        )
+    check_sharded_as(function, f"the result of {argument}", y, x, "x")
+    y = jnp.asarray(y)
+    if keep_probability is not None:
+        y = multiply(y, 1 / keep_probability, where=jnp.ones_like(keep_probability, dtype=bool))
+    return x + y
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

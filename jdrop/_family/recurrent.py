@@ -64,7 +64,7 @@ def zoneout(
     after, before = jnp.asarray(new), jnp.asarray(old)
     if (before.shape, before.dtype) != (after.shape, after.dtype):
         raise ValueError(
-            f"{name}: old must be {describe(after)}, as new is, got {describe(before)}; pass the state before the step"
+            f"{name}: old must be {describe(after)}, like new, got {describe(before)}; pass the state before the step"
         )
     check_sharded_as(name, "old", before, after, "new")
     arguments = check_arguments(name, key, new, rate, train=train, generator=generator, shard=shard)

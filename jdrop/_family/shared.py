@@ -50,6 +50,10 @@ def channel_dropout(
     References:
       Tompson, Goroshin, Jain, LeCun, Bregler (2015), Efficient Object Localization Using Convolutional Networks, CVPR.
 
+    Limits:
+      Inside a ``jax.vmap`` over examples, x has no batch axis, and the default takes the first axis of the example as
+      one: each row then has its own decisions. Pass ``batch_axes=()`` there, and map over one key per example.
+
     Example:
       >>> import jax, jax.numpy as jnp, jdrop
       >>> y = jdrop.channel_dropout(jax.random.key(0), jnp.ones([2, 8, 8, 3]), 0.5, train=True)
@@ -147,6 +151,10 @@ def drop_path(
     References:
       Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV. Larsson, Maire,
       Shakhnarovich (2017), FractalNet, ICLR, for decisions per example.
+
+    Limits:
+      Inside a ``jax.vmap`` over examples, x has no batch axis, and the default takes the first axis of the example as
+      one: each row is then dropped by itself. Pass ``batch_axes=()`` there, and map over one key per example.
 
     Example:
       >>> import jax, jax.numpy as jnp, jdrop

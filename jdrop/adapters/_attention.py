@@ -108,11 +108,12 @@ def dot_product_attention(
             fix = "leave it out, or use Flax's own function"
             fix = "run the step under jax.default_matmul_precision" if argument == "precision" else fix
             raise NotImplementedError(f"{NAME}: {argument} must be None, got {type(unsupported).__name__}; {fix}")
-    train = not as_bool(NAME, "deterministic", deterministic)
+    train = not as_bool(NAME, "deterministic", deterministic, "dropout_rate")
     rate = as_rate(NAME, dropout_rate, (), "dropout_rate")
     drops = train and not is_zero(rate)
     if dropout_rng is not None or drops:
-        check_key(NAME, dropout_rng, "dropout_rng")
+        fix = "pass dropout_rng=, one key; the attention layers of Flax pass it from their rngs"
+        check_key(NAME, dropout_rng, "dropout_rng", make_key=fix)
     if drops:
         shard = PartitionSpec() if shard is None and not types_tell() else shard
         check_key_varies(NAME, dropout_rng, shard, "dropout_rng", "pass", data=(query, key, value))

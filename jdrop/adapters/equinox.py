@@ -1,7 +1,6 @@
 """Layers for Equinox: ``from jdrop.adapters.equinox import Dropout`` replaces ``equinox.nn.Dropout``."""
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +8,12 @@ from jax import Array
 
 from jdrop._checks import as_bool
 from jdrop._types import Generator, RateLike, Shard
-from jdrop.adapters import _layer
+from jdrop.adapters import _depth, _layer
 
 try:
     import equinox
+
+    from jdrop.adapters import _equinox
 except ImportError as error:
     raise _layer.missing("jdrop.adapters.equinox", "equinox", "equinox", error) from error
 
@@ -62,7 +63,7 @@ class Dropout(equinox.nn.Dropout):
         shard: Shard = None,
     ) -> None:
         self.p: Any = p
-        self.inference = _renamed(inference, deterministic)
+        self.inference = _equinox.renamed(inference, deterministic)
         self.generator = generator
         self.shard = shard
 
@@ -75,7 +76,7 @@ class Dropout(equinox.nn.Dropout):
         deterministic: bool | None = None,
     ) -> Array:
         """Drop elements of ``x``; ``inference`` overrides the attribute of the layer."""
-        return self._drop("Dropout", x, key, _renamed(inference, deterministic))
+        return self._drop("Dropout", x, key, _equinox.renamed(inference, deterministic))
 
     def _drop(
         self,
@@ -85,26 +86,18 @@ class Dropout(equinox.nn.Dropout):
         inference: bool | None,
         batch_axes: int | Sequence[int] | None = None,
     ) -> Array:
-        inactive = as_bool(function, "inference", self.inference if inference is None else inference)
-
-        def get_key() -> Array:
-            if key is None:
-                raise RuntimeError(
-                    f"{function}: key must be a PRNG key when something is dropped, got None; "
-                    "pass key=, or inference=True, or p=0."
-                )
-            return key
+        inactive = as_bool(function, "inference", self.inference if inference is None else inference, "p")
 
         rounded = isinstance(self.p, (np.generic, np.ndarray))  # by lax.stop_gradient; it leaves Python floats as is
         return _layer.drop(
             function,
-            get_key,
+            lambda: _equinox.require_key(function, key),
             x,
             self.p,
             train=not inactive,
             generator=self.generator,
             shard=self.shard,
-            names=("x", "p", "key"),
+            names=_equinox.NAMES,
             batch_axes=batch_axes,
             in_jax=rounded,
         )
@@ -163,11 +156,88 @@ class DropPath(Dropout):
         deterministic: bool | None = None,
     ) -> Array:
         """Drop ``x`` or keep it; arguments as in :class:`Dropout`."""
-        return self._drop("DropPath", x, key, _renamed(inference, deterministic), batch_axes=self.batch_axes)
+        return self._drop("DropPath", x, key, _equinox.renamed(inference, deterministic), batch_axes=self.batch_axes)
 
 
-def _renamed(inference: Any, deterministic: bool | None) -> Any:
-    if deterministic is None:
-        return inference
-    warnings.warn("deterministic is deprecated, as in Equinox; pass inference", stacklevel=3)
-    return deterministic
+class StochasticDepth(equinox.nn.StatefulLayer):
+    """Add a residual branch, or skip its computation: ``StochasticDepth(block, p)(x, key=key)`` for ``x + block(x)``.
+
+    ``y = x + branch(x, key=...) * m / (1 - p)`` with ``m ~ Bernoulli(1 - p)``: one decision for the array, with the
+    rules and the bits of :func:`jdrop.stochastic_depth`. The branch may have state: ``layer(x, state, key=key)`` then
+    returns ``(y, state)``, and the state is updated only when the branch is kept.
+
+    Args:
+      branch: module or function, ``(x, *, key) -> y``, or ``(x, state, *, key) -> (y, state)``. y has the shape and
+        dtype of x.
+      p: scalar drop rate of the branch; it may be traced.
+      inference: ``True`` returns ``x + branch(x)``; ``False`` draws the decision. The branch has its own flags, which
+        ``equinox.nn.inference_mode`` sets too.
+      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.stochastic_depth`.
+      shard: inside ``jax.shard_map``: as in :func:`jdrop.dropout`. All tiles share one decision. Under ``jax.pmap``, or
+        with ``check_vma=False``, ``None`` takes the key as it is.
+
+    Raises:
+      ValueError, TypeError, RuntimeError: as in :class:`Dropout`, or the branch does not return an array with the shape
+        and dtype of x.
+
+    References:
+      Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV.
+
+    Limits:
+      Under ``jax.vmap`` over ``key`` or ``p``, the conditional becomes a select: both sides are computed, and so is one
+      state per example. With BatchNorm, map over x and ``branch_key``, and share ``key`` (``in_axes=None``). Inside
+      ``jax.shard_map``, a branch with collectives needs ``shard``, or devices that decide differently wait forever.
+
+    Example:
+      >>> import equinox, jax, jax.numpy as jnp
+      >>> from jdrop.adapters.equinox import StochasticDepth
+      >>> branch = lambda: equinox.nn.BatchNorm(4, axis_name="batch", mode="batch")
+      >>> layer, state = equinox.nn.make_with_state(lambda: StochasticDepth(branch(), 0.5))()
+      >>> f = jax.vmap(lambda x: layer(x, state, key=jax.random.key(0)), axis_name="batch", out_axes=(0, None))
+      >>> f(jnp.ones([8, 4]))[0].shape
+      (8, 4)
+    """
+
+    branch: Callable[..., Any]
+    p: Any = 0.5
+    inference: bool = False
+    generator: Generator = equinox.field(default="fast", static=True)
+    shard: Shard = equinox.field(default=None, static=True)
+
+    def is_stateful(self) -> bool:
+        """Tell ``equinox.nn.Sequential`` whether the branch has state."""
+        return isinstance(self.branch, equinox.nn.StatefulLayer) and self.branch.is_stateful()
+
+    def __call__(
+        self,
+        x: Array,
+        state: Any = None,
+        *,
+        key: Array | None = None,
+        branch_key: Array | None = None,
+        inference: bool | None = None,
+    ) -> Any:
+        """Add the branch, or skip it. The branch gets ``branch_key``; if it is None, a key derived from ``key``."""
+        name = "StochasticDepth"
+        inactive = as_bool(name, "inference", self.inference if inference is None else inference, "p")
+        key, branch_key = _equinox.two_keys(name, key, branch_key)
+        x, decision = _depth.decide_layer(
+            name,
+            lambda: _equinox.require_key(name, key),
+            x,
+            self.p,
+            self.branch,
+            train=not inactive,
+            generator=self.generator,
+            shard=self.shard,
+            names=_equinox.NAMES,
+        )
+
+        def add(x: Array, state: Any) -> tuple[Array, Any]:
+            y, state = (
+                (self.branch(x, key=branch_key), None) if state is None else self.branch(x, state, key=branch_key)
+            )
+            return decision.add(x, y), state
+
+        y, new_state = _equinox.run_or_skip(decision, add, x, state)
+        return y if state is None else (y, new_state)

@@ -1,17 +1,26 @@
 """Dropout for Haiku: ``from jdrop.adapters.haiku import dropout`` replaces ``haiku.dropout``."""
 
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jax import Array
 
 from jdrop._types import Generator, RateLike, Shard
-from jdrop.adapters import _layer
+from jdrop.adapters import _depth, _layer
 
 try:
-    importlib.import_module("haiku")
+    import haiku
 except ImportError as error:
     raise _layer.missing("jdrop.adapters.haiku", "haiku", "dm-haiku", error) from error
+
+
+NAMES = _layer.Names(
+    data="x",
+    rate="rate",
+    key="rng",
+    make_key="pass haiku.next_rng_key(), and an rng to apply",
+    map_keys="use jax.vmap over keys",
+    cast="pass rng, rate, then a float array",
+)
 
 
 def dropout(
@@ -62,7 +71,7 @@ def dropout(
         train=True,
         generator=generator,
         shard=shard,
-        names=("x", "rate", "rng"),
+        names=NAMES,
         broadcast_dims=broadcast_dims,
     )
 
@@ -114,6 +123,79 @@ def drop_path(
         train=True,
         generator=generator,
         shard=shard,
-        names=("x", "rate", "rng"),
+        names=NAMES,
         batch_axes=batch_axes,
     )
+
+
+def stochastic_depth(
+    rng: Array | None,
+    rate: RateLike,
+    x: Array,
+    branch: Callable[[Array], Array],
+    *,
+    generator: Generator = "fast",
+    shard: Shard = None,
+) -> Array:
+    """Add a residual branch, or skip its computation, with one decision for the whole array.
+
+    ``y = x + branch(x) * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``, with the rules and the bits of
+    :func:`jdrop.stochastic_depth`. The branch may have state: it runs in ``haiku.cond``, so it updates its batch
+    statistics only when it is kept. ``init`` always runs it. As in Haiku, there is no mode: in evaluation, write
+    ``x + branch(x)``.
+
+    Args:
+      rng: one PRNG key, as in :func:`dropout`. The branch takes its own by ``haiku.next_rng_key()``.
+      rate: scalar drop rate of the branch; it may be traced. Rate 1 gives x.
+      x: floating-point array of any shape.
+      branch: module or function, ``x -> array with the shape and dtype of x``.
+      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.stochastic_depth`.
+      shard: inside ``jax.shard_map``: as in :func:`jdrop.dropout`. All tiles share one decision. Under ``jax.pmap``, or
+        with ``check_vma=False``, ``None`` takes the key as it is.
+
+    Returns:
+      An array with the shape and dtype of x.
+
+    Raises:
+      ValueError: as in :func:`dropout`, or ``branch`` does not return an array with the shape and dtype of x, or the
+        call is not inside ``haiku.transform``.
+      TypeError: as in :func:`dropout`.
+
+    References:
+      Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV.
+
+    Limits:
+      Under ``jax.vmap`` over keys or rates, the conditional becomes a select, so both sides are computed. Without
+      ``jit``, ``haiku.cond`` compiles the branch at every call. Inside ``jax.shard_map``, a branch with collectives
+      needs ``shard``, or devices that decide differently wait for each other forever.
+
+    Example:
+      >>> import haiku, jax, jax.numpy as jnp
+      >>> from jdrop.adapters.haiku import stochastic_depth
+      >>> branch = lambda x: haiku.BatchNorm(True, True, 0.9)(x, is_training=True)
+      >>> f = haiku.transform_with_state(lambda x: stochastic_depth(haiku.next_rng_key(), 0.5, x, branch))
+      >>> params, state = f.init(jax.random.key(0), jnp.ones([8, 4]))
+      >>> y, state = f.apply(params, state, jax.random.key(1), jnp.ones([8, 4]))
+      >>> y.shape
+      (8, 4)
+    """
+    x, decision = _depth.decide_layer(
+        "stochastic_depth",
+        lambda: rng,
+        x,
+        rate,
+        branch,
+        train=True,
+        generator=generator,
+        shard=shard,
+        names=NAMES,
+        initializes=haiku.running_init(),
+    )
+
+    def add(x: Array) -> Array:
+        return decision.add(x, branch(x))
+
+    if isinstance(decision.kept, bool):
+        return add(x) if decision.kept else x
+    # In eager mode too: with haiku.config(rng_reserve_size=...), haiku.cond changes which keys come after it.
+    return haiku.cond(decision.kept, add, lambda x: x, x)

@@ -1,22 +1,20 @@
 """Layers for Flax nnx: ``from jdrop.adapters.nnx import Dropout`` replaces ``nnx.Dropout``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax import Array
 
-from jdrop._checks import as_bool
 from jdrop._types import Generator, RateLike, Shard
-from jdrop.adapters import _layer
+from jdrop.adapters import _depth, _layer
 from jdrop.adapters._attention import dot_product_attention as dot_product_attention
 
 try:
     from flax import nnx
+
+    from jdrop.adapters import _nnx
 except ImportError as error:
     raise _layer.missing("jdrop.adapters.nnx", "flax", "flax", error) from error
-
-Rngs = nnx.Rngs | nnx.RngStream | None
 
 
 class Dropout(nnx.Dropout):
@@ -62,7 +60,7 @@ class Dropout(nnx.Dropout):
         broadcast_dims: Sequence[int] = (),
         deterministic: bool | None = False,
         rng_collection: str = "dropout",
-        rngs: Rngs = None,
+        rngs: _nnx.Rngs = None,
         generator: Generator = "fast",
         shard: Shard = None,
     ) -> None:
@@ -76,7 +74,7 @@ class Dropout(nnx.Dropout):
         self.generator = generator
         self.shard = shard
 
-    def __call__(self, inputs: Array, *, deterministic: bool | None = None, rngs: Rngs | Array = None) -> Array:
+    def __call__(self, inputs: Array, *, deterministic: bool | None = None, rngs: _nnx.Rngs | Array = None) -> Array:
         """Drop elements of ``inputs``; ``deterministic`` and ``rngs`` override those of the constructor."""
         return self._drop("Dropout", inputs, deterministic, rngs, broadcast_dims=self.broadcast_dims)
 
@@ -85,40 +83,20 @@ class Dropout(nnx.Dropout):
         function: str,
         inputs: Array,
         deterministic: bool | None,
-        rngs: Rngs | Array,
+        rngs: _nnx.Rngs | Array,
         *,
         broadcast_dims: Sequence[int] = (),
         batch_axes: int | Sequence[int] | None = None,
     ) -> Array:
-        inactive = self.deterministic if deterministic is None else deterministic
-        if inactive is None:
-            raise ValueError(
-                f"{function}: deterministic must be passed, got None; "
-                "pass it to the constructor or to the call, or set it with nnx.view"
-            )
-        train = not as_bool(function, "deterministic", inactive)
-        stream: Any = self.rngs if rngs is None else rngs
-
-        def get_key() -> Any:
-            if isinstance(stream, jax.Array):
-                return stream
-            if isinstance(stream, (nnx.Rngs, nnx.RngStream)):
-                return (stream[self.rng_collection] if isinstance(stream, nnx.Rngs) else stream)()
-            wrong = ValueError if stream is None else TypeError
-            raise wrong(
-                f"{function}: rngs must be nnx.Rngs, a stream or a key, got {stream!r}; "
-                "pass it to the constructor or to the call"
-            )
-
         return _layer.drop(
             function,
-            get_key,
+            _nnx.key_getter(function, self, rngs),
             inputs,
             self.rate,
-            train=train,
+            train=_nnx.is_training(function, self, deterministic),
             generator=self.generator,
             shard=self.shard,
-            names=("inputs", "rate", "rngs"),
+            names=_nnx.NAMES,
             broadcast_dims=broadcast_dims,
             batch_axes=batch_axes,
         )
@@ -160,7 +138,7 @@ class DropPath(Dropout):
         batch_axes: int | Sequence[int] = (0,),
         deterministic: bool | None = False,
         rng_collection: str = "dropout",
-        rngs: Rngs = None,
+        rngs: _nnx.Rngs = None,
         generator: Generator = "fast",
         shard: Shard = None,
     ) -> None:
@@ -174,6 +152,86 @@ class DropPath(Dropout):
         )
         self.batch_axes = batch_axes
 
-    def __call__(self, inputs: Array, *, deterministic: bool | None = None, rngs: Rngs | Array = None) -> Array:
+    def __call__(self, inputs: Array, *, deterministic: bool | None = None, rngs: _nnx.Rngs | Array = None) -> Array:
         """Drop ``inputs`` for whole examples; arguments as in :class:`Dropout`."""
         return self._drop("DropPath", inputs, deterministic, rngs, batch_axes=self.batch_axes)
+
+
+class StochasticDepth(Dropout):
+    """Add a residual branch, or skip its computation, as in ``StochasticDepth(block, rate)(x)`` for ``x + block(x)``.
+
+    ``y = x + branch(x) * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``: one decision for the whole array, with the
+    rules and the bits of :func:`jdrop.stochastic_depth`. The branch may have state: it runs in ``nnx.cond``, so it
+    updates its batch statistics and its streams only when it is kept. Mode and rngs work as in :class:`Dropout`.
+
+    Args:
+      branch: module, ``x -> array with the shape and dtype of x``; or function without state.
+      rate: scalar drop rate of the branch; it may be traced.
+      deterministic, rng_collection, rngs: as in :class:`Dropout`. ``nnx.Rngs`` or a stream passed to the call also goes
+        to a branch that takes ``rngs``.
+      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.stochastic_depth`.
+      shard: inside ``jax.shard_map``: as in :func:`jdrop.dropout`. All tiles share one decision. Under ``jax.pmap``, or
+        with ``check_vma=False``, ``None`` takes the key as it is.
+
+    Raises:
+      ValueError, TypeError: as in :class:`Dropout`, or the branch does not return an array with the shape and dtype
+        of x.
+
+    References:
+      Huang, Sun, Liu, Sedra, Weinberger (2016), Deep Networks with Stochastic Depth, ECCV.
+
+    Limits:
+      Under ``jax.vmap`` over keys or rates, the conditional becomes a select, so both sides are computed. A function
+      must not use modules from outside, nor may other arguments of the branch hold nnx state; pass the module. Inside
+      ``jax.shard_map``, a branch with collectives needs ``shard``, or devices that decide differently wait forever.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> from jdrop.adapters.nnx import StochasticDepth
+      >>> layer = StochasticDepth(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), 0.5, rngs=nnx.Rngs(1))
+      >>> layer(jnp.ones([8, 4])).shape
+      (8, 4)
+    """
+
+    def __init__(
+        self,
+        branch: Callable[..., Array],
+        rate: RateLike,
+        *,
+        deterministic: bool | None = False,
+        rng_collection: str = "dropout",
+        rngs: _nnx.Rngs = None,
+        generator: Generator = "fast",
+        shard: Shard = None,
+    ) -> None:
+        options: Any = {"deterministic": deterministic, "rng_collection": rng_collection, "rngs": rngs}
+        super().__init__(rate, **options, generator=generator, shard=shard)
+        self.branch = branch
+
+    def __call__(
+        self,
+        inputs: Array,
+        *args: Any,
+        deterministic: bool | None = None,
+        rngs: _nnx.Rngs | Array = None,
+        **kwargs: Any,
+    ) -> Array:
+        """Add the branch, or skip it; arguments as in :class:`Dropout`, and the branch gets the rest."""
+        name = "StochasticDepth"
+        x, decision = _depth.decide_layer(
+            name,
+            _nnx.key_getter(name, self, rngs),
+            inputs,
+            self.rate,
+            self.branch,
+            train=_nnx.is_training(name, self, deterministic),
+            generator=self.generator,
+            shard=self.shard,
+            names=_nnx.NAMES,
+        )
+
+        def add(branch: Any, rngs: dict[str, Any], x: Array) -> Array:
+            return decision.add(x, branch(x, *args, **rngs, **kwargs))
+
+        return _nnx.run_or_skip(decision, add, self.branch, _nnx.rngs_of_branch(self.branch, rngs), x)

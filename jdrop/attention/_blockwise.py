@@ -43,10 +43,10 @@ def refusal(arguments: Arguments, *arrays: Array) -> str | None:
     if arguments.is_identity:
         return None
     if arguments.rate.ndim and arguments.rate.shape[-1] > 1:
-        return "a rate that differs from key to key"
+        return "a rate that varies along the keys"
     name, key, generator = arguments.function, arguments.key, arguments.generator
     if key is not None and not bits_for(name, key, generator, arguments.key_argument).random_access:
-        return "a key whose bits have no random access"
+        return "a PRNG key whose bits lack random access"
     return None
 
 
