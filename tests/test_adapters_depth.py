@@ -349,7 +349,7 @@ def test_errors(library):
         (layer_of(library, 3, 0.5), KEYS[0], X, "branch must be a module or a function, got 3"),
         (layer_of(library, jnp.sin, 1.5), KEYS[0], X, f"{rate} must lie in [0, 1]"),
         (layer_of(library, jnp.sin, jnp.ones(4)), KEYS[0], X, f"{rate} must broadcast to the mask's shape ()"),
-        (layer_of(library, jnp.sin, 0.5), KEYS[0], jnp.arange(3), f"{data} must be float16"),
+        (layer_of(library, jnp.sin, 0.5), KEYS[0], jnp.arange(3), f"{data} must be float8"),
         (layer_of(library, jnp.sin, 0.5, generator="x"), KEYS[0], X, "generator must be"),
         (layer_of(library, jnp.sin, 0.5), None, X, ""),
         (layer_of(library, jnp.sin, 0.5), jnp.stack(KEYS), X, ""),
@@ -357,5 +357,5 @@ def test_errors(library):
     for f, key, x, text in cases:
         if library == "equinox" and "3" in text[-2:]:
             f = lambda key, x: peers.adapter("equinox").StochasticDepth(3, 0.5)(x, key=key)
-        with pytest.raises((ValueError, TypeError, RuntimeError, Exception), match="^" + re.escape(f"{name}: {text}")):
+        with pytest.raises(Exception, match="^" + re.escape(f"{name}: {text}")):
             f(key, x)
