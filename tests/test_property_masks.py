@@ -14,10 +14,15 @@ import jdrop
 pytestmark = pytest.mark.property
 
 
+SHORT = st.lists(st.sampled_from((2, 3, 1, 5)), min_size=2, max_size=4)
+COLUMNS = st.sampled_from(((128,), (129,), (2, 64), (3, 127), (5, 26), (300,)))
+ROWS = st.builds(lambda rows, columns: (*rows, *columns), SHORT, COLUMNS)  # several axes of rows
+
+
 @cases(60)
 @given(st.data())
 def test_masks_are_those_of_the_design(data):
-    x64, key, shape = data.draw(st.booleans()), data.draw(keys()), data.draw(shapes())
+    x64, key, shape = data.draw(st.booleans()), data.draw(keys()), data.draw(st.one_of(ROWS, shapes()))
     shared = data.draw(axes(len(shape)))
     decided = with_ones(shape, shared)
     rate = data.draw(rates(decided, x64=x64))
