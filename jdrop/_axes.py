@@ -50,7 +50,7 @@ def as_axes(function: str, argument: str, value: Any, ndim: int) -> tuple[int, .
 
 def as_axis(function: str, argument: str, value: Any, ndim: int) -> int:
     """Require one axis of an array, and return it counted from 0."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, (bool, np.bool_)):
+    if not isinstance(value, (int, np.integer)) or isinstance(value, (bool, np.timedelta64)):
         raise TypeError(f"{function}: {argument} must be an axis, got {describe(value)}; pass an int")
     return as_axes(function, argument, value, ndim)[0]
 

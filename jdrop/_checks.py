@@ -24,6 +24,11 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (jax.Array, np.ndarray, np.generic)) and not isinstance(value, np.ma.MaskedArray)
 
 
+def is_integer(value: Any) -> bool:
+    """Tell whether a value is a Python or NumPy integer. Bools and time spans are not."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
+
+
 def is_integer_array(value: Any) -> bool:
     """Tell whether a value is an array of integers or a NumPy integer. Time spans are not."""
     known = is_array(value) and not is_typed_key(value)
@@ -127,8 +132,7 @@ def as_rate(function: str, value: Any, shape: Sequence[int], argument: str = "ra
             f"{function}: {argument} must be a number or an array, got {describe(value)}; pass a float, {meaning}"
         )
     concrete = not isinstance(value, jax.Array)
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
-    rate: Any = np.asarray(_as_float(value) if integer else value) if concrete else value
+    rate: Any = np.asarray(_as_float(value) if is_integer(value) else value) if concrete else value
     check_byte_order(function, argument, rate)
     if rate.dtype.name not in RATE_DTYPES:
         raise TypeError(
@@ -147,7 +151,7 @@ def is_zero(rate: Rate) -> bool:
 
 def as_number(function: str, argument: str, value: Any, low: float, high: float) -> float:
     """Require a finite Python or NumPy number within limits."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if not is_integer(value) and not isinstance(value, (float, np.floating)):
         raise TypeError(f"{function}: {argument} must be a number, got {describe(value)}; pass a Python float")
     number = _as_float(value)
     if not low <= number <= high or np.isinf(number):
@@ -169,7 +173,7 @@ def _as_float(value: Any) -> float:
 
 def as_count(function: str, argument: str, value: Any, low: int = 1) -> int:
     """Require a Python or NumPy integer of at least ``low``."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    if not is_integer(value):
         raise TypeError(f"{function}: {argument} must be an integer, got {describe(value)}; pass a Python int")
     if value < low:
         raise ValueError(f"{function}: {argument} must be at least {low}, got {value}; pass a larger int")

@@ -13,15 +13,29 @@ from pathlib import Path
 import jax
 import peers
 import pytest
+from hypothesis import HealthCheck, Phase, settings
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # read when Keras is imported
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-TIERS = ("unit", "compiled", "examples", "benchmarks", "long")
+TIERS = ("unit", "compiled", "examples", "benchmarks", "long", "property")
 DEVICES = "--xla_force_host_platform_device_count=8"
 LEVEL = "--xla_backend_optimization_level"
 QUICK = (f"{LEVEL}=0", "--xla_llvm_disable_expensive_passes=true")
+
+
+# Of the tier ``property``. A test says how many cases it runs per hundred of ``max_examples``, see strategies.py.
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    max_examples=100,
+    deadline=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+settings.register_profile("hunt", settings.get_profile("ci"), derandomize=False, max_examples=500, print_blob=True)
+settings.load_profile("ci")
 
 
 def pytest_configure(config):

@@ -157,8 +157,8 @@ def test_errors_come_before_any_computation(monkeypatch):
             BAD[case][0]()
 
 
-def test_bools_are_neither_counts_nor_axes_nor_numbers():
-    for value in (True, np.bool_(True)):
+def test_bools_and_time_spans_are_neither_counts_nor_axes_nor_numbers():
+    for value in (True, np.bool_(True), np.timedelta64(1, "s")):
         with pytest.raises(TypeError, match="f: n must be an integer, got "):
             _checks.as_count("f", "n", value)
         with pytest.raises(TypeError, match="f: a must be an axis, got "):

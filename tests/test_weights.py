@@ -169,6 +169,16 @@ def test_ids_out_of_range_follow_the_gathers_of_jax():
         same(y, jdrop.embedding_dropout(jax.random.clone(key), table, 0.5, train=True)[ids])
 
 
+@pytest.mark.parametrize("asarray", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("dtype", ["int16", "int32"])
+def test_negative_ids_count_from_an_end_beyond_their_dtype(dtype, asarray):
+    size, ids = 2**33, np.array([-1, -300, 5], dtype)
+    rows = [size - 1, size - 300, 5]
+    masks = [jdrop.dropout_mask(KEY, (size, 1), 0.5, window=((row, 1), (0, 1)))[0, 0] for row in rows]
+    y = jdrop.embedding_dropout(KEY, jnp.ones((3, 2)), 0.5, train=True, ids=asarray(ids), vocab_size=size)
+    same(y[:, 0] != 0, jnp.stack(masks))
+
+
 @pytest.mark.compiled
 def test_the_size_of_the_vocabulary_costs_no_memory():
     ids, x = jnp.zeros((4, 8), jnp.int32), jnp.ones((4, 8, 16))

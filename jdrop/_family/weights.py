@@ -213,12 +213,16 @@ def _rows_of(ids: Array, size: int | None) -> U64:
     """Return the rows that JAX gathers for ids, as ``(hi, lo)``; narrow ids share one hi."""
     xp: Any = jnp if isinstance(ids, Array) else np  # NumPy ids may be 64-bit while x64 is off
     index = ids.astype(np.int32) if ids.dtype.itemsize < 4 else ids
+    most = int(np.iinfo(index.dtype).max)
+    if size is not None and size - 1 > most:  # every id is inside, but the end is beyond its dtype
+        below = index < 0
+        end = U64(*(xp.where(below, word, np.uint32(0)) for word in U64.of(size)))
+        return U64.of(index) + end
     if size is not None:
-        last = min(size - 1, int(np.iinfo(index.dtype).max))
         if jnp.issubdtype(index.dtype, jnp.signedinteger):
-            index = xp.where(index < 0, index + index.dtype.type(last) + index.dtype.type(1), index)
+            index = xp.where(index < 0, index + index.dtype.type(size - 1) + index.dtype.type(1), index)
             index = xp.maximum(index, index.dtype.type(0))
-        index = xp.minimum(index, index.dtype.type(last))
+        index = xp.minimum(index, index.dtype.type(size - 1))
     if index.dtype.itemsize == 8:
         high, low = U64.of(index)
         return U64(jnp.asarray(high), jnp.asarray(low))
