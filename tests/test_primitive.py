@@ -99,9 +99,9 @@ def test_vmap_is_the_loop(axes, generator):
     n = 4
     keys = jax.random.split(KEY, n) if axes[1] == 0 else KEY
     rates = jnp.linspace(0.0, 1.0, n) if axes[2] == 0 else jnp.float32(0.3)
-    x = jnp.moveaxis(jnp.ones((n, 3, 150)) * jnp.arange(1.0, n + 1)[:, None, None], 0, axes[0] or 0)
-    if axes[0] is None:
-        x = jnp.ones((3, 150))
+    x = jnp.ones((3, 150))
+    if axes[0] is not None:
+        x = jnp.asarray(np.stack([np.full((3, 150), i + 1, np.float32) for i in range(n)], axes[0]))
 
     def f(x, k, r):
         return dropout(k, x, r, train=True, generator=generator)
@@ -112,13 +112,20 @@ def test_vmap_is_the_loop(axes, generator):
     def take(a, axis, i):
         return a if axis is None else jnp.take(a, i, axis) if axis else a[i]
 
-    loop = jnp.stack([f(take(x, axes[0], i), take(keys, axes[1], i), take(rates, axes[2], i)) for i in range(n)])
+    def one(x, i):
+        return f(take(x, axes[0], i), take(keys, axes[1], i), take(rates, axes[2], i))
+
+    @jax.jit
+    def compiled(x, keys, rates):  # x shared: gradients are summed
+        mapped = jax.vmap(f, axes)(x, keys, rates), jax.vmap(pull, axes)(x, keys, rates)
+        return *mapped, jax.grad(lambda x: jax.vmap(f, axes)(x, keys, rates).sum())(x)
+
+    loop = np.stack([one(x, i) for i in range(n)])
     same(jax.vmap(f, axes)(x, keys, rates), loop)
-    same(jax.jit(jax.vmap(f, axes))(x, keys, rates), loop)
-    same(jax.vmap(pull, axes)(x, keys, rates), loop)
-    total = jax.grad(lambda x: jax.vmap(f, axes)(x, keys, rates).sum())(x)  # x shared: gradients are summed
-    alone = [jax.grad(lambda x, i=i: f(take(x, axes[0], i), take(keys, axes[1], i), take(rates, axes[2], i)).sum())(x)
-             for i in range(n)]  # fmt: skip
+    y, pulled, total = compiled(x, keys, rates)
+    same(y, loop)
+    same(pulled, loop)
+    alone = [jax.grad(lambda x, i=i: one(x, i).sum())(x) for i in range(n)]
     np.testing.assert_allclose(total, sum(alone), rtol=1e-6)
 
 
