@@ -22,7 +22,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 TIERS = ("unit", "compiled", "examples", "benchmarks", "long", "property")
 DEVICES = "--xla_force_host_platform_device_count=8"
 LEVEL = "--xla_backend_optimization_level"
-QUICK = (f"{LEVEL}=0", "--xla_llvm_disable_expensive_passes=true")
+QUICK = (f"{LEVEL}=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_parallel_codegen_split_count=1")
+if jax.__version_info__ < (0, 11):  # the older emitters take half the time; jaxlib 0.12 has none
+    QUICK += ("--xla_cpu_use_fusion_emitters=false",)
 
 
 # Of the tier ``property``. A test says how many cases it runs per hundred of ``max_examples``, see strategies.py.

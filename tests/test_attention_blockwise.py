@@ -248,7 +248,8 @@ def test_residuals_of_the_backward_pass():
 
     without = q.nbytes + k.nbytes + v.nbytes + q.nbytes + 2 * 4 * 2 * 4 * 200 + 4  # two numbers per row, and the scale
     assert bytes_kept(0.0) == bytes_kept(0.0, is_causal=True) == without
-    assert bytes_kept(jnp.float32(0.5)) == bytes_kept(0.5) == without + 2 * 4 + 4
+    assert bytes_kept(0.5) == without + 2 * 4  # a Python rate is a constant
+    assert bytes_kept(jnp.float32(0.5)) == without + 2 * 4 + 4
     assert bytes_kept(jnp.full([2, 1, 200, 1], 0.5)) == without + 2 * 4 + 2 * 200 * 4
 
 

@@ -26,8 +26,8 @@ IMPLS = ["threefry2x32", "rbg", "unsafe_rbg", "threefry4x32", "philox2x32", "phi
 
 
 def some(shape, dtype="float32"):
-    x = jnp.reshape(jnp.arange(1, 1 + int(np.prod(shape)), dtype=jnp.float32) % 61 + 1, shape)
-    return x.astype(dtype) * jnp.asarray(1 - 2j, dtype) if dtype.startswith("complex") else x.astype(dtype)
+    x = np.reshape(np.arange(1, 1 + int(np.prod(shape)), dtype=np.float32) % 61 + 1, shape)
+    return jnp.asarray((x * (1 - 2j) if dtype.startswith("complex") else x).astype(jnp.dtype(dtype)))
 
 
 def keys_of_all_types():
@@ -57,6 +57,12 @@ def test_the_mask_of_dropout_is_dropout_mask(shape, generator):
     np.testing.assert_array_equal(np.asarray(y) != 0, mask)
 
 
+@jax.jit
+def scale_elsewhere(mask, x):
+    """The form that every other platform gets, run here."""
+    return SCALE.value(view(mask, x, GENERIC), x)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rate", [1e-3, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("on_cpu_kernel", [True, False])
@@ -65,8 +71,7 @@ def test_kept_values_are_the_product_rounded_once(dtype, rate, on_cpu_kernel, x6
     if on_cpu_kernel:
         y = dropout(KEY, x, rate, train=True)
     else:  # the form of all other platforms, run on this machine
-        mask = draw_mask("dropout", KEY, np.asarray(rate), x.shape)
-        y = jax.jit(lambda x: SCALE.value(view(mask, x, GENERIC), x))(x)
+        y = scale_elsewhere(draw_mask("dropout", KEY, np.asarray(rate), x.shape), x)
     assert y.dtype == x.dtype
     np.testing.assert_array_equal(y, expected(x, dropout_mask(KEY, x.shape, rate), rate))
 
@@ -102,12 +107,12 @@ def test_zeros_keep_their_signs():
 @pytest.mark.parametrize("generator", ["fast", "jax"])
 def test_every_key_type(key, generator):
     x = some((8, 200))
-    y = dropout(key, x, 0.3, train=True, generator=generator)
+    y = np.asarray(dropout(key, x, 0.3, train=True, generator=generator))
     np.testing.assert_array_equal(y, dropout(key, x, 0.3, train=True, generator=generator))
-    dropped = float(jnp.mean(y == 0))
+    dropped = np.mean(y == 0)
     assert abs(dropped - 0.3) < 5 * np.sqrt(0.3 * 0.7 / x.size)
     other = jax.random.split(key)[0]
-    assert bool(jnp.any(y != dropout(other, x, 0.3, train=True, generator=generator)))
+    assert np.any(y != dropout(other, x, 0.3, train=True, generator=generator))
 
 
 def test_transposed_input_follows_its_own_indices():
@@ -189,10 +194,14 @@ def test_no_gradient_flows_to_the_rate():
 @pytest.mark.parametrize("rate_dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_dtype_of_x_is_kept_whatever_the_dtype_of_the_rate(dtype, rate_dtype, x64):
     x = some((4, 256), dtype)
+
+    def dtype_of(rate, **options):
+        return jax.eval_shape(lambda x: dropout(KEY, x, rate, **options), x).dtype
+
     for rate in (jnp.asarray(0.25, rate_dtype), np.asarray(0.25, np.float64)[()], jnp.full((4, 1), 0.25, rate_dtype)):
         for generator in ("fast", "jax"):
-            assert dropout(KEY, x, rate, train=True, generator=generator).dtype == x.dtype
-        assert dropout(KEY, x, rate, train=False, scale_at="eval").dtype == x.dtype
+            assert dtype_of(rate, train=True, generator=generator) == x.dtype
+        assert dtype_of(rate, train=False, scale_at="eval") == x.dtype
 
 
 def test_the_rate_is_first_rounded_to_float32(x64):
@@ -342,7 +351,7 @@ def test_alpha_dropout_keeps_mean_and_variance(rate):
     x = jax.random.normal(jax.random.key(1), (2048, 2048))
     y = np.asarray(jdrop.alpha_dropout(KEY, x, rate, train=True), np.float64)
     assert abs(y.mean()) < 5 / np.sqrt(y.size)
-    assert abs(y.var() - 1) < 5 * np.sqrt(((y**4).mean() - 1) / y.size)
+    assert abs(y.var() - 1) < 5 * np.sqrt((np.square(y * y).mean() - 1) / y.size)
 
 
 @pytest.mark.parametrize("rate", [1e-3, 0.2, 0.9])
@@ -361,6 +370,7 @@ def test_alpha_dropout_is_the_formula_of_the_paper(rate, dtype, x64):
     np.testing.assert_allclose(np.asarray(g, np.float64), np.where(mask, a, 0), rtol=step)
 
 
+@pytest.mark.compiled
 def test_alpha_dropout_at_the_limits_and_with_rates_along_an_axis():
     x = some((5, 300))
     rates = jnp.array([0.0, 1e-9, 0.5, 1 - 2**-24, 1.0])[:, None]

@@ -27,13 +27,14 @@ def test_windows_are_parts_of_the_whole(shape, generator):
         ),
         static_argnums=1,
     )
-    for _ in range(4):
-        starts = [int(rng.integers(0, n)) for n in shape]
-        sizes = [int(rng.integers(0, n - s + 1)) for s, n in zip(starts, shape, strict=True)]
-        part = whole[tuple(slice(s, s + n) for s, n in zip(starts, sizes, strict=True))]
-        window = list(zip(starts, sizes, strict=True))
-        np.testing.assert_array_equal(dropout_mask(KEY, shape, 0.5, generator=generator, window=window), part)
-        np.testing.assert_array_equal(at([jnp.int32(s) for s in starts], tuple(sizes)), part)
+    for _ in range(2):  # sizes are static, and one program serves all starts
+        sizes = tuple(int(rng.integers(0, n + 1)) for n in shape)
+        for _ in range(4):
+            starts = [int(rng.integers(0, n - size + 1)) for n, size in zip(shape, sizes, strict=True)]
+            part = whole[tuple(slice(s, s + n) for s, n in zip(starts, sizes, strict=True))]
+            window = list(zip(starts, sizes, strict=True))
+            np.testing.assert_array_equal(dropout_mask(KEY, shape, 0.5, generator=generator, window=window), part)
+            np.testing.assert_array_equal(at([jnp.int32(s) for s in starts], sizes), part)
 
 
 def test_window_with_shared_axes_and_array_rates():
@@ -113,8 +114,8 @@ def test_a_word_equal_to_the_threshold_is_kept():
     assert len(at) > 50
     for i, j in at[:5]:
         rate = np.float32(words[i, j] / 2**32)
-        assert bool(dropout_mask(KEY, shape, rate)[i, j])
-        assert not bool(dropout_mask(KEY, shape, just_above(rate))[i, j])
+        assert np.asarray(dropout_mask(KEY, shape, rate))[i, j]
+        assert not np.asarray(dropout_mask(KEY, shape, just_above(rate)))[i, j]
 
 
 # ------------------------------------------------------------------------------------ generator="jax"
@@ -123,8 +124,12 @@ def test_a_word_equal_to_the_threshold_is_kept():
 @pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg", "threefry4x32", "philox2x32", "philox4x32"])
 @pytest.mark.parametrize("shape", [(), (5,), (3, 130), (2, 5, 7, 3)])
 def test_generator_jax_equals_bernoulli(impl, shape):
+    """Every dtype of the rate has every shape where bits are drawn by index, and one shape elsewhere."""
     key = jax.random.key(5, impl=impl)
-    for rate in (0.1, 0.5, 0.999, np.float32(0.3), jnp.float32(0.7), jnp.bfloat16(0.1), jnp.float16(0.2)):
+    rates = [0.1, 0.5, 0.999]
+    if impl == "threefry2x32" or shape == (3, 130):
+        rates += [np.float32(0.3), jnp.float32(0.7), jnp.bfloat16(0.1), jnp.float16(0.2)]
+    for rate in rates:
         mask = dropout_mask(key, shape, rate, generator="jax")
         np.testing.assert_array_equal(mask, jax.random.bernoulli(key, 1 - rate, shape))
 

@@ -3,6 +3,7 @@
 Exemptions are tested too: where a member is exempt, the check must fail in the way that the table says.
 """
 
+import functools
 import re
 
 import jax
@@ -75,17 +76,23 @@ def jit(name):
     assert counts[7] == counts[-1], "eager calls compile once"  # by then a branch was kept, and skipped
 
 
+@functools.cache
+def derived(n, impl="threefry2x32"):
+    """Keys of a loop over n examples."""
+    return jax.vmap(lambda i: jdrop.keys.derive(jax.random.key(0, impl=impl), i))(jnp.arange(n))
+
+
 @check
 def vmap(name):
     """Over keys and data, with keys whose bits under vmap differ from a loop; over keys only; over another axis."""
-    keys = jax.vmap(lambda i: jdrop.keys.derive(jax.random.key(0, impl="rbg"), i))(jnp.arange(8))
+    keys = derived(8, "rbg")
     one = jax.jit(lambda k, x: (MEMBERS[name].one or MEMBERS[name])(k, x, 0.5, train=True))
     loop = np.stack([one(k, x) for k, x in zip(keys, X, strict=True)])
     same(jax.jit(jax.vmap(one))(keys, X), loop, "as a loop", name)
-    keys = jax.vmap(lambda i: jdrop.keys.derive(KEY, i))(jnp.arange(3))
+    keys = derived(3)
     f = jax.jit(lambda k, x: train(name)(k, x, 0.5))
     same(jax.jit(jax.vmap(f, in_axes=(0, None)))(keys, X)[1], f(keys[1], X), "as a loop over keys", name)
-    last = jax.jit(jax.vmap(f, in_axes=(0, -1), out_axes=-1))(keys, jnp.stack([X, 2 * X, 3 * X], -1))
+    last = jax.jit(jax.vmap(f, in_axes=(0, -1), out_axes=-1))(keys, np.stack([X, 2 * X, 3 * X], -1))
     same(last[..., 2], f(keys[2], 3 * X), "as a loop over the last axis", name)
 
 
@@ -311,14 +318,21 @@ def generators(name):
         train(name, generator="torch")(KEY, X, 0.5)
 
 
+ROUNDS = ("derivatives", "gaussian_dropout")  # with the compiler options of the tier unit
 OF_PROGRAMS = ("jit", "tiles", "meshes")  # these read or depend on the optimized program
 
 
+def is_compiled(what, name):
+    return [pytest.mark.compiled] * (what in OF_PROGRAMS or (what, name) == ROUNDS)
+
+
 def cases(marks):
-    return [pytest.param(what, name, marks=marks(what), id=f"{what}-{name}") for what in CHECKS for name in MEMBERS]
+    return [
+        pytest.param(what, name, marks=marks(what, name), id=f"{what}-{name}") for what in CHECKS for name in MEMBERS
+    ]
 
 
-@pytest.mark.parametrize(("what", "name"), cases(lambda what: [pytest.mark.compiled] * (what in OF_PROGRAMS)))
+@pytest.mark.parametrize(("what", "name"), cases(is_compiled))
 def test_members_keep_the_rules(what, name):
     if exempt := MEMBERS[name].exempt.get(what):
         with pytest.raises(exempt.error, match=exempt.fails):

@@ -83,6 +83,7 @@ def test_gaussian_dropout_has_the_variance_of_dropout(rate):
     assert abs(y.var() / variance - 1) < 5 * np.sqrt(2 / N)
 
 
+@pytest.mark.compiled
 def test_shared_axes_share_one_draw():
     x = jnp.ones((4, 50, 8))
     for f in (jdrop.gaussian_dropout, jdrop.gaussian_noise):
