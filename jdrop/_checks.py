@@ -138,7 +138,7 @@ def as_rate(function: str, value: Any, shape: Sequence[int], argument: str = "ra
         raise TypeError(
             f"{function}: {argument} must be a real floating point number, got {describe(value)}; convert it to float32"
         )
-    if concrete and not np.all((rate >= 0) & (rate <= high) & np.isfinite(rate)):
+    if concrete and not ((rate >= 0) & (rate <= high) & np.isfinite(rate)).all():
         raise ValueError(f"{function}: {argument} must lie in [0, {high:g}], got {describe(value)}; pass {meaning}")
     check_broadcastable(function, argument, rate, shape, "the mask's shape")
     return expand_rank(rate, len(shape))
@@ -146,7 +146,7 @@ def as_rate(function: str, value: Any, shape: Sequence[int], argument: str = "ra
 
 def is_zero(rate: Rate) -> bool:
     """Tell whether a checked rate drops nothing for certain: a concrete 0."""
-    return isinstance(rate, np.ndarray) and not np.any(rate)
+    return isinstance(rate, np.ndarray) and not rate.any()
 
 
 def as_number(function: str, argument: str, value: Any, low: float, high: float) -> float:
