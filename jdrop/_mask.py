@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jdrop._bits import Bits, FastBits, bits_for
 from jdrop._platform import GENERIC, Platform
 from jdrop._random.indexing import window_index
 from jdrop._random.threefry import U64
+from jdrop._sharding import broadcast_spec
 from jdrop._types import Generator, Rate
 
 
@@ -74,11 +75,9 @@ class Mask:
         """Return the size and the sharding of the decisions of a window: 1 and none on shared axes."""
         if 1 not in self.shape:
             return tuple(size), sharding
-        shared = [n == 1 for n in self.shape]
         if sharding is not None:
-            spec = (None if one else s for one, s in zip(shared, sharding.spec))
-            sharding = sharding.update(spec=PartitionSpec(*spec))
-        return tuple(1 if one else n for one, n in zip(shared, size)), sharding
+            sharding = sharding.update(spec=broadcast_spec(sharding.spec, self.shape))
+        return tuple(1 if whole == 1 else n for whole, n in zip(self.shape, size)), sharding
 
     def _zero_where_shared(self, index: Sequence[U64]) -> Sequence[U64]:
         if 1 not in self.shape:

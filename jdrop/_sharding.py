@@ -95,6 +95,11 @@ def explicit_sharding(sharding: NamedSharding) -> NamedSharding | None:
     return sharding if sharding.mesh.explicit_axes else None
 
 
+def broadcast_spec(spec: PartitionSpec, shape: Sequence[Any]) -> PartitionSpec:
+    """Return the spec of an array that broadcasts to one with a spec: none on axes of size 1."""
+    return PartitionSpec(*(s if n != 1 else None for s, n in zip(spec, shape)))
+
+
 def check_sharded_as(function: str, argument: str, value: Any, data: Array, whose: str = "the data") -> None:
     """On an explicit mesh, forbid arrays that broadcast to the data but are sharded differently along an axis."""
     sharding = explicit_sharding(jax.typeof(data).sharding) if isinstance(value, Array) and value.ndim else None

@@ -278,7 +278,7 @@ def children(row_keys: RowKeys, key: Array, n: int) -> Iterator[Result]:
         for part, a in ours.items():
             for b in np.asarray(words).T:
                 for statistic, p in couple(a, b):
-                    yield Result(f"{part} of keys of rows and {name}", statistic, p)
+                    yield Result(f"{part} of row keys and {name}", statistic, p)
 
 
 ROW_KEY_GROUPS: dict[str, Callable[[RowKeys, Array, int], Iterator[Result]]] = {

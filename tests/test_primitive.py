@@ -125,8 +125,8 @@ def test_vmap_is_the_loop(axes, generator):
     y, pulled, total = compiled(x, keys, rates)
     same(y, loop)
     same(pulled, loop)
-    alone = [jax.grad(lambda x, i=i: one(x, i).sum())(x) for i in range(n)]
-    np.testing.assert_allclose(total, sum(alone), rtol=1e-6)
+    each = [jax.grad(lambda x, i=i: one(x, i).sum())(x) for i in range(n)]
+    np.testing.assert_allclose(total, sum(each), rtol=1e-6)
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg", "philox2x32"])

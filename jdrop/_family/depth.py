@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jdrop._platform.generic import multiply
 from jdrop._prepare import Arguments, Shape, check_arguments
 from jdrop._sharding import check_sharded_as, vary_like, vary_together
 from jdrop._types import Generator, RateLike, Shard, real_dtype
+
+T = TypeVar("T")
 
 
 def stochastic_depth(
@@ -88,10 +90,15 @@ def stochastic_depth(
 
     if not isinstance(kept, jax.core.Tracer):  # lax.cond would compile new functions at every call
         return added(x) if jax.device_get(kept) else x
-    out = jax.typeof(x)
-    if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, fn may vary over more axes than x
-        out = jax.make_jaxpr(added)(x).out_avals[0]
-    return lax.cond(kept, added, lambda x: vary_like(x, out), x)
+    return run_or_skip(kept, added, x)
+
+
+def run_or_skip(kept: bool | Array, run: Callable[..., T], operands: T) -> T:
+    """Return ``run(operands)`` if kept, else the operands, and compute only that. Both have the same types."""
+    types = jax.tree.map(jax.typeof, operands)
+    if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, run may vary over more axes than its operands
+        types = jax.tree.unflatten(jax.tree.structure(types), jax.make_jaxpr(run)(operands).out_avals)
+    return lax.cond(kept, run, lambda skipped: jax.tree.map(vary_like, skipped, types), operands)
 
 
 def one_decision(shape: Shape) -> Shape:

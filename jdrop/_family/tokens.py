@@ -20,7 +20,7 @@ from jdrop._mask import Mask
 from jdrop._platform import Target
 from jdrop._prepare import check_arguments
 from jdrop._primitive import view
-from jdrop._sharding import check_sharded_as, explicit_sharding
+from jdrop._sharding import broadcast_spec, check_sharded_as, explicit_sharding
 from jdrop._types import Generator, RateLike, Shard
 
 
@@ -103,8 +103,7 @@ def _as_ids(function: str, value: Any, ids: Array) -> Array:
     sharding = explicit_sharding(jax.typeof(ids).sharding)
     if sharding is None or not replacement.ndim:
         return replacement
-    spec = (s if n > 1 else None for s, n in zip(sharding.spec, replacement.shape))
-    return jax.sharding.reshard(replacement, PartitionSpec(*spec))
+    return jax.sharding.reshard(replacement, broadcast_spec(sharding.spec, replacement.shape))
 
 
 @jax.jit

@@ -4,12 +4,11 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import jax
-from jax import Array, lax
+from jax import Array
 
 import jdrop
 from jdrop._checks import check_key
-from jdrop._sharding import vary_like
+from jdrop._family import depth
 from jdrop.adapters import _layer
 from jdrop.adapters._depth import Decision
 
@@ -52,8 +51,5 @@ def run_or_skip(decision: Decision, add: Callable[[Array, Any], tuple[Array, Any
     """Return ``add(x, state)`` if the branch is kept, and ``(x, state)`` otherwise."""
     if decision.is_known:
         return add(x, state) if decision.kept else (x, state)
-    types = jax.tree.map(jax.typeof, (x, state))
-    if jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, the branch may vary over more axes than x
-        types = jax.tree.unflatten(jax.tree.structure(types), jax.make_jaxpr(add)(x, state).out_avals)
-    y, new = lax.cond(decision.kept, add, lambda *skipped: jax.tree.map(vary_like, skipped, types), x, state)
+    y, new = depth.run_or_skip(decision.kept, lambda operands: add(*operands), (x, state))
     return y, None if state is None else state.update(new)  # this marks the old state as used, as Equinox does

@@ -13,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jdrop._mask import Mask
-from jdrop._sharding import explicit_sharding
+from jdrop._sharding import broadcast_spec, explicit_sharding
 
 T = TypeVar("T")
 
@@ -50,11 +50,11 @@ def reshard_as_scores(operands: T, query: Array) -> T:
     if sharding is None:
         return operands
     batch, queries, heads, _ = sharding.spec
+    of_scores = PartitionSpec(batch, heads, queries, None)
 
     def one(x: Array) -> Array:
         sizes = x.shape if x.ndim == 4 else ()  # the seed and the scale are replicated
-        spec = (s if n > 1 else None for s, n in zip((batch, heads, queries, None), sizes))
-        return jax.sharding.reshard(x, PartitionSpec(*spec))
+        return jax.sharding.reshard(x, broadcast_spec(of_scores, sizes))
 
     return jax.tree.map(one, operands)
 
