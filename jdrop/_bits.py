@@ -100,7 +100,7 @@ class JaxBits:
     def seed(self, key: Array) -> Array:
         return key_words(key)
 
-    def rate(self, rate: Rate) -> Array:
+    def rate(self, rate: Rate) -> Rate:
         return jax_bits.realized_rate(rate)
 
     def check_shape(self, function: str, shape: tuple[Any, ...]) -> None:

@@ -71,7 +71,7 @@ def test_bench_memory(reports):
     assert {r["variant"] for r in report["rows"]} == set(VARIANTS)
     assert all(r["ratio"] < 1.005 for r in report["rows"] if r["contender"].startswith("jdrop"))
     residuals = {r["contender"]: r["bytes"] for r in report["closures"]}
-    assert (residuals["jdrop fast"], residuals["jdrop jax"]) == (8, 12)  # a seed, and with "jax" a rate
+    assert residuals["jdrop fast"] == residuals["jdrop jax"] == 8  # a seed
     assert residuals["where(bernoulli)"] >= 4 * 64 * 128
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from jdrop._random.threefry import Pair, threefry2x32
+from jdrop._types import Rate
 
 
 def has_random_access(implementation: str) -> bool:
@@ -21,7 +22,7 @@ def has_random_access(implementation: str) -> bool:
     return implementation == "threefry2x32" and config.jax_threefry_partitionable
 
 
-def realized_rate(rate: np.ndarray | Array) -> Array:
+def realized_rate(rate: Rate) -> Rate:
     """Return the drop rate that ``bernoulli(key, 1 - rate)`` realizes, in the dtype that JAX gives ``1 - rate``.
 
     ``1 - rate`` is formed in the rate's own dtype, as a user would. Rates below 0 and above 1 act as 0 and 1.
@@ -31,7 +32,7 @@ def realized_rate(rate: np.ndarray | Array) -> Array:
     p = xp.asarray(1 - rate, jax.dtypes.canonicalize_dtype(rate.dtype) if concrete else None)
     steps = p.dtype.type(2.0 ** jnp.finfo(p.dtype).nmant)
     clipped = xp.minimum(xp.maximum(p, p.dtype.type(0)), p.dtype.type(1))
-    return jnp.asarray(xp.where(xp.isnan(p), p, p.dtype.type(1) - xp.ceil(clipped * steps) / steps))
+    return xp.where(xp.isnan(p), p, p.dtype.type(1) - xp.ceil(clipped * steps) / steps)
 
 
 def keep(bits: Array, rate: Array) -> Array:
