@@ -37,7 +37,7 @@ class Cpu(generic.Platform):
         """Hash rows outside the loop over columns.
 
         Symptom: XLA fuses the 20 rounds of Threefry into the loop over elements and repeats them for each one. Gain:
-        none in time on an EPYC (0.96, 0.72 to 1.04), where XLA leaves the hash outside by itself. Seen: jax 0.10.2,
+        none in time on an EPYC (1.00, 0.88 to 1.09), where XLA leaves the hash outside by itself. Seen: jax 0.10.2,
         0.12.0. Test: test_primitive.py, test_forward_is_one_loop_over_elements_with_the_row_hash_outside.
         """
         return _out_of_loops(fast.row_key(seed, row))
@@ -46,7 +46,7 @@ class Cpu(generic.Platform):
         """Store decisions or noise, if enough elements share them, except along the last axis.
 
         Symptom: XLA computes a shared decision again for each element that shares it; along the last axis, LLVM moves
-        it out of the loop. Gain: locked_dropout from 1.20 to 1.48 times ``x * c`` to 0.95 to 1.07; on an EPYC 0.81.
+        it out of the loop. Gain: locked_dropout from 1.20 to 1.48 times ``x * c`` to 0.95 to 1.07; on an EPYC 0.82.
         Seen: jax 0.10.2, 0.12.0. Test: test_primitive.py, test_shared_decisions_are_drawn_once_on_a_cpu.
         """
         size = math.prod(shape)
@@ -59,7 +59,7 @@ class Cpu(generic.Platform):
         """Multiply by the factor times 1, and add -0.0, both opaque to the compiler.
 
         Symptom: LLVM fuses load, single operation, and selection into one masked load, which waits for the mask. Gain:
-        half of the time if memory is fast; on an EPYC 0.78 in bfloat16, and none in float32 (0.99). Seen: jax 0.10.2,
+        half of the time if memory is fast; on an EPYC 0.77 in bfloat16, and none in float32 (0.97). Seen: jax 0.10.2,
         0.12.0. Test: test_platform_cpu.py, test_a_product_hides_its_factor; the time by scripts/bench_platform.py.
         """
         if jnp.iscomplexobj(x):
@@ -74,7 +74,7 @@ class Cpu(generic.Platform):
     def select(self, kept: Array, x: Array, y: Array, *, seed: Array) -> Array:
         """Select bit by bit.
 
-        Symptom and gain: as for :meth:`multiply`, if there is only a selection; a loss on an EPYC (1.07).
+        Symptom and gain: as for :meth:`multiply`, if there is only a selection; none on an EPYC (1.03).
         Seen: jax 0.10.2, 0.12.0. Test: test_platform_cpu.py, test_a_selection_is_made_of_bits; the time by
         scripts/bench_platform.py.
         """
@@ -91,7 +91,7 @@ class Cpu(generic.Platform):
 
         Symptom: in a loop over a whole long axis, LLVM counts in 64 bits, with vectors twice as wide as the others,
         which slows down all of them; over rows, it counts in 32 bits. Gain: 2.05 to 1.46 times ``x * c`` on a Xeon; on
-        an EPYC 0.82. On a mesh, no device can fold its part of an axis without the others. Seen: jax 0.10.2. Test:
+        an EPYC 0.83. On a mesh, no device can fold its part of an axis without the others. Seen: jax 0.10.2. Test:
         test_primitive.py, test_a_long_axis_is_folded_on_one_cpu_and_keeps_its_bits.
         """
         width = min(size & -size, _WIDEST)  # size & -size is the largest power of two that divides size
@@ -101,11 +101,11 @@ class Cpu(generic.Platform):
     def order_after(self, x: Array, dependency: Array | None) -> Array:
         """Add a -0.0 computed from the dependency, which changes no number.
 
-        Symptom: XLA orders only operations that depend on each other; it runs all segments of causal attention at once
-        and keeps their blocks, or computes the probabilities of the backward pass in the forward pass. Gain: 11 instead
-        of 68 MB at 8192 with a window; 3.2 instead of 7.4 MB per layer at 512. Seen: jax 0.10.2, 0.12.0. Test:
-        test_attention_blockwise.py, test_segments_take_turns_in_memory and
-        test_layers_hold_no_scores_for_the_backward_pass.
+        Symptom: XLA orders only operations that depend on each other; it runs all segments of causal attention
+        at once and keeps their blocks, or computes the probabilities of the backward pass in the forward pass.
+        Gain: 11 instead of 68 MB at 8192 with a window; 3.2 instead of 7.4 MB per layer at 512, for 1.10 times
+        the time on an EPYC. Seen: jax 0.10.2, 0.12.0. Test: test_attention_blockwise.py,
+        test_segments_take_turns_in_memory and test_layers_hold_no_scores_for_the_backward_pass.
 
         XLA on CPU flushes subnormal numbers to 0, and so does this.
         """
@@ -176,7 +176,7 @@ def _opaque_constant(word: Array, bits: int) -> Array:
 def _round_to_bfloat16(x: Array) -> Array:
     """Round float32 to the nearest bfloat16, ties to even, in five integer operations.
 
-    Symptom: XLA's own form takes eight. Gain: 0.78 of the time on an EPYC. Seen: jax 0.10.2. Test:
+    Symptom: XLA's own form takes eight. Gain: 0.79 of the time on an EPYC. Seen: jax 0.10.2. Test:
     test_platform_cpu.py, test_bfloat16_is_rounded_as_xla_does_for_every_value; the time by scripts/bench_platform.py.
 
     It does not handle NaN with a payload only in the lower half, which no product with a bfloat16 has.
