@@ -14,18 +14,13 @@ import jax
 import peers
 import pytest
 from hypothesis import HealthCheck, Phase, settings
+from xla_flags import DEVICES, LEVEL, QUICK
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # read when Keras is imported
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 TIERS = ("unit", "compiled", "examples", "benchmarks", "long", "property")
-DEVICES = "--xla_force_host_platform_device_count=8"
-LEVEL = "--xla_backend_optimization_level"
-QUICK = (f"{LEVEL}=0", "--xla_llvm_disable_expensive_passes=true", "--xla_cpu_parallel_codegen_split_count=1")
-if jax.__version_info__ < (0, 11):  # the older emitters take half the time; jaxlib 0.12 has none
-    QUICK += ("--xla_cpu_use_fusion_emitters=false",)
-
 
 # Of the tier ``property``. A test says how many cases it runs per hundred of ``max_examples``, see strategies.py.
 settings.register_profile(
@@ -68,11 +63,16 @@ def forbid_reading_programs():
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Add tests without a tier to the tier ``unit``."""
+def pytest_collection_modifyitems(config, items):
+    """Add tests without a tier to the tier ``unit``, and require that each tier has tests."""
     for item in items:
         if not any(item.get_closest_marker(tier) for tier in TIERS):
             item.add_marker("unit")
+    paths = [config.rootpath / path for path in config.getini("testpaths")]
+    if [config.rootpath / path for path in config.args] == paths:
+        empty = [tier for tier in TIERS if not any(item.get_closest_marker(tier) for item in items)]
+        if empty:
+            raise pytest.UsageError(f"no tests in tiers {empty}")
 
 
 def pytest_runtest_setup(item):

@@ -9,6 +9,7 @@ import sys
 import peers
 import pytest
 from members import MEMBERS, Bench
+from xla_flags import QUICK
 
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 VARIANTS = ("unrolled, plain, one key", "scan, plain, one key", "scan, checkpoint, per-example keys")
@@ -22,7 +23,7 @@ def run(script, *options, out, path=()):
     command = [sys.executable, "-W", "error", str(SCRIPTS / script), *options]
     env = {
         **os.environ,
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": " ".join(QUICK),
         "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu"),
     }
     env["PYTHONPATH"] = os.pathsep.join([*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xla_flags import QUICK
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 PACKAGES = ("matplotlib", "mlxtend", "optax", "orbax.checkpoint", "sklearn", "tqdm")
@@ -65,8 +66,7 @@ def test_runs(path, options, tmp_path):
     for package in PACKAGES:
         pytest.importorskip(package)
     command = [sys.executable, str(path), "--steps", "2", "--out", str(tmp_path), *options]
-    environment = {"JAX_PLATFORMS": "cpu", **os.environ}
-    environment.pop("XLA_FLAGS")  # those of the tests
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ, "XLA_FLAGS": " ".join(QUICK)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600)
     assert run.returncode == 0, run.stderr
     assert "Warning" not in run.stderr, run.stderr

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jdrop._random.threefry import WORD, Pair, threefry2x32
 
@@ -82,7 +82,8 @@ def threshold(rate: Array) -> tuple[Array, Array]:
     Words below t are dropped. Rate 1 needs the second value, because its t exceeds uint32.
     """
     inside = (rate > 0) & (rate < 1)  # NaN is outside, and keeps everything
-    return jnp.round(jnp.where(inside, rate, jnp.zeros_like(rate)) * float(WORD)).astype(jnp.uint32), rate >= 1
+    steps = lax.select(inside, rate, lax.full_like(rate, 0)) * float(WORD)
+    return lax.round(steps, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.uint32), rate >= 1
 
 
 def keep(words: Array, rate: Array) -> Array:
@@ -97,6 +98,7 @@ def keep_probability(rate: Array, dtype: Any) -> Array:
     0 and 1 for rates of 1 and 0, NaN for NaN.
     """
     t, none = threshold(rate)
-    kept = jnp.where(t == 0, jnp.asarray(float(WORD), dtype), (np.uint32(0) - t).astype(dtype)) / float(WORD)
-    kept = jnp.where(none, jnp.zeros_like(kept), kept)
-    return jnp.where(jnp.isnan(rate), rate.astype(dtype), kept)
+    words = (np.uint32(0) - t).astype(dtype)
+    kept = lax.select(t == 0, lax.full_like(words, WORD), words) / float(WORD)
+    kept = lax.select(none, lax.full_like(kept, 0), kept)
+    return lax.select(lax.ne(rate, rate), rate.astype(dtype), kept)
