@@ -73,7 +73,7 @@ class FastBits:
 
     def word_at(self, seed: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:
         """Return the uint32 words at an index, from which decisions and noise are computed."""
-        seed = recomputed(seed)
+        seed = platform.recomputed(seed)
         row, col = row_and_column(shape, index)
         return fast.mix(platform.row_key((seed[0], seed[1]), row), col)
 
@@ -109,9 +109,8 @@ class JaxBits:
     def keep_at(
         self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
-        del platform
         # One barrier for both: an index that does not depend on the key would be hoisted out of a scan and stored.
-        seed, index = recomputed((seed, index))
+        seed, index = platform.recomputed((seed, index))
         flat, _ = row_and_column(shape, index, columns=False)
         return jax_bits.keep(jax_bits.bits_at((seed[0], seed[1]), flat, rate.dtype), jnp.asarray(rate))
 
@@ -146,12 +145,3 @@ def expected_keep(rate: Rate, generator: Generator, dtype: Any) -> Array:
 @jax.jit
 def _seed(key: Array) -> Array:
     return jnp.stack(fast.hash_key(key_words(key), fast.USE_SEED), axis=-1)
-
-
-def recomputed(x: Any) -> Any:
-    """Return x behind a barrier, so that the backward pass recomputes what the forward pass computed from it.
-
-    XLA merges equal computations, and would store a mask that both passes need. On CPU, the barriers of the two passes
-    keep them apart. On GPU and TPU, XLA merges the barriers too, so a barrier alone does not prevent a stored mask.
-    """
-    return lax.optimization_barrier(x)

@@ -31,12 +31,19 @@ class MaskView:
     """A mask as an op sees it: for one example, and for data of one shape, sharding and platform."""
 
     mask: Mask
-    shape: tuple[Any, ...]
-    """Shape of the data: the whole, or a tile."""
-    sharding: NamedSharding | None
+    data: Array
+    """The whole, or a tile. Of several arrays, one; its values are not read."""
     platform: Platform = GENERIC
     index: Sequence[U64] | None = None
     """The index of the decisions, if it differs from that of the data."""
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return self.data.shape
+
+    @property
+    def sharding(self) -> NamedSharding | None:
+        return explicit_sharding(jax.typeof(self.data).sharding)
 
     def keep(self, size: tuple[Any, ...] | None = None) -> Array:
         """Return the keep decisions, a bool array with 1 on shared axes; ``size`` replaces the shape of the data."""
@@ -65,7 +72,7 @@ class MaskView:
         if self.index is not None:
             return self.index
         size = self.shape if size is None else size
-        return self.mask.index(size, self._sharding_of(size))
+        return self.platform.index_of(self.data, self.mask.index(size, self._sharding_of(size)))
 
     def _sharding_of(self, size: tuple[Any, ...]) -> NamedSharding | None:
         if self.sharding is None:
@@ -75,11 +82,6 @@ class MaskView:
 
     def _materialize(self, x: Array) -> Array:
         return self.platform.materialize(x, self.shape)
-
-
-def view(mask: Mask, x: Array, platform: Platform, index: Sequence[U64] | None = None) -> MaskView:
-    """Return the view of a mask for data of the shape and sharding of x."""
-    return MaskView(mask, x.shape, explicit_sharding(jax.typeof(x).sharding), platform, index)
 
 
 class MaskedOp(NamedTuple):
@@ -122,7 +124,7 @@ def _impl(*operands: Array, op: MaskedOp, tree: Any, target: Target, under_vmap:
     if fold is not None:
         mask, platform = dataclasses.replace(mask, shape=(shape[0] // fold.width, fold.width)), fold.platform
         data = tuple(x.reshape(mask.shape) for x in data)
-    return op.value(view(mask, data[0], platform, index), *data).reshape(shape)
+    return op.value(MaskView(mask, data[0], platform, index), *data).reshape(shape)
 
 
 def _can_fold(mask: Mask, x: Array) -> bool:

@@ -16,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from xla_flags import DEVICES, LEVEL, QUICK
 
+from jdrop._platform import PLATFORMS
+
 os.environ.setdefault("KERAS_BACKEND", "jax")  # read when Keras is imported
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -103,3 +105,15 @@ def usual_promotion():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def use_on_cpu(monkeypatch):
+    """Return a function that replaces the forms for CPU."""
+
+    def use(forms):
+        jax.clear_caches()
+        monkeypatch.setitem(PLATFORMS, "cpu", forms)
+
+    yield use
+    jax.clear_caches()

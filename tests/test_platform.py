@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval as pe
 from members import MEMBERS
 
 import jdrop
 from jdrop._lowering import at_lowering
+from jdrop._mask import draw_mask
 from jdrop._platform import GENERIC, PLATFORMS, Target
+from jdrop._platform.generic import index_of_data
+from jdrop._primitive import MaskView
+from jdrop._random.threefry import U64
 
 KEY = jax.random.key(7)
 X = jnp.asarray(((np.arange(2 * 3 * 8 * 128) % 61 - 29.5) / 16).astype(np.float32).reshape(2, 3, 8, 128))
@@ -31,23 +36,15 @@ def step_of(name):
     return step
 
 
-@pytest.fixture
-def no_forms_for_cpu(monkeypatch):
-    """Use the plain forms on CPU too."""
-    jax.clear_caches()
-    monkeypatch.delitem(PLATFORMS, "cpu")
-    yield
-    jax.clear_caches()
-
-
 @pytest.fixture(scope="module")
 def texts():
-    """Return the programs of all members for two platforms that have no own forms."""
+    """Return the programs of all members for two platforms that have the same forms."""
     return {name: [text_for(p, step_of(name), KEY, X) for p in ("cuda", "tpu")] for name in MEMBERS}
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_the_forms_for_cpu_reach_no_other_platform(name, texts, no_forms_for_cpu):
+def test_the_forms_for_cpu_reach_no_other_platform(name, texts, use_on_cpu):
+    use_on_cpu(PLATFORMS["cuda"])
     plain = text_for("cpu", step_of(name), KEY, X)
     assert texts[name] == [plain, plain]
 
@@ -56,6 +53,57 @@ def test_the_forms_for_cpu_reach_the_cpu(texts):
     """Otherwise the test above would compare nothing. All members share the same few operations."""
     own = {name for name in MEMBERS if text_for("cpu", step_of(name), KEY, X) != texts[name][0]}
     assert own == set(MEMBERS)
+
+
+DRAWS = ("dropout", "alpha_dropout", "zoneout", "drop_block", "drop_connect", "bias_dropout_add")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {"generator": g}) for name in DRAWS for g in ("fast", "jax")] + [("gaussian_dropout", {})],
+    ids=str,
+)
+def test_the_forms_for_gpus_give_the_same_values(name, options, use_on_cpu):
+    member = MEMBERS[name]
+    step = lambda x: jax.value_and_grad(lambda x: member(KEY, x, 0.3, train=True, **options).sum())(x)
+    use_on_cpu(GENERIC)
+    plain = jax.jit(step)(X)
+    use_on_cpu(PLATFORMS["cuda"])
+    for form in (step, jax.jit(step), jax.jit(lambda x: jax.tree.map(lambda y: y[0], jax.vmap(step)(x[None])))):
+        jax.tree.map(np.testing.assert_array_equal, form(X), plain)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64", "complex64", "float8_e4m3fn"])
+def test_data_of_any_dtype_leave_the_index_as_it_is(dtype, x64):
+    values = jnp.asarray([[0.0, -0.0, 1.5, -3.0, jnp.nan, -jnp.nan]]).astype(dtype)
+    index = [U64(np.uint32(0), jnp.uint32([[3]])), U64(np.uint32(0), jnp.arange(6, dtype=jnp.uint32)[None])]
+    np.testing.assert_array_equal(index_of_data(values, index)[1].lo, np.arange(6)[None])
+
+
+def depends_on_data(shape, platform, shared=(), bits="fast"):
+    """Whether decisions of a mask depend on the data, to the eyes of the compiler."""
+    mask_shape = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
+    mask = draw_mask("f", KEY, jnp.float32(0.3), mask_shape, bits)
+    jaxpr = jax.make_jaxpr(lambda x: MaskView(mask, x, platform).keep())(jnp.ones(shape)).jaxpr
+    return pe.dce_jaxpr(jaxpr, [True])[1] == [True]
+
+
+@pytest.mark.parametrize("name", ["cuda", "rocm", "tpu"])
+def test_the_mask_depends_on_the_data_so_that_passes_do_not_share_it(name):
+    """XLA for GPUs and TPUs would compute the mask once for both passes, and store it in between."""
+    platform = PLATFORMS[name]
+    for bits in ("fast", "jax"):
+        assert depends_on_data((2, 3, 130), platform, bits=bits)
+        assert depends_on_data((1, 130), platform, bits=bits), "an axis of size 1 is not shared"
+        assert not depends_on_data((2, 3, 130), platform, shared=(1,), bits=bits), "shared decisions stay small"
+        assert not depends_on_data((2, 3, 130), PLATFORMS["cpu"], bits=bits)
+
+
+def test_the_mask_of_a_block_of_scores_depends_on_them():
+    q = jnp.ones((1, 8, 1, 16))
+    f = lambda k, q: jdrop.dot_product_attention(k, q, q, q, 0.3, train=True, implementation="chunked")
+    bits_of = lambda platform: re.findall(r"bitcast_convert .*8x8xf32", text_for(platform, f, KEY, q))
+    assert len(bits_of("cuda")) == 1 and not bits_of("cpu")
 
 
 def test_blockwise_attention_lowers_for_each_platform_in_its_own_form():

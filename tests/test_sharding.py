@@ -23,6 +23,7 @@ from jdrop import (
     token_dropout,
     zoneout,
 )
+from jdrop._platform import PLATFORMS
 from jdrop.keys import derive, per_example
 
 KEY = jax.random.key(21)
@@ -374,6 +375,15 @@ OPERANDS = {  # for x of shape [8, 16]: the argument, its shape, and the call
     "ids": ("ids", (8, 16), lambda x, y: embedding_dropout(KEY, x, 0.3, train=True, ids=y.astype(int))),
     "branch": ("the result of fn", (8, 16), lambda x, y: stochastic_depth(KEY, x, 0.0, lambda x: y, train=True)),
 }
+
+
+@pytest.mark.parametrize("operand", ["old state", "residual"])
+def test_replicated_operands_on_an_explicit_mesh_in_the_forms_for_gpus(operand, use_on_cpu):
+    f, x, other = OPERANDS[operand][2], np.ones((8, 16), np.float32), np.full((8, 16), 0.5, np.float32)
+    expected = f(x, other)
+    use_on_cpu(PLATFORMS["cuda"])
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        np.testing.assert_array_equal(f(jax.device_put(x, P("a", "b")), other), expected)
 
 
 @pytest.mark.parametrize("operand", OPERANDS)

@@ -12,7 +12,7 @@ from jdrop._ops import SELECT, SELECT_DROPPED
 from jdrop._platform.generic import multiply
 from jdrop._prepare import check_arguments
 from jdrop._primitive import MaskedOp, MaskView, masked_op
-from jdrop._sharding import check_sharded_as
+from jdrop._sharding import check_sharded_as, explicit_sharding
 from jdrop._types import Generator, RateLike, Shard, real_dtype
 
 
@@ -67,6 +67,9 @@ def zoneout(
             f"{name}: old must be {describe(after)}, like new, got {describe(before)}; pass the state before the step"
         )
     check_sharded_as(name, "old", before, after, "new")
+    sharding = explicit_sharding(jax.typeof(after).sharding)
+    if sharding is not None:
+        before = jax.sharding.reshard(before, sharding.spec)
     arguments = check_arguments(name, key, new, rate, train=train, generator=generator, shard=shard)
     if is_zero(arguments.rate):
         return new

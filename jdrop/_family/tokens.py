@@ -19,7 +19,7 @@ from jdrop._lowering import at_lowering
 from jdrop._mask import Mask
 from jdrop._platform import Target
 from jdrop._prepare import check_arguments
-from jdrop._primitive import view
+from jdrop._primitive import MaskView
 from jdrop._sharding import broadcast_spec, check_sharded_as, explicit_sharding
 from jdrop._types import Generator, RateLike, Shard
 
@@ -112,7 +112,7 @@ def _replace(mask: Mask, ids: Array, new: Array, protect: Array | None) -> Array
 
 
 def _replace_on(target: Target, mask: Mask, ids: Array, new: Array, protect: Array | None) -> Array:
-    masked = view(mask, ids, target.platform)
+    masked = MaskView(mask, ids, target.platform)
     kept = masked.keep()
     if protect is not None:
         kept = kept | expand_rank(jnp.asarray(protect), ids.ndim)

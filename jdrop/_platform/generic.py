@@ -1,12 +1,14 @@
 """The operations that platforms may override, in their plain form, which is right for every compiler."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jdrop._random import fast
-from jdrop._random.threefry import Pair
+from jdrop._random.threefry import U64, Pair
 
 
 class BlockSizes(NamedTuple):
@@ -30,6 +32,18 @@ class Platform:
     squeezes_blocks = False
     """Whether attention squeezes axes of size 1 from blocks."""
     block_sizes = BlockSizes()
+
+    def recomputed(self, x: Any) -> Any:
+        """Return what masks are computed from, such that the backward pass recomputes the mask of the forward pass."""
+        return x
+
+    def index_of(self, x: Array, index: Sequence[U64]) -> Sequence[U64]:
+        """Return the index of the elements of x, such that the backward pass recomputes the mask of the forward pass.
+
+        The values of x do not matter.
+        """
+        del x
+        return index
 
     def row_key(self, seed: Pair, row: Pair) -> Pair:
         """Return the keys of rows, for a loop over columns to share."""
@@ -78,6 +92,23 @@ def multiply(x: Array, factor: Array, *, where: Array) -> Array:
         return jnp.where(where, lax.complex(x.real * factor, x.imag * factor), jnp.zeros((), x.dtype))
     product = jnp.where(where, x.astype(factor.dtype) * factor, jnp.zeros((), factor.dtype))
     return product.astype(x.dtype)
+
+
+def index_of_data(x: Array, index: Sequence[U64]) -> Sequence[U64]:
+    """Return an index with a dependence on x: add ``(b + b) & 1`` of the bits of x, which is 0.
+
+    XLA does not simplify this, so it cannot merge the masks of two passes, which have different data. LLVM does, so it
+    takes no time. Decisions that several elements share do not depend on x, because few are stored.
+    """
+    shapes = [at.lo.shape for at in index]
+    own = all(len(shape) == x.ndim for shape in shapes) and all(
+        any(shape[axis] == size for shape in shapes) for axis, size in enumerate(x.shape)
+    )
+    if not own or not shapes or not jnp.issubdtype(x.dtype, jnp.inexact):
+        return index
+    real = x.real if jnp.iscomplexobj(x) else x
+    bits = lax.bitcast_convert_type(real, jnp.dtype(f"uint{8 * real.dtype.itemsize}")).astype(jnp.uint32)
+    return [*index[:-1], U64(index[-1].hi, index[-1].lo ^ ((bits + bits) & np.uint32(1)))]
 
 
 class Fold(NamedTuple):

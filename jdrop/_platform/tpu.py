@@ -1,7 +1,20 @@
-"""Forms for XLA on TPUs: so far the plain ones. A new form needs a measurement, as in ``cpu.py``."""
+"""Forms for XLA on TPUs. Ratios are of bytes of programs compiled for a TPU, not run on one."""
+
+from collections.abc import Sequence
+
+from jax import Array
 
 from jdrop._platform import generic
+from jdrop._random.threefry import U64
 
 
 class Tpu(generic.Platform):
     """Operations in the best forms for XLA on TPUs."""
+
+    def index_of(self, x: Array, index: Sequence[U64]) -> Sequence[U64]:
+        """Make masks depend on their data.
+
+        Symptom: as in ``gpu.py``. Gain: temporary bytes of a gradient (4 layers, [8, 512, 768], float32, v5e) from
+        1.0044 to 1.0029 times those of no dropout. Seen: jax 0.10.2. Test: as in ``gpu.py``.
+        """
+        return generic.index_of_data(x, index)

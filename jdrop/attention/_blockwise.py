@@ -82,7 +82,7 @@ class Scores:
         if self.inputs.dropout is None or self.index is None:
             return x
         platform = self.block.plan.platform
-        keep = self.inputs.dropout.keep_at(self.index, platform=platform)
+        keep = self.inputs.dropout.keep_at(platform.index_of(x, self.index), platform=platform)
         return jnp.where(keep, platform.order_after(x, after), 0.0)
 
     def scale_kept(self, rows: Array) -> Array:
