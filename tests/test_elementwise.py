@@ -15,7 +15,7 @@ from jdrop._bits import FastBits
 from jdrop._mask import draw_mask
 from jdrop._ops import SCALE
 from jdrop._platform import GENERIC
-from jdrop._primitive import view
+from jdrop._primitive import MaskView
 from jdrop._random import fast
 from jdrop._types import FLOAT8
 
@@ -60,7 +60,7 @@ def test_the_mask_of_dropout_is_dropout_mask(shape, generator):
 @jax.jit
 def scale_elsewhere(mask, x):
     """The form that every other platform gets, run here."""
-    return SCALE.value(view(mask, x, GENERIC), x)
+    return SCALE.value(MaskView(mask, x, GENERIC), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
