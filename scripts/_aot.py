@@ -1,24 +1,15 @@
-"""Compile for GPUs and TPUs with their own compilers, without a device, and read what they made of a program.
+"""Compile programs for GPUs and TPUs with their own compilers, without a device, and count what is in them.
 
-Needs the extra ``accelerators``. Facts are those of compiled programs: nothing is run.
+Needs the extra ``accelerators``.
 """
 
 import math
-import os
 import re
-from collections import Counter
 from typing import Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the host needs no device either
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise, libtpu asks a cloud machine for its metadata
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import SingleDeviceSharding
 
 GPUS = {
     "h100": """
@@ -38,8 +29,8 @@ GPUS = {
 TPUS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 TARGETS = (*GPUS, *TPUS)
 
-# Operations that a device runs one after another. On TPUs, a fusion or a copy is no launch, but takes a turn as well.
-LAUNCHED = ("fusion", "custom-call", "copy", "sort", "convolution", "dot", "reduce", "scatter", "gather", "all-reduce")
+# Operations that a GPU launches as kernels, and that a TPU runs one after another.
+KERNELS = ("fusion", "custom-call", "copy", "sort", "convolution", "dot", "reduce", "scatter", "gather")
 
 
 class Stored(NamedTuple):
@@ -48,82 +39,78 @@ class Stored(NamedTuple):
     type: str
     """As in HLO, such as ``pred[8,512]``."""
     life: float
-    """From its first to its last use, as a share of the instructions of its computation."""
+    """From its computation to its last use, as a share of the instructions of the program, or of the loop's body."""
 
 
 class Facts(NamedTuple):
-    """What is known of a compiled program."""
+    """What is counted in a compiled program."""
 
     temporary_bytes: int
     kernels: int
-    """Operations that are launched; those of a loop count once."""
-    loops: int
+    """Those of a loop count once."""
     stored: tuple[Stored, ...]
-    """Arrays of bool, or of unsigned integers of 8 or 32 bits, with at least as many elements as asked for."""
-    collectives: int
+    """Arrays of bool, uint8 or uint32 with at least as many elements as asked for."""
 
 
-def mesh(target: str, devices: int = 1) -> Mesh:
-    """Return a mesh of devices that are not there."""
+def device(target: str) -> Any:
+    """Return the description of a device for the compiler."""
     if target in GPUS:
-        options: Any = {"topology": f"1x1x{devices}", "target_config": GPUS[target]}
+        options: Any = {"topology": "1x1x1", "target_config": GPUS[target]}
         topology = topologies.get_topology_desc(platform="cuda", topology_name=target, **options)
     else:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
-    return Mesh(np.array(topology.devices[:devices]), ("devices",))
+    return topology.devices[0]
 
 
 def compile_for(target: str, f: Any, *arguments: Any) -> Any:
-    """Compile ``jit(f)`` for one device and arguments of ``jax.ShapeDtypeStruct``.
-
-    Keys have no type of this kind: pass their words, and wrap them in f with ``jax.random.wrap_key_data``.
-    """
-    whole = NamedSharding(mesh(target), PartitionSpec())
-    return jax.jit(f, in_shardings=whole, out_shardings=whole).lower(*arguments).compile()
+    """Compile ``jit(f)`` for one device; arguments are of type ``jax.ShapeDtypeStruct``."""
+    sharding = SingleDeviceSharding(device(target))
+    return jax.jit(f, in_shardings=sharding, out_shardings=sharding).lower(*arguments).compile()
 
 
 def facts(compiled: Any, elements: int) -> Facts:
-    """Read a program. ``elements`` is the least size of stored arrays that are of interest."""
-    text = compiled.as_text()
-    kinds: Counter[str] = Counter()
-    stored: list[Stored] = []
-    for lines in _computations(text):
-        for i, (name, result, kind, _) in enumerate(lines):
-            kinds[kind] += 1
-            if kind not in LAUNCHED:
+    """Count what is in a program. ``elements`` is the minimum size of stored arrays."""
+    kernels, stored = 0, []
+    for lines in _computations(compiled.as_text()):
+        for i, line in enumerate(lines):
+            if line.operation not in KERNELS:
                 continue
-            for found in re.findall(r"(?:pred|u8|u32)\[[\d,]+\]", result):
-                if math.prod(map(int, found[found.index("[") + 1 : -1].split(","))) >= elements:
-                    stored.append(Stored(found, _last_use(lines, name) / len(lines) - i / len(lines)))
-    collectives = sum(n for kind, n in kinds.items() if kind.startswith(("all-", "collective", "reduce-scatter")))
-    kernels = sum(kinds[kind] for kind in LAUNCHED)
-    temporary = int(compiled.memory_analysis().temp_size_in_bytes)
-    return Facts(temporary, kernels, kinds["while"], tuple(stored), collectives)
+            kernels += 1
+            for dtype, shape in re.findall(r"(pred|u8|u32)\[([\d,]+)\]", line.result):
+                if math.prod(map(int, shape.split(","))) >= elements:
+                    stored.append(Stored(f"{dtype}[{shape}]", (_last_use(lines, i) - i) / len(lines)))
+    return Facts(int(compiled.memory_analysis().temp_size_in_bytes), kernels, tuple(stored))
 
 
-Line = tuple[str, str, str, str]  # name, type of the result, operation, the rest
+class _Line(NamedTuple):
+    """An instruction of HLO."""
+
+    name: str
+    result: str
+    operation: str
+    operands: str
 
 
-def _computations(text: str) -> list[list[Line]]:
-    """Return the instructions of each computation that is not part of a fusion, in the order of their schedule."""
+def _computations(text: str) -> list[list[_Line]]:
+    """Return the instructions of each computation that is not part of a kernel, in the order of their schedule."""
     inside = set(re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", text))
     found = []
     for block in text.split("\n\n"):
-        head, *lines = block.splitlines() or [""]
+        head, _, body = block.partition("\n")
         name = re.match(r"(?:ENTRY )?%([\w.\-]+) ", head)
-        if name is None or name[1] in inside:
-            continue
-        parsed = [re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)", line) for line in lines]
-        found.append([(*match.groups()[:3], match[4].partition("), ")[0] + ")") for match in parsed if match])
-    return found  # type: ignore[return-value]
+        if name is not None and name[1] not in inside:
+            # Attributes follow the operands and may name other instructions, such as control predecessors.
+            parts = re.findall(r"^ +(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*?)\)(?:,|$)", body, re.M)
+            found.append([_Line(*part) for part in parts])
+    return found
 
 
-def _last_use(lines: list[Line], name: str) -> int:
-    """Return the line of the last use of a result, or of a part of it."""
-    names, last = {name}, next(i for i, line in enumerate(lines) if line[0] == name)
-    for i, (other, _, kind, rest) in enumerate(lines):
-        if any(re.search(rf"%{re.escape(n)}[,)]", rest) for n in names):
-            last = max(last, i)
-            if kind in ("get-tuple-element", "bitcast", "tuple"):
-                names.add(other)
+def _last_use(lines: list[_Line], first: int) -> int:
+    """Return the position of the last use of a result, or of a part of it."""
+    names, last = {lines[first].name}, first
+    for i, line in enumerate(lines[first + 1 :], first + 1):
+        if names & set(re.findall(r"%([\w.\-]+)", line.operands)):
+            last = i
+            if line.operation in ("get-tuple-element", "bitcast", "tuple"):
+                names.add(line.name)
     return last

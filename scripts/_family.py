@@ -35,12 +35,16 @@ def shapes(small: bool) -> dict[str, tuple[int, ...]]:
     return {"flat": (4096, 1024), "steps": (64, 64, 1024), "image": (32, 32, 64, 64)}
 
 
+def calls(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Return the floor and the member as functions of a key, x, and the operands of the benchmark."""
+    member, bench = MEMBERS[name], MEMBERS[name].bench
+    return bench.floor, bench.drop or (lambda key, x: member(key, x, RATE, train=True))
+
+
 def drops(name: str, shape: tuple[int, ...]) -> tuple[_bench.Drop, _bench.Drop]:
     """Return the floor and the member as functions of a key and x. Other operands are created outside the program."""
-    member, bench = MEMBERS[name], MEMBERS[name].bench
-    operands = bench.operands(shape)
-    ours = bench.drop or (lambda key, x: member(key, x, RATE, train=True))
-    return lambda key, x: bench.floor(key, x, *operands), lambda key, x: ours(key, x, *operands)
+    operands, (floor, ours) = MEMBERS[name].bench.operands(shape), calls(name)
+    return lambda key, x: floor(key, x, *operands), lambda key, x: ours(key, x, *operands)
 
 
 def peers_of(member: Bench, peers: Sequence[str]) -> dict[str, _bench.Drop]:

@@ -1,127 +1,119 @@
-"""Claim: compiled for an H100 or a TPU, a gradient with jdrop's own bits keeps no mask for its backward pass.
+"""Claim: compiled for an H100, a gradient with dropout keeps no mask for its backward pass (default generator).
 
-XLA's own compilers make the programs, and need no device: bytes, kernels and stored arrays are facts of compiled
-programs, which were not run. There is one table for the gradient of the transformer of ``bench_memory.py`` in each of
-its forms, and one for the members of the family on float32[4096,1024] or an image of as many elements.
+XLA's own compilers make the programs, without a device: bytes, kernels and stored masks are counted in programs that
+were not run. Install them with ``pip install -e '.[accelerators]'``. A large program takes up to a minute for an H100,
+and minutes for a TPU.
 
-Install the compilers with ``pip install -e '.[accelerators]'``. Large programs take up to a minute on an H100, and
-minutes on a TPU.
+There is a table for each form of the gradient of the transformer of ``bench_memory.py``, beside no dropout, and tables
+of the members of the family, beside their floors, on ``[4096, 1024]`` or images of as many elements. ``life`` is how
+long a stored mask is in use: the longest, as a share of the program or of the body of its loop.
 """
 
 import argparse
+import functools
 import itertools
+import os
+from collections.abc import Iterator
 from typing import Any
 
-import _aot  # first: it sets the environment of the compilers
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise, libtpu asks a cloud machine for its metadata
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import _aot
 import _bench
 import _family
 import jax
 import jax.numpy as jnp
 
 FORMS = tuple(itertools.product(("unrolled", "scan"), ("plain", "checkpoint")))
-WORDS = jax.ShapeDtypeStruct((2,), jnp.uint32)
+DIRECTIONS = ("forward", "forward+backward")
+WORDS = jax.ShapeDtypeStruct((2,), jnp.uint32)  # of a key, because a key cannot be described for a device
+COLUMNS = ("temporary_bytes", "ratio", "kernels", "extra_kernels", "stored", "life")
 
 
-def contenders(rate: float) -> dict[str, _bench.Drop]:
-    """Return dropout in the dtype of x, from none on. Those of ``_bench`` rely on promotion."""
-    drops = _bench.contenders(rate)
+def row(name: str, ours: _aot.Facts, base: _aot.Facts) -> dict[str, Any]:
+    """Return the row of a program, with its bytes and kernels relative to those of a base."""
     return {
-        _bench.NONE: lambda key, x: x,
-        _bench.SCALE: lambda key, x: x * jnp.asarray(1 / (1 - rate), x.dtype),
-        **{name: drops[name] for name in ("jdrop fast", "jdrop jax", "where(bernoulli)")},
+        "name": name,
+        "temporary_bytes": ours.temporary_bytes,
+        "ratio": ours.temporary_bytes / base.temporary_bytes if base.temporary_bytes else None,
+        "kernels": ours.kernels,
+        "extra_kernels": ours.kernels - base.kernels,
+        "stored": len(ours.stored),
+        "life": max((stored.life for stored in ours.stored), default=0.0),
+        "types": sorted({stored.type for stored in ours.stored}),
     }
 
 
-def row(facts: _aot.Facts, none: _aot.Facts) -> dict[str, Any]:
-    """Return what a table shows of a program beside that without dropout."""
-    longest = max((stored.life for stored in facts.stored), default=0.0)
-    return {
-        "bytes": facts.temporary_bytes,
-        "ratio": facts.temporary_bytes / none.temporary_bytes if none.temporary_bytes else None,
-        "kernels": facts.kernels,
-        "extra kernels": facts.kernels - none.kernels,
-        "stored": len(facts.stored),
-        "longest life": longest,
-        "types": sorted({stored.type for stored in facts.stored}),
-    }
-
-
-def model_facts(target: str, drop: _bench.Drop, form: tuple[str, str], dtype: Any, options: Any) -> _aot.Facts:
+def model_facts(target: str, drop: _bench.Drop, key: Any, form: tuple[str, str], dtype: Any, options: Any) -> Any:
     """Compile the gradient of the transformer."""
     shape = tuple(map(int, options.size.split("x")))
     weights = _bench.transformer_weights(options.layers, shape[-1], stacked=form[0] == "scan")
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), weights)
+    settings = {"heads": options.heads, "checkpoint": form[1] == "checkpoint"}
 
     def loss(params: Any, words: jax.Array, x: jax.Array) -> jax.Array:
-        key, checkpoint = jax.random.wrap_key_data(words), form[1] == "checkpoint"
-        return _bench.transformer(params, key, x, drop, heads=options.heads, checkpoint=checkpoint).astype("float32")
+        typed = None if key is None else jax.random.wrap_key_data(words)
+        return _bench.transformer(params, typed, x, drop, **settings).astype("float32")
 
     compiled = _aot.compile_for(target, jax.grad(loss), params, WORDS, jax.ShapeDtypeStruct(shape, dtype))
-    scores = shape[0] * options.heads * shape[1] ** 2
-    return _aot.facts(compiled, min(scores, shape[0] * shape[1] * shape[2]))
+    batch, time, width = shape
+    return _aot.facts(compiled, elements=batch * time * min(width, options.heads * time))
 
 
-def model_rows(target: str, options: Any) -> list[dict[str, Any]]:
-    """Compile the transformer in its forms, and print a table for each."""
-    rows = []
-    for form, dtype in itertools.product(FORMS, options.dtypes):
-        label = f"{', '.join(form)}, {dtype}"
-        if not any(part in label for part in options.only):
-            continue
-        of_form: list[dict[str, Any]] = []
-        none = None
-        for name, drop in contenders(options.rate).items():
-            facts = model_facts(target, drop, form, jnp.dtype(dtype), options)
-            none = none or facts
-            of_form.append({"target": target, "form": label, "contender": name, **row(facts, none)})
-        print_rows(f"{target}, gradient of {options.layers} layers of [{options.size}], {label}", "contender", of_form)
-        rows += of_form
-    return rows
+def model_rows(target: str, form: tuple[str, str], dtype: Any, options: Any) -> Iterator[dict[str, Any]]:
+    """Compile the transformer with each contender."""
+    none = None
+    for name, (drop, key) in _bench.model_contenders(_bench.contenders(options.rate)).items():
+        ours = model_facts(target, drop, key, form, dtype, options)
+        none = none or ours
+        yield row(name, ours, none)
 
 
-def member_rows(target: str, options: Any) -> list[dict[str, Any]]:
-    """Compile each member and its gradient, and print a table for each dtype."""
-    rows = []
-    shapes = _family.shapes(small=False)
-    for dtype, direction in itertools.product(options.dtypes, ("forward", "forward+backward")):
-        of_table: list[dict[str, Any]] = []
-        for name, member in _family.MEMBERS.items():
-            if not isinstance(member.bench, _family.Bench):
-                continue
-            shape = shapes[member.bench.shape]
-            floor, ours = _family.drops(name, shape)
-            pair = [member_facts(target, f, shape, jnp.dtype(dtype), direction) for f in (floor, ours)]
-            of_table.append({"target": target, "member": name, "dtype": dtype, "direction": direction})
-            of_table[-1] |= row(pair[1], pair[0])
-        print_rows(f"{target}, members, {direction}, {dtype}; ratios are to the floor of a member", "member", of_table)
-        rows += of_table
-    return rows
+def member_facts(target: str, f: Any, x: jax.ShapeDtypeStruct, operands: Any, direction: str) -> _aot.Facts:
+    """Compile one call, or its value and gradient by x."""
 
+    def forward(words: jax.Array, x: jax.Array, *operands: Any) -> jax.Array:
+        return f(jax.random.wrap_key_data(words), x, *operands)
 
-def member_facts(target: str, f: Any, shape: tuple[int, ...], dtype: Any, direction: str) -> _aot.Facts:
-    """Compile one call, or its value and gradient."""
+    def both(words: jax.Array, x: jax.Array, operands: Any, dy: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda x: forward(words, x, *operands), x)
+        return y, pull(dy)
 
-    def forward(words: jax.Array, x: jax.Array) -> jax.Array:
-        return f(jax.random.wrap_key_data(words), x)
-
-    def both(words: jax.Array, x: jax.Array, dy: jax.Array) -> Any:
-        y, pull = jax.vjp(lambda x: forward(words, x), x)
-        return y, pull(dy.astype(y.dtype))
-
-    x = jax.ShapeDtypeStruct(shape, dtype)
     if direction == "forward":
-        compiled = _aot.compile_for(target, forward, WORDS, x)
+        compiled = _aot.compile_for(target, forward, WORDS, x, *operands)
     else:
-        compiled = _aot.compile_for(target, both, WORDS, x, jax.eval_shape(forward, WORDS, x))
-    return _aot.facts(compiled, x.size // 64)
+        compiled = _aot.compile_for(target, both, WORDS, x, operands, jax.eval_shape(forward, WORDS, x, *operands))
+    return _aot.facts(compiled, elements=x.size // 64)  # some masks are smaller than the data
 
 
-def print_rows(title: str, first: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows as a table."""
-    names = ("bytes", "ratio", "kernels", "extra kernels", "stored", "longest life")
-    text = {float: lambda value: f"{value:.3f}", type(None): lambda value: "-"}
-    cells = [[r[first], *(text.get(type(r[n]), lambda value: value)(r[n]) for n in names)] for r in rows]
-    _bench.table(title, (first, "temporary bytes", "ratio", "kernels", "extra", "stored", "longest life"), cells)
+def member_rows(target: str, direction: str, dtype: Any) -> Iterator[dict[str, Any]]:
+    """Compile each member and its floor."""
+    for name, member in _family.MEMBERS.items():
+        if isinstance(member.bench, _family.Bench) and direction in member.bench.directions:
+            shape = _family.shapes(small=False)[member.bench.shape]
+            operands = jax.tree.map(functools.partial(described, dtype=dtype), member.bench.operands(shape))
+            x = jax.ShapeDtypeStruct(shape, dtype)
+            floor, ours = (member_facts(target, f, x, operands, direction) for f in _family.calls(name))
+            yield row(name, ours, floor)
+
+
+def described(array: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of an array for the compiler, with another dtype for floating-point numbers."""
+    floating = jnp.issubdtype(array.dtype, jnp.floating)
+    return jax.ShapeDtypeStruct(array.shape, dtype if floating else array.dtype)
+
+
+def tables(options: Any) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    """Return the title and the rows of each table."""
+    for target, dtype in itertools.product(options.target, options.dtypes):
+        for form in FORMS:
+            title = f"{target}, gradient of {options.layers} layers of [{options.size}], {', '.join(form)}, {dtype}"
+            yield title, model_rows(target, form, jnp.dtype(dtype), options)
+        for direction in DIRECTIONS:
+            yield f"{target}, members, {direction}, {dtype}", member_rows(target, direction, jnp.dtype(dtype))
 
 
 def main() -> None:
@@ -130,18 +122,20 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--size", default="8x512x768", metavar="8x512x768", help="batch, time, and width of x")
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=0.1, help="drop rate")
+    parser.add_argument("--rate", type=float, default=0.1, help="drop rate of the transformer")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--only", nargs="+", default=("",), metavar="PART", help="forms whose names contain a PART")
-    parser.add_argument("--members", action="store_true", help="the members in place of the transformer")
+    parser.add_argument("--only", nargs="+", default=("",), metavar="PART", help="tables whose titles contain a PART")
     parser.add_argument("--json", metavar="PATH", help="write the results to this file")
     options = parser.parse_args()
     head = _bench.report(__doc__, ())
     rows = []
-    for target in options.target:
-        rows += member_rows(target, options) if options.members else model_rows(target, options)
-    details = {"layers": options.layers, "size": options.size, "heads": options.heads, "rate": options.rate}
-    _bench.write_json(options.json, {**head, **details, "compiled for, not run on": options.target, "rows": rows})
+    for title, lazy_rows in tables(options):
+        if any(part in title for part in options.only):
+            of_table = list(lazy_rows)
+            _bench.table(title, ("", *COLUMNS), [[r["name"], *(r[c] for c in COLUMNS)] for r in of_table])
+            rows += [{"table": title, **r} for r in of_table]
+    facts = {"layers": options.layers, "size": options.size, "heads": options.heads, "rate": options.rate}
+    _bench.write_json(options.json, {**head, **facts, "compiled_for": options.target, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ MEMBERS = {
             floor_name="x + 1",
             floor=lambda key, x: x + 1,
             drop=lambda key, x: jdrop.token_dropout(
-                key, jax.lax.bitcast_convert_type(x, jnp.int32), RATE, 3, train=True
+                key, jax.lax.bitcast_convert_type(x, f"int{8 * x.dtype.itemsize}"), RATE, 3, train=True
             ),
             directions=("forward",),  # integers have no gradient
         ),

@@ -1,0 +1,63 @@
+"""What is counted in compiled programs (``scripts/_aot.py``), on HLO written by hand."""
+
+import pathlib
+import sys
+import types
+
+import pytest
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "scripts"))
+import _aot
+
+PROGRAM = """HloModule jit_f, is_scheduled=true
+
+%fused_mask (p: f32[8,16]) -> (pred[8,16], f32[8,16]) {
+  %p = f32[8,16]{1,0} parameter(0)
+  %above = pred[8,16]{1,0} compare(%p, %p), direction=GT
+  %inner = pred[8,16]{1,0} copy(%above)
+  ROOT %both = (pred[8,16]{1,0}, f32[8,16]{1,0}) tuple(%inner, %p)
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%body (state: (f32[8,16], u32[8,16])) -> (f32[8,16], u32[8,16]) {
+  %state = (f32[8,16]{1,0}, u32[8,16]{1,0}) parameter(0)
+  %data = f32[8,16]{1,0} get-tuple-element(%state), index=0
+  %words = u32[8,16]{1,0} fusion(%data), kind=kLoop, calls=%fused_words
+  ROOT %next = (f32[8,16]{1,0}, u32[8,16]{1,0}) tuple(%data, %words)
+}
+
+ENTRY %main (x: f32[8,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %small = pred[4,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_small
+  %pair = (pred[8,16]{1,0}, f32[8,16]{1,0}) fusion(%x), kind=kLoop, calls=%fused_mask
+  %mask = pred[8,16]{1,0} get-tuple-element(%pair), index=0
+  %y = f32[8,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_y, control-predecessors={%pair}
+  %flat = pred[128]{0} bitcast(%mask)
+  %z = f32[8,16]{1,0} fusion(%flat, %y), kind=kLoop, calls=%fused_z
+  %last = f32[8,16]{1,0} fusion(%y, %z), kind=kLoop, calls=%fused_last, control-predecessors={%flat}
+  ROOT %copy = f32[8,16]{1,0} copy(%last)
+}
+"""
+
+
+def facts(text, elements):
+    memory = types.SimpleNamespace(temp_size_in_bytes=640)
+    return _aot.facts(types.SimpleNamespace(as_text=lambda: text, memory_analysis=lambda: memory), elements)
+
+
+def test_kernels_and_stored_masks_are_counted():
+    found = facts(PROGRAM, elements=128)
+    assert (found.temporary_bytes, found.kernels) == (640, 7)  # one in the body of a loop
+    words, mask = found.stored
+    assert words == ("u32[8,16]", 0.25)
+    assert mask.type == "pred[8,16]" and mask.life == pytest.approx(4 / 9), "%last uses it only in its attributes"
+
+
+def test_small_masks_are_not_counted():
+    assert len(facts(PROGRAM, elements=64).stored) == 3
+    assert not facts(PROGRAM, elements=129).stored
