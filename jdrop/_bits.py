@@ -109,7 +109,7 @@ class JaxBits:
     def keep_at(
         self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
-        # One barrier for both: an index that does not depend on the key would be hoisted out of a scan and stored.
+        # The index too: on CPU, it would be hoisted out of a scan and stored if it did not depend on the key.
         seed, index = platform.recomputed((seed, index))
         flat, _ = row_and_column(shape, index, columns=False)
         return jax_bits.keep(jax_bits.bits_at((seed[0], seed[1]), flat, rate.dtype), jnp.asarray(rate))

@@ -32,7 +32,7 @@ class MaskView:
 
     mask: Mask
     data: Array
-    """The whole, or a tile. Of several arrays, one; its values are not read."""
+    """The first array of the op: the whole, or a tile. Its values do not matter."""
     platform: Platform = GENERIC
     index: Sequence[U64] | None = None
     """The index of the decisions, if it differs from that of the data."""

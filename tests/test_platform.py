@@ -45,8 +45,8 @@ def texts():
 @pytest.mark.parametrize("name", MEMBERS)
 def test_the_forms_for_cpu_reach_no_other_platform(name, texts, use_on_cpu):
     use_on_cpu(PLATFORMS["cuda"])
-    plain = text_for("cpu", step_of(name), KEY, X)
-    assert texts[name] == [plain, plain]
+    text = text_for("cpu", step_of(name), KEY, X)
+    assert texts[name] == [text, text]
 
 
 def test_the_forms_for_cpu_reach_the_cpu(texts):
@@ -101,9 +101,10 @@ def test_the_mask_depends_on_the_data_so_that_passes_do_not_share_it(name):
 
 def test_the_mask_of_a_block_of_scores_depends_on_them():
     q = jnp.ones((1, 8, 1, 16))
-    f = lambda k, q: jdrop.dot_product_attention(k, q, q, q, 0.3, train=True, implementation="chunked")
-    bits_of = lambda platform: re.findall(r"bitcast_convert .*8x8xf32", text_for(platform, f, KEY, q))
-    assert len(bits_of("cuda")) == 1 and not bits_of("cpu")
+    attend = lambda k, q: jdrop.dot_product_attention(k, q, q, q, 0.3, train=True, implementation="chunked")
+    grad = jax.grad(lambda q, k: attend(k, q).sum())
+    bits_of = lambda platform: re.findall(r"bitcast_convert .*8x8xf32", text_for(platform, grad, q, KEY))
+    assert len(bits_of("cuda")) == 3 and not bits_of("cpu")
 
 
 def test_blockwise_attention_lowers_for_each_platform_in_its_own_form():

@@ -68,7 +68,7 @@ def zoneout(
         )
     check_sharded_as(name, "old", before, after, "new")
     sharding = explicit_sharding(jax.typeof(after).sharding)
-    if sharding is not None:
+    if sharding is not None:  # a replicated state is allowed; the arrays of an op have one sharding
         before = jax.sharding.reshard(before, sharding.spec)
     arguments = check_arguments(name, key, new, rate, train=train, generator=generator, shard=shard)
     if is_zero(arguments.rate):

@@ -97,8 +97,8 @@ def multiply(x: Array, factor: Array, *, where: Array) -> Array:
 def index_of_data(x: Array, index: Sequence[U64]) -> Sequence[U64]:
     """Return an index with a dependence on x: add ``(b + b) & 1`` of the bits of x, which is 0.
 
-    XLA does not simplify this, so it cannot merge the masks of two passes, which have different data. LLVM does, so it
-    takes no time. Decisions that several elements share do not depend on x, because few are stored.
+    XLA does not simplify this, so it cannot merge the masks of two passes, which have different data. Decisions that
+    elements share do not depend on x, because few are stored.
     """
     shapes = [at.lo.shape for at in index]
     own = all(len(shape) == x.ndim for shape in shapes) and all(

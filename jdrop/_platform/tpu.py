@@ -14,7 +14,8 @@ class Tpu(generic.Platform):
     def index_of(self, x: Array, index: Sequence[U64]) -> Sequence[U64]:
         """Make masks depend on their data.
 
-        Symptom: as in ``gpu.py``. Gain: temporary bytes of a gradient (4 layers, [8, 512, 768], float32, v5e) from
-        1.0044 to 1.0029 times those of no dropout. Seen: jax 0.10.2. Test: as in ``gpu.py``.
+        Symptom: as in ``gpu.py``. Gain: temporary bytes of the same gradient on a v5e from 1.0044 to 1.0029 times those
+        of no dropout, for 1.2% more estimated cycles of a dropout on [4096, 1024], and 3% with ``generator="jax"``.
+        Seen: jax 0.10.2. Test: as in ``gpu.py``.
         """
         return generic.index_of_data(x, index)

@@ -96,7 +96,7 @@ def keep_probability(rate: Array, dtype: Any) -> Array:
     """Return the exact probability that an element is kept, ``1 - t / 2**32``, rounded once to ``dtype``.
 
     0 and 1 for rates of 1 and 0, NaN for NaN.
-    """
+    """  # functions of lax, as in threefry2x32
     t, none = threshold(rate)
     words = (np.uint32(0) - t).astype(dtype)
     kept = lax.select(t == 0, lax.full_like(words, WORD), words) / float(WORD)
