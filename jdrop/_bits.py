@@ -14,7 +14,6 @@ from jdrop._errors import describe
 from jdrop._platform import Platform
 from jdrop._random import fast, jax_bits
 from jdrop._random.indexing import MIN_COLUMNS, row_and_column, strides
-from jdrop._random.key_words import key_words
 from jdrop._random.threefry import U64
 from jdrop._types import Generator, Rate
 
@@ -26,9 +25,6 @@ class Bits(Protocol):
     def random_access(self) -> bool:
         """Whether a decision can be drawn by its index, without the others."""
 
-    def seed(self, key: Array) -> Array:
-        """Consume a key, and return the data that a mask keeps of it."""
-
     def rate(self, rate: Rate) -> Rate:
         """Return the drop rate as a mask stores it. Concrete rates stay concrete, because moving them takes time."""
 
@@ -36,11 +32,11 @@ class Bits(Protocol):
         """Require a shape of decisions that the bits support."""
 
     def keep_at(
-        self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+        self, words: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
         """Return which elements are kept, at the index along each axis of the whole array."""
 
-    def keep_all(self, seed: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+    def keep_all(self, words: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
         """Return which elements of a whole array are kept, without random access."""
 
     def keep_probability(self, rate: Rate, dtype: Any) -> Array:
@@ -55,9 +51,6 @@ class FastBits:
     def random_access(self) -> bool:
         return True
 
-    def seed(self, key: Array) -> Array:
-        return _seed(key)
-
     def rate(self, rate: Rate) -> Rate:
         return np.asarray(rate, np.float32) if isinstance(rate, np.ndarray) else rate.astype(jnp.float32)
 
@@ -71,18 +64,17 @@ class FastBits:
                 'export with those sizes fixed, or use generator="jax"'
             ) from None
 
-    def word_at(self, seed: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:
+    def word_at(self, words: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:
         """Return the uint32 words at an index, from which decisions and noise are computed."""
-        seed = platform.recomputed(seed)
         row, col = row_and_column(shape, index)
-        return fast.mix(platform.row_key((seed[0], seed[1]), row), col)
+        return fast.mix(platform.row_key(platform.recomputed(words), row, col), col)
 
     def keep_at(
-        self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+        self, words: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
-        return fast.keep(self.word_at(seed, shape, index, platform), jnp.asarray(rate))
+        return fast.keep(self.word_at(words, shape, index, platform), jnp.asarray(rate))
 
-    def keep_all(self, seed: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+    def keep_all(self, words: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
         raise NotImplementedError("these bits have random access")
 
     def keep_probability(self, rate: Rate, dtype: Any) -> Array:
@@ -97,9 +89,6 @@ class JaxBits:
     """The implementation of the key, as named by ``jax.random.key_impl``."""
     random_access: bool
 
-    def seed(self, key: Array) -> Array:
-        return key_words(key)
-
     def rate(self, rate: Rate) -> Rate:
         return jax_bits.realized_rate(rate)
 
@@ -107,15 +96,15 @@ class JaxBits:
         del function, shape
 
     def keep_at(
-        self, seed: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+        self, words: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
     ) -> Array:
         # The index too: on CPU, it would be hoisted out of a scan and stored if it did not depend on the key.
-        seed, index = platform.recomputed((seed, index))
+        words, index = platform.recomputed((words, index))
         flat, _ = row_and_column(shape, index, columns=False)
-        return jax_bits.keep(jax_bits.bits_at((seed[0], seed[1]), flat, rate.dtype), jnp.asarray(rate))
+        return jax_bits.keep(jax_bits.bits_at((words[0], words[1]), flat, rate.dtype), jnp.asarray(rate))
 
-    def keep_all(self, seed: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
-        key = jax.random.wrap_key_data(seed, impl=self.implementation)
+    def keep_all(self, words: Array, rate: Rate, shape: tuple[Any, ...], sharding: NamedSharding | None) -> Array:
+        key = jax.random.wrap_key_data(words, impl=self.implementation)
         return jax.random.bernoulli(key, 1 - rate, shape, out_sharding=sharding) | jnp.isnan(rate)
 
     def keep_probability(self, rate: Rate, dtype: Any) -> Array:
@@ -140,8 +129,3 @@ def expected_keep(rate: Rate, generator: Generator, dtype: Any) -> Array:
     """Return the keep probability without a key, as the factor of evaluation if training does not divide."""
     bits: Bits = FastBits() if generator == "fast" else JaxBits("", False)
     return bits.keep_probability(lax.stop_gradient(bits.rate(rate)), dtype)
-
-
-@jax.jit
-def _seed(key: Array) -> Array:
-    return jnp.stack(fast.hash_key(key_words(key), fast.USE_SEED), axis=-1)

@@ -1,4 +1,4 @@
-"""A keep mask that is never stored: each decision is a function of a seed and an index."""
+"""A keep mask that is never stored: each decision is a function of a key and an index."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jdrop._bits import Bits, FastBits, bits_for
 from jdrop._platform import GENERIC, Platform
 from jdrop._random.indexing import window_index
+from jdrop._random.key_words import key_words
 from jdrop._random.threefry import U64
 from jdrop._sharding import broadcast_spec
 from jdrop._types import Generator, Rate
@@ -23,8 +24,8 @@ from jdrop._types import Generator, Rate
 class Mask:
     """The decisions of a whole array, or of a tile of it."""
 
-    seed: Array
-    """uint32: the seed ([2], fast), or the data words of the key (jax)."""
+    words: Array
+    """The data words of the key, uint32."""
     rate: Rate
     """The drop rate: a scalar, or an array that broadcasts to the decisions."""
     start: Array | None
@@ -46,7 +47,7 @@ class Mask:
         if self.bits.random_access:
             return self.keep_at(self.index(size, sharding), platform=platform)
         size, sharding = self._of_decisions(size, sharding)
-        return self.bits.keep_all(self.seed, self.rate, size, sharding)
+        return self.bits.keep_all(self.words, self.rate, size, sharding)
 
     def keep_at(self, index: Sequence[U64], *, platform: Platform = GENERIC) -> Array:
         """Return which elements are kept, if the bits have random access.
@@ -54,12 +55,12 @@ class Mask:
         ``index`` counts along each axis of the whole array: arrays of one rank that broadcast. It is not read on shared
         axes.
         """
-        return self.bits.keep_at(self.seed, self.rate, self.shape, self._zero_where_shared(index), platform)
+        return self.bits.keep_at(self.words, self.rate, self.shape, self._zero_where_shared(index), platform)
 
     def word_at(self, index: Sequence[U64], *, platform: Platform = GENERIC) -> Array:
         """Return the uint32 words behind decisions and noise of ``generator="fast"``; ``index`` as for keep_at."""
         assert isinstance(self.bits, FastBits)
-        return self.bits.word_at(self.seed, self.shape, self._zero_where_shared(index), platform)
+        return self.bits.word_at(self.words, self.shape, self._zero_where_shared(index), platform)
 
     def keep_probability(self, dtype: Any) -> Array:
         """Return the exact probability that an element is kept; NaN where the rate is NaN."""
@@ -117,4 +118,4 @@ def draw_mask(
             'use generator="fast", or a threefry2x32 key with jax_threefry_partitionable'
         )
     bits.check_shape(function, shape)
-    return Mask(bits.seed(key), bits.rate(rate), start, shape, bits)
+    return Mask(key_words(key), bits.rate(rate), start, shape, bits)

@@ -1,8 +1,8 @@
 """One primitive for everything random: ``y = op(mask, x)``, whose derivative is linear and recomputes the mask.
 
 A :class:`MaskedOp` is what a member of the family does to its data with the decisions or the noise of a mask. The
-backward pass stores only the seed and the rate, because the derivative of an op is an op of the same kind: an
-elementwise linear map, which is its own transpose. The primitive batches to itself, because a rule in terms of
+backward pass stores only the words of the key and the rate, because the derivative of an op is an op of the same kind:
+an elementwise linear map, which is its own transpose. The primitive batches to itself, because a rule in terms of
 ``where`` would store the mask. There is no derivative with respect to the rate, because decisions have none.
 """
 
@@ -62,11 +62,11 @@ class MaskView:
 
     def multiply(self, x: Array, factor: Array, *, where: Array) -> Array:
         """Multiply by a real factor in its dtype, rounded once; exactly 0 where ``where`` is false."""
-        return self.platform.multiply(x, factor, where=where, seed=self.mask.seed)
+        return self.platform.multiply(x, factor, where=where, words=self.mask.words)
 
     def select(self, kept: Array, x: Array, y: Array) -> Array:
         """Return ``where(kept, x, y)``."""
-        return self.platform.select(kept, x, y, seed=self.mask.seed)
+        return self.platform.select(kept, x, y, words=self.mask.words)
 
     def _index_of(self, size: tuple[Any, ...] | None) -> Sequence[U64]:
         if self.index is not None:

@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from jdrop._checks import check_key, is_integer_array, is_typed_key
 from jdrop._errors import describe
+from jdrop._lowering import at_lowering
+from jdrop._platform import Target
 from jdrop._random.fast import USE_DERIVE, absorb, hash_key
-from jdrop._random.threefry import U64, WORD
+from jdrop._random.threefry import U64, WORD, Pair
 
 __all__ = ["derive", "per_example"]
 
@@ -103,14 +105,17 @@ def _derived_words(words: Array, numbers: list[Any], *, tags: tuple[int, ...]) -
     state = hash_key(words, USE_DERIVE)
     pairs = [number if isinstance(number, U64) else U64.of(number) for number in numbers]
     mixed = functools.reduce(operator.xor, [part for pair in pairs for part in pair], state[0])
-    zero = mixed ^ mixed  # batched and sharded like all parts combined, as the scan needs
+    zero = mixed ^ mixed  # batched and sharded like all parts combined, as a scan needs
     high, low = (jnp.stack([pair[k] ^ zero for pair in pairs]) for k in (0, 1))
-    # A scan, because an unrolled long path takes seconds to compile on CPU.
-    tagged = (jnp.array(tags, jnp.uint32), high, low)
-    state, _ = lax.scan(lambda s, block: (absorb(s, [block]), None), (state[0] ^ zero, state[1] ^ zero), tagged)
+    state = at_lowering(_absorb, (state[0] ^ zero, state[1] ^ zero), (jnp.array(tags, jnp.uint32), high, low))
     n = words.shape[-1]
     out = [w for i in range(-(-n // 2)) for w in absorb(state, [(_OUT, np.uint32(0), np.uint32(i))])]
     return jnp.stack(out[:n], axis=-1)
+
+
+def _absorb(target: Target, state: Pair, blocks: tuple[Array, Array, Array]) -> Pair:
+    """Absorb blocks, stacked as arrays of tags, high words, and low words."""
+    return target.platform.scan(lambda state, block: absorb(state, [block]), state, blocks)
 
 
 def _as_number(value: Any) -> Any:

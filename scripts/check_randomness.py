@@ -48,8 +48,7 @@ class Result(NamedTuple):
 @jax.jit
 def _library(key_words: Array, hi: Array, lo: Array, cols: Array) -> Array:
     def one(key_words: Array) -> Array:
-        seed = fast.hash_key(key_words, fast.USE_SEED)
-        row_key = PLATFORMS["cpu"].row_key(seed, (hi[:, None], lo[:, None]))  # once per row
+        row_key = PLATFORMS["cpu"].row_key(key_words, (hi[:, None], lo[:, None]), cols)  # once per row
         return fast.mix(row_key, cols[None, :])
 
     return jax.vmap(one)(key_words)
@@ -62,7 +61,7 @@ def library(key: Array, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _library_row_keys(key_words: Array, hi: Array, lo: Array) -> Array:
-    return jax.vmap(lambda words: jnp.stack(fast.row_key(fast.hash_key(words, fast.USE_SEED), (hi, lo)), -1))(key_words)
+    return jax.vmap(lambda words: jnp.stack(fast.row_key(fast.seed(words), (hi, lo)), -1))(key_words)
 
 
 def library_row_keys(key: Array, rows: np.ndarray) -> np.ndarray:

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop._bits import FastBits
 from jdrop._platform import PLATFORMS
 from jdrop._random import fast
 from jdrop._random.threefry import U64, WORD
@@ -66,7 +65,7 @@ def blocks(columns: int, order: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "cols", "order", "group"))
-def words(seed: Array, row: U64, col: Array, *, rows: int, cols: int, order: str, group: int = 1) -> Array:
+def words(key: Array, row: U64, col: Array, *, rows: int, cols: int, order: str, group: int = 1) -> Array:
     """Return part of the words: ``[rows, group, cols / group]``, or columns first if written column by column.
 
     The words of one group, which are adjacent in the order of writing, lie along axis 1.
@@ -75,26 +74,26 @@ def words(seed: Array, row: U64, col: Array, *, rows: int, cols: int, order: str
     outer, inner = (down, across) if order == "rows" else (across, down)
     outer, inner = outer[:, None, None], inner.reshape(-1, group).T[None]
     down, across = (outer, inner) if order == "rows" else (inner, outer)
-    row_key = PLATFORMS["cpu"].row_key((seed[0], seed[1]), row + U64(np.uint32(0), down))  # once per row
+    row_key = PLATFORMS["cpu"].row_key(key, row + U64(np.uint32(0), down), across)  # once per row
     return fast.mix(row_key, across)
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "cols", "order"))
-def mask_bytes(seed: Array, row: U64, col: Array, threshold: Array, *, rows: int, cols: int, order: str) -> Array:
+def mask_bytes(key: Array, row: U64, col: Array, threshold: Array, *, rows: int, cols: int, order: str) -> Array:
     """Return part of the keep decisions, ``word >= threshold``, eight per byte, the first in the lowest bit.
 
     The eight decisions of a byte do not lie along the last axis, because packing would not vectorize.
     """
-    keep = words(seed, row, col, rows=rows, cols=cols, order=order, group=8) >= threshold
+    keep = words(key, row, col, rows=rows, cols=cols, order=order, group=8) >= threshold
     return jnp.packbits(keep, axis=1, bitorder="little")
 
 
 def stream(columns: int, order: str, key_seed: int, mask_rate: float | None) -> Iterator[np.ndarray]:
     """Yield the output in parts, computing each one while the reader processes the previous one."""
-    seed = FastBits().seed(jax.random.key(key_seed))
+    key = jax.random.key_data(jax.random.key(key_seed))
     pending: Array | None = None
     for row, rows, col, cols in blocks(columns, order):
-        at, size = (seed, U64.of(row), np.uint32(col)), {"rows": rows, "cols": cols, "order": order}
+        at, size = (key, U64.of(row), np.uint32(col)), {"rows": rows, "cols": cols, "order": order}
         part = words(*at, **size) if mask_rate is None else mask_bytes(*at, threshold(mask_rate), **size)
         if pending is not None:
             yield np.asarray(pending)

@@ -150,7 +150,7 @@ def test_errors_come_before_any_computation(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr("jdrop._bits.FastBits.seed", fail)
+    monkeypatch.setattr("jdrop._mask.key_words", fail)
     monkeypatch.setattr("jdrop._family.elementwise.masked_op", fail)
     for case in ("rate negative", "axis twice", "keys", "generator", "rate shape", "x int"):
         with pytest.raises((TypeError, ValueError), match="dropout: "):

@@ -22,11 +22,11 @@ FAMILY = [path.stem for path in sorted((ROOT / "jdrop" / "_family").glob("*.py")
 LAYERS = [
     ["_errors", "_types", "_random.threefry", "_random.normal"],
     ["_checks", "_axes", "_random.indexing", "_random.fast", "_random.jax_bits", "_sharding"],
-    ["_random.key_words", "_platform.generic", "keys", "schedules"],
+    ["_random.key_words", "_platform.generic", "schedules"],
     ["_platform.cpu", "_platform.gpu", "_platform.tpu"],
     ["_platform"],
     ["_bits", "_lowering"],
-    ["_mask"],
+    ["_mask", "keys"],
     ["_prepare", "_primitive", "attention._spec"],
     ["_ops", "attention._checks", "attention._blocking"],
     ["attention._reference", "attention._blockwise"],

@@ -1,5 +1,7 @@
 """The forms of a platform are chosen when a program is lowered, and reach no other platform."""
 
+import inspect
+import pathlib
 import re
 
 import jax
@@ -12,9 +14,10 @@ from members import MEMBERS
 import jdrop
 from jdrop._lowering import at_lowering
 from jdrop._mask import draw_mask
-from jdrop._platform import GENERIC, PLATFORMS, Target
+from jdrop._platform import GENERIC, PLATFORMS, Target, cpu, gpu, tpu
 from jdrop._platform.generic import index_of_data
 from jdrop._primitive import MaskView
+from jdrop._random import fast
 from jdrop._random.threefry import U64
 
 KEY = jax.random.key(7)
@@ -99,6 +102,43 @@ def test_the_mask_depends_on_the_data_so_that_passes_do_not_share_it(name):
         assert not depends_on_data((2, 3, 130), PLATFORMS["cpu"], bits=bits)
 
 
+@pytest.mark.parametrize("name", ["cuda", "rocm", "tpu"])
+@pytest.mark.parametrize("words", [(3, 5), (3, 5, 7, 9), (4,)])
+def test_the_key_is_hashed_for_each_row_so_that_one_kernel_makes_row_keys(name, words):
+    """XLA for GPUs would launch kernels for one seed, and XLA for TPUs would hash it one word at a time."""
+    words = jnp.array(words, jnp.uint32)
+    row, few, many = (jnp.arange(n, dtype=jnp.uint32) for n in (64, 128, 2**12))
+    row = (np.uint32(1), row[:, None])
+    key = fast.row_key(fast.seed(words), row)
+    for col, shape in (
+        (many[None], (64, 1)),
+        (few[None], (64, 128)),
+    ):  # small arrays need no kernel of their own for row keys
+        found = PLATFORMS[name].row_key(words, row, col)
+        assert found[0].shape == found[1].shape == shape
+        np.testing.assert_array_equal(found, np.broadcast_to(key, (2, *shape)))
+        hashed = lambda words, col: PLATFORMS[name].row_key(words, row, col)
+        seeds = [eqn for eqn in jax.make_jaxpr(hashed)(words, col).eqns if eqn.params.get("name") == "seed"]
+        assert [v.aval.shape for eqn in seeds for v in eqn.outvars] == [shape, shape]
+
+
+def test_a_path_of_names_is_a_loop_only_on_a_cpu():
+    derive = lambda k: jdrop.keys.derive(k, "block", 3, "mlp")
+    text = {p: text_for(p, derive, KEY) for p in ("cpu", "cuda", "tpu")}
+    assert "stablehlo.while" in text["cpu"]
+    assert text["cuda"] == text["tpu"] and "stablehlo.while" not in text["cuda"]
+
+
+@pytest.mark.parametrize("path", [("mlp",), ("block", 3, "mlp", 2**40)], ids=str)
+def test_paths_of_names_give_the_same_keys_without_a_loop(path, use_on_cpu):
+    derived = jax.jit(lambda k: jdrop.keys.derive(k, *path))(KEY)
+    of_ids = lambda k: jdrop.keys.per_example(k, jnp.arange(6, dtype=jnp.int32).reshape(2, 3))
+    examples = jax.jit(of_ids)(KEY)
+    use_on_cpu(GENERIC)
+    assert jax.jit(lambda k: jdrop.keys.derive(k, *path))(KEY) == derived
+    assert (jax.jit(of_ids)(KEY) == examples).all()
+
+
 def test_the_mask_of_a_block_of_scores_depends_on_them():
     q = jnp.ones((1, 8, 1, 16))
     attend = lambda k, q: jdrop.dot_product_attention(k, q, q, q, 0.3, train=True, implementation="chunked")
@@ -120,6 +160,19 @@ def test_a_program_for_two_platforms_contains_both_forms():
     f = jax.jit(lambda k, x: jdrop.dropout(k, x, 0.3, train=True))
     exported = jax.export.export(f, platforms=("cpu", "tpu"))(jax.random.PRNGKey(0), X)
     np.testing.assert_array_equal(exported.call(jax.random.PRNGKey(0), X), f(jax.random.PRNGKey(0), X))
+
+
+@pytest.mark.parametrize(("module", "platform"), [(cpu, cpu.Cpu), (gpu, gpu.Gpu), (tpu, tpu.Tpu)])
+def test_every_form_says_why_it_exists_and_names_its_test(module, platform):
+    forms = [value for value in vars(platform).values() if inspect.isfunction(value)]
+    for form in forms:
+        for part in ("symptom", "gain", "seen: jax", "test:"):
+            assert part in " ".join(form.__doc__.lower().split()), (form, part)
+    folder = pathlib.Path(__file__).parent
+    source = pathlib.Path(module.__file__).read_text()
+    defined = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in folder.glob("test_*.py")), re.M))
+    assert set(re.findall(r"\btest_\w+\b(?!\.py)", source)) <= defined
+    assert all((folder / name).exists() for name in re.findall(r"\btest_\w+\.py", source))
 
 
 # ---------------------------------------------------------------------------------- at_lowering

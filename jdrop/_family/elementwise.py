@@ -30,7 +30,7 @@ def dropout(
 
     ``y[i] = x[i] * m[i] / (1 - rate)`` with ``m[i] ~ Bernoulli(1 - rate)``, where ``m[i]`` is a pure function of the
     key and the index ``i``. The gradient is multiplied by the same ``m[i] / (1 - rate)``. The backward pass recomputes
-    the mask, so the only residuals are an 8-byte seed and the rate. Kept values are divided by the exact keep
+    the mask, so the only residuals are the words of the key and the rate. Kept values are divided by the exact keep
     probability: ``1 - round(float32(rate) * 2**32) / 2**32``, or with ``generator="jax"`` that of
     ``jax.random.bernoulli``, ``ceil(p * 2**n) / 2**n`` with ``p = 1 - rate`` in the dtype of the rate, which has n
     mantissa bits.

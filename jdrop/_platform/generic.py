@@ -1,6 +1,7 @@
 """The operations that platforms may override, in their plain form, which is right for every compiler."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ from jax import Array, lax
 
 from jdrop._random import fast
 from jdrop._random.threefry import U64, Pair
+
+SMALL = 2**17
+"""Arrays of up to this many elements hash the key of a mask for each element: about 150 instructions, for 1 us."""
 
 
 class BlockSizes(NamedTuple):
@@ -45,26 +49,27 @@ class Platform:
         del x
         return index
 
-    def row_key(self, seed: Pair, row: Pair) -> Pair:
-        """Return the keys of rows, for a loop over columns to share."""
-        return fast.row_key(seed, row)
+    def row_key(self, words: Array, row: Pair, col: Array) -> Pair:
+        """Return the keys of rows, for a loop over columns to share, from the data words of a key."""
+        del col
+        return fast.row_key(fast.seed(words), row)
 
     def materialize(self, x: Array, shape: tuple[Any, ...]) -> Array:
         """Return decisions or noise that broadcast to data of a shape, computed once for all data that share them."""
         del shape
         return x
 
-    def multiply(self, x: Array, factor: Array, *, where: Array, seed: Array) -> Array:
+    def multiply(self, x: Array, factor: Array, *, where: Array, words: Array) -> Array:
         """Multiply by a real factor in float32 (float64 for float64 x), rounded once; exactly 0 elsewhere.
 
-        ``seed`` is any uint32 array that is not constant to the compiler.
+        ``words`` is any uint32 array that is not constant to the compiler.
         """
-        del seed
+        del words
         return multiply(x, factor, where=where)
 
-    def select(self, kept: Array, x: Array, y: Array, *, seed: Array) -> Array:
+    def select(self, kept: Array, x: Array, y: Array, *, words: Array) -> Array:
         """Return ``where(kept, x, y)``."""
-        del seed
+        del words
         return jnp.where(kept, x, y)
 
     def fold(self, size: int, devices: int) -> "Fold | None":
@@ -81,6 +86,11 @@ class Platform:
         """Return arrays that are not fused with their consumers."""
         return arrays
 
+    def scan(self, f: Callable[[Any, Any], Any], state: Any, xs: Any) -> Any:
+        """Return the state after ``state = f(state, x)`` for each x of stacked xs, few and short to compute."""
+        state, _ = lax.scan(lambda state, x: (f(state, x), None), state, xs, unroll=True)
+        return state
+
     def sum_of_products(self, x: Array, y: Array) -> Array:
         """Return ``sum(x * y, axis=-1)`` in full precision."""
         return jnp.sum(x * y, axis=-1)
@@ -92,6 +102,11 @@ def multiply(x: Array, factor: Array, *, where: Array) -> Array:
         return jnp.where(where, lax.complex(x.real * factor, x.imag * factor), jnp.zeros((), x.dtype))
     product = jnp.where(where, x.astype(factor.dtype) * factor, jnp.zeros((), factor.dtype))
     return product.astype(x.dtype)
+
+
+def opaque_zero(x: Array) -> Array:
+    """Return ``(x + x) & 1`` of uint32 words, which is 0: XLA does not know that, and LLVM does."""
+    return (x + x) & np.uint32(1)
 
 
 def index_of_data(x: Array, index: Sequence[U64]) -> Sequence[U64]:
@@ -108,7 +123,19 @@ def index_of_data(x: Array, index: Sequence[U64]) -> Sequence[U64]:
         return index
     real = x.real if jnp.iscomplexobj(x) else x
     bits = lax.bitcast_convert_type(real, jnp.dtype(f"uint{8 * real.dtype.itemsize}")).astype(jnp.uint32)
-    return [*index[:-1], U64(index[-1].hi, index[-1].lo ^ ((bits + bits) & np.uint32(1)))]
+    return [*index[:-1], U64(index[-1].hi, index[-1].lo ^ (opaque_zero(bits)))]
+
+
+def row_key_of_elements(words: Array, row: Pair, col: Array) -> Pair:
+    """Return the keys of rows, from a hash of the key that depends on the row, and on the column in small arrays.
+
+    XLA fuses a computation for each element, but not one whose result many elements share.
+    """
+    high, low = row
+    if math.prod(np.broadcast_shapes(np.shape(low), np.shape(col))) <= SMALL:
+        low = low ^ opaque_zero(col)
+    zero = opaque_zero(low)
+    return fast.row_key(fast.seed([word ^ zero for word in words]), (high, low))
 
 
 class Fold(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jax import Array
 
 from jdrop._platform import generic
-from jdrop._random.threefry import U64
+from jdrop._random.threefry import U64, Pair
 
 
 class Tpu(generic.Platform):
@@ -19,3 +19,12 @@ class Tpu(generic.Platform):
         Seen: jax 0.10.2. Test: as in ``gpu.py``.
         """
         return generic.index_of_data(x, index)
+
+    def row_key(self, words: Array, row: Pair, col: Array) -> Pair:
+        """Hash the key of a mask again for each row, or for each element of a small array.
+
+        Symptom: XLA hashes the key of a mask in 121 operations on scalars, one after another. Gain: none of them, for
+        0.3% more estimated cycles of a dropout on [4096, 1024] on a v5e, and 0.55 times the cycles on [64, 128]. Seen:
+        jax 0.10.2. Test: as in ``gpu.py``.
+        """
+        return generic.row_key_of_elements(words, row, col)

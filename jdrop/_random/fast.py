@@ -5,9 +5,10 @@ column of that row. A word is a pure function of the seed and the index of an el
 computed anywhere, in any order, without the rest. ``_random/indexing.py`` says which row and column an element has.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -29,11 +30,16 @@ def absorb(state: Pair, blocks: Iterable[Any]) -> Pair:
     return state
 
 
-def hash_key(words: Array, use: int) -> Pair:
-    """Hash the data words of a key, for one use: ``USE_SEED`` or ``USE_DERIVE``."""
-    n = words.shape[-1]
-    padded: list[Any] = [*(words[..., i] for i in range(n)), *[np.uint32(0)] * (n % 2)]
-    return absorb((np.uint32(TAG), np.uint32(use)), [(0, *padded[i : i + 2]) for i in range(0, n, 2)])
+def hash_key(words: Array | Sequence[Any], use: int) -> Pair:
+    """Hash the data words of a key, or of an array of keys, for one use: ``USE_SEED`` or ``USE_DERIVE``."""
+    padded = [*words, *[np.uint32(0)] * (len(words) % 2)]
+    return absorb((np.uint32(TAG), np.uint32(use)), [(0, *padded[i : i + 2]) for i in range(0, len(words), 2)])
+
+
+@jax.jit
+def seed(words: Array | Sequence[Any]) -> Pair:
+    """Return the seed of the masks of a key, or of an array of keys, from the data words."""
+    return hash_key(words, USE_SEED)
 
 
 def row_key(seed: Pair, row: Pair) -> Pair:
@@ -69,7 +75,7 @@ def word(seed: Pair, row: Pair, col: Array) -> Array:
     """Return the uint32 word of an element: ``mix(row_key(seed, row), col)``.
 
     Args:
-      seed: two uint32 scalars, ``hash_key(words, USE_SEED)``.
+      seed: two uint32 scalars, from :func:`seed`.
       row: ``(hi, lo)`` of the element's row.
       col: the element's column, uint32; rows and columns broadcast against each other.
     """
