@@ -31,13 +31,13 @@ class Clock:
         return (time.perf_counter() - start) / self.calls
 
 
-def jax_step(drop: _bench.Drop, direction: str) -> Callable[..., Any]:
-    """Return the jitted function to time, which returns y, or y and dx."""
+def jax_step(drop: Callable[..., Any], direction: str) -> Callable[..., Any]:
+    """Return the jitted function of ``(key, x, dy, *operands)`` to time, which returns y, or y and dx."""
     if direction == "forward":
-        return jax.jit(lambda key, x, dy: drop(key, x))
+        return jax.jit(lambda key, x, dy, *operands: drop(key, x, *operands))
 
-    def both(key: Any, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y, pull = jax.vjp(lambda x: drop(key, x), x)
+    def both(key: Any, x: jax.Array, dy: jax.Array, *operands: Any) -> tuple[jax.Array, jax.Array]:
+        y, pull = jax.vjp(lambda x: drop(key, x, *operands), x)
         return y, pull(dy)[0]
 
     return jax.jit(both)

@@ -57,7 +57,7 @@ def contenders(peers: list[str]) -> dict[str, Attention | None]:
     return attention_of
 
 
-def flax_attention(name: str) -> Attention | None:
+def flax_attention(name: str, *, causal: bool = False) -> Attention | None:
     """Return the attention of linen or nnx, with a separate mask for each head."""
     try:
         from flax import linen, nnx
@@ -67,7 +67,8 @@ def flax_attention(name: str) -> Attention | None:
 
     def call(key: Any, q: Any, k: Any, v: Any, rate: float) -> Any:
         options = {"dropout_rng": key, "dropout_rate": rate, "deterministic": rate == 0, "broadcast_dropout": False}
-        return attend(q, k, v, **options)
+        mask = jnp.tri(q.shape[-3], dtype=bool)[None, None] if causal else None
+        return attend(q, k, v, mask=mask, **options)
 
     return call
 
@@ -85,14 +86,14 @@ def step(attend: Attention, rate: float, direction: str) -> Callable[..., Any]:
     return forward if direction == "forward" else both
 
 
-def torch_step(rate: float, direction: str) -> Callable[..., Any]:
+def torch_step(rate: float, direction: str, *, causal: bool = False) -> Callable[..., Any]:
     """Return the fused attention of PyTorch, on ``[batch, heads, T, width]``."""
     import torch
 
     torch.set_num_threads(_bench.cores())
 
     def run(q: Any, k: Any, v: Any, do: Any) -> Any:
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=causal)
         return torch.autograd.grad(out, (q, k, v), do) if direction != "forward" else out
 
     return run
