@@ -1,5 +1,6 @@
 """The benchmarks run on tiny sizes and write their results; no test here asserts a time."""
 
+import importlib
 import json
 import os
 import pathlib
@@ -153,3 +154,68 @@ def test_a_missing_peer_is_named_as_missing(tmp_path):
     printed, report = run("bench_dropout.py", *options, out=path, path=[tmp_path])
     assert [r["missing"] for r in report["rows"] if r["contender"] == "haiku"] == ["not installed"] * 2
     assert "not installed" in printed
+
+
+@pytest.fixture
+def device_report(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module("device_report")
+
+
+def test_device_report(tmp_path):
+    path = tmp_path / "device.json"
+    printed, report = run("device_report.py", "--small", "--json", str(path), out=path)
+    assert report["claim"] in printed and {"commit", "device", "platform"} <= set(report["machine"])
+    assert {part["part"]: part["status"] for part in report["parts"]} == dict.fromkeys(
+        ("known_answers", "reproducibility", "dropout", "members", "transformer", "attention", "tests", "trainer"),
+        "passed",
+    )
+    rows = {part["part"]: part["rows"] for part in report["parts"]}
+    assert all(row["ok"] for name in ("known_answers", "reproducibility", "tests") for row in rows[name])
+    measured = {name: {r["contender"] for r in rows[name] if r.get("milliseconds", 0) > 0} for name in rows}
+    assert {"jax copy", *OURS} <= measured["dropout"] and {"no dropout", *OURS} <= measured["transformer"]
+    assert {"jdrop, rate 0", "jdrop, rate 0.1"} <= measured["attention"]
+    assert {r["contender"] for r in rows["attention"]} >= {"cuDNN, rate 0", "linen, rate 0.1", "torch, rate 0.1"}
+    of_members = {r["member"] for r in rows["members"] if r["contender"] == "jdrop" and r["copy_percent"] > 0}
+    assert of_members == {name for name, m in MEMBERS.items() if isinstance(m.bench, Bench)} - {"dropout"}
+
+
+def test_device_report_names_what_is_broken(device_report, monkeypatch, tmp_path, capsys):
+    def broken(plan):
+        yield {"name": "first", "ok": True}
+        raise ValueError("no device")
+
+    def with_a_broken_case(plan):
+        yield from device_report.attempt(plan, {"name": "case"}, lambda: [1 / 0])
+
+    def wrong(plan):
+        yield {"name": "mask", "ok": False}
+
+    def fine(plan):
+        yield from device_report.attempt(plan, {"name": "peer"}, lambda: [importlib.import_module("no_such_peer")])
+
+    path = tmp_path / "device.json"
+    monkeypatch.setattr(device_report, "PARTS", (broken, with_a_broken_case, wrong, fine))
+    monkeypatch.setattr(sys, "argv", ["device_report.py", "--json", str(path)])
+    assert device_report.main() == 1
+    parts = json.loads(path.read_text())["parts"]
+    assert [part["status"] for part in parts] == ["raised", "failed", "failed", "passed"]
+    assert parts[0]["rows"] == [{"name": "first", "ok": True}] and parts[0]["error"] == "ValueError: no device"
+    assert parts[1]["rows"] == [{"name": "case", "error": "ZeroDivisionError: division by zero"}]
+    assert parts[3]["rows"] == [{"name": "peer", "missing": "not available: No module named 'no_such_peer'"}]
+    assert "no device" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["device_report.py", "--json", str(path), "--seconds", "0"])
+    assert device_report.main() == 0
+    assert {part["status"] for part in json.loads(path.read_text())["parts"]} == {"skipped: out of time"}
+
+
+def test_device_report_without_pytest_compares_with_the_reference(device_report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "test_known_answers", None)
+    rows = list(device_report.known_answers(device_report.Plan(small=True, deadline=0.0)))
+    assert len([row for row in rows if row["name"].startswith("NumPy")]) == 6 and all(row["ok"] for row in rows)
+
+
+def test_device_report_stops_a_program_that_hangs(device_report):
+    code = "import time; print('started', flush=True); time.sleep(600)"
+    assert device_report.run_program([sys.executable, "-c", code], 5.0) == (None, "started\n")
+    assert device_report.outcome(None, "") == {"missing": "stopped: out of time"}
