@@ -5,11 +5,13 @@ Needs the extra ``accelerators``.
 
 import math
 import re
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 GPUS = {
     "h100": """
@@ -31,6 +33,7 @@ TARGETS = (*GPUS, *TPUS)
 
 # Operations that a GPU launches as kernels, and that a TPU runs one after another.
 KERNELS = ("fusion", "custom-call", "copy", "sort", "convolution", "dot", "reduce", "scatter", "gather")
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute", "ragged-all-to-all")
 
 
 class Stored(NamedTuple):
@@ -43,69 +46,131 @@ class Stored(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What is counted in a compiled program."""
+    """What is counted in a compiled program for one of its devices."""
 
     temporary_bytes: int
     kernels: int
     """Those of a loop count once."""
+    launches: int
+    """Those of a loop count once for each of its steps."""
+    collectives: int
+    """Those of a loop count once."""
+    cycles: int
+    """Estimated by the compiler, with the steps of loops; 0 for GPUs, for which it estimates none."""
     stored: tuple[Stored, ...]
     """Arrays of bool, uint8 or uint32 with at least as many elements as asked for."""
 
 
-def device(target: str) -> Any:
-    """Return the description of a device for the compiler."""
+def mesh(target: str, devices: int = 1) -> Mesh:
+    """Return the description of up to four devices for the compiler."""
     if target in GPUS:
-        options: Any = {"topology": "1x1x1", "target_config": GPUS[target]}
+        options: Any = {"topology": f"1x1x{devices}", "target_config": GPUS[target]}
         topology = topologies.get_topology_desc(platform="cuda", topology_name=target, **options)
     else:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[target])
-    return topology.devices[0]
+    return Mesh(np.array(topology.devices[:devices]), ("data",))
 
 
-def compile_for(target: str, f: Any, *arguments: Any) -> Any:
-    """Compile ``jit(f)`` for one device; arguments are of type ``jax.ShapeDtypeStruct``."""
-    sharding = SingleDeviceSharding(device(target))
-    return jax.jit(f, in_shardings=sharding, out_shardings=sharding).lower(*arguments).compile()
+def compile_for(mesh: Mesh, f: Any, *arguments: Any) -> Any:
+    """Compile ``jit(f)``; arguments are of type ``jax.ShapeDtypeStruct``, replicated if they have no sharding."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    placed = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=replicated), arguments)
+    return jax.jit(f).lower(*placed).compile()
 
 
 def facts(compiled: Any, elements: int) -> Facts:
     """Count what is in a program. ``elements`` is the minimum size of stored arrays."""
-    kernels, stored = 0, []
-    for lines in _computations(compiled.as_text()):
-        for i, line in enumerate(lines):
-            if line.operation not in KERNELS:
-                continue
-            kernels += 1
-            for dtype, shape in re.findall(r"(pred|u8|u32)\[([\d,]+)\]", line.result):
-                if math.prod(map(int, shape.split(","))) >= elements:
-                    stored.append(Stored(f"{dtype}[{shape}]", (_last_use(lines, i) - i) / len(lines)))
-    return Facts(int(compiled.memory_analysis().temp_size_in_bytes), kernels, tuple(stored))
+    program = Program(compiled.as_text())
+    lines = [line for part in program.parts.values() for line in part]
+    return Facts(
+        int(compiled.memory_analysis().temp_size_in_bytes),
+        kernels=sum(line.is_kernel for line in lines),
+        launches=program.total(lambda line: line.is_kernel),
+        collectives=sum(line.is_collective for line in lines),
+        cycles=program.total(lambda line: line.cycles),
+        stored=tuple(program.stored(elements)),
+    )
 
 
-class _Line(NamedTuple):
+class Line(NamedTuple):
     """An instruction of HLO."""
 
     name: str
     result: str
     operation: str
     operands: str
+    attributes: str
+
+    @property
+    def is_kernel(self) -> bool:
+        return self.operation in KERNELS
+
+    @property
+    def is_collective(self) -> bool:
+        return self.operation.removesuffix("-start") in COLLECTIVES
+
+    @property
+    def cycles(self) -> int:
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else 0
+
+    def called(self, role: str) -> str:
+        """Return the name of a computation that the instruction calls."""
+        return re.search(rf"\b{role}=%([\w.\-]+)", self.attributes)[1]
 
 
-def _computations(text: str) -> list[list[_Line]]:
-    """Return the instructions of each computation that is not part of a kernel, in the order of their schedule."""
-    inside = set(re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", text))
-    found = []
-    for block in text.split("\n\n"):
-        head, _, body = block.partition("\n")
-        name = re.match(r"(?:ENTRY )?%([\w.\-]+) ", head)
-        if name is not None and name[1] not in inside:
-            # Attributes follow the operands and may name other instructions, such as control predecessors.
-            parts = re.findall(r"^ +(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*?)\)(?:,|$)", body, re.M)
-            found.append([_Line(*part) for part in parts])
-    return found
+class Program:
+    """A compiled program."""
+
+    def __init__(self, text: str):
+        blocks = [(self.head(block), block) for block in text.split("\n\n")]
+        self.texts = {name: block for name, block in blocks if name}
+        self.entry = next(name for name, block in self.texts.items() if block.startswith("ENTRY"))
+        inside = set(re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", text))
+        self.parts = {name: self.lines(block) for name, block in self.texts.items() if name not in inside}
+        """The instructions of each computation that is not part of a kernel, in the order of their schedule."""
+
+    @staticmethod
+    def head(block: str) -> str | None:
+        """Return the name of a computation."""
+        name = re.match(r"(?:ENTRY )?%([\w.\-]+) ", block)
+        return name[1] if name else None
+
+    @staticmethod
+    def lines(block: str) -> list[Line]:
+        # Attributes follow the operands and may name other instructions, such as control predecessors.
+        found = re.findall(r"^ +(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*?)\)(,.*|)$", block, re.M)
+        return [Line(*parts) for parts in found]
+
+    def total(self, count: Callable[[Line], int], name: str | None = None) -> int:
+        """Return the sum over all instructions, those of a loop once for each of its steps."""
+        sum_of_lines = 0
+        for line in self.parts[name or self.entry]:
+            sum_of_lines += count(line)
+            if line.operation == "while":
+                sum_of_lines += self.steps(line) * self.total(count, line.called("body"))
+        return sum_of_lines
+
+    def steps(self, line: Line) -> int:
+        """Return the number of steps of a loop: noted by the compiler, or the only constant of the condition."""
+        noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.attributes)
+        if noted:
+            return int(noted[1])
+        text = self.texts[line.called("condition")]
+        text += "".join(self.texts[name] for name in re.findall(r"calls=%([\w.\-]+)", text))
+        (steps,) = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
+        return int(steps)
+
+    def stored(self, elements: int) -> Iterator[Stored]:
+        """Return the large arrays of bool, uint8, or uint32 that kernels write."""
+        for lines in self.parts.values():
+            for i, line in enumerate(lines):
+                for dtype, shape in re.findall(r"(pred|u8|u32)\[([\d,]+)\]", line.result if line.is_kernel else ""):
+                    if math.prod(map(int, shape.split(","))) >= elements:
+                        yield Stored(f"{dtype}[{shape}]", (last_use(lines, i) - i) / len(lines))
 
 
-def _last_use(lines: list[_Line], first: int) -> int:
+def last_use(lines: list[Line], first: int) -> int:
     """Return the position of the last use of a result, or of a part of it."""
     names, last = {lines[first].name}, first
     for i, line in enumerate(lines[first + 1 :], first + 1):

@@ -35,16 +35,10 @@ def shapes(small: bool) -> dict[str, tuple[int, ...]]:
     return {"flat": (4096, 1024), "steps": (64, 64, 1024), "image": (32, 32, 64, 64)}
 
 
-def calls(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def calls_of(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the floor and the member as functions of a key, x, and the operands of the benchmark."""
     member, bench = MEMBERS[name], MEMBERS[name].bench
     return bench.floor, bench.drop or (lambda key, x: member(key, x, RATE, train=True))
-
-
-def drops(name: str, shape: tuple[int, ...]) -> tuple[_bench.Drop, _bench.Drop]:
-    """Return the floor and the member as functions of a key and x. Other operands are created outside the program."""
-    operands, (floor, ours) = MEMBERS[name].bench.operands(shape), calls(name)
-    return lambda key, x: floor(key, x, *operands), lambda key, x: ours(key, x, *operands)
 
 
 def peers_of(member: Bench, peers: Sequence[str]) -> dict[str, _bench.Drop]:
@@ -96,10 +90,17 @@ def clocks(name: str, peers: Sequence[str], calls: int, *, small: bool) -> dict[
     shape = shapes(small)[bench.shape]
     data = _clocks.random_arrays(shape, 4)
     inputs = _clocks.jax_inputs(data, "float32")
-    floor, ours = drops(name, shape)
+    operands = bench.operands(shape)
+    with_operands = (call + operands for call in inputs)  # as arguments, because XLA folds constants
+    floor, ours = calls_of(name)
     clock_of: dict[Case, _clocks.Clock] = {}
     for direction in bench.directions:
-        for contender, drop in {bench.floor_name: floor, "jdrop": ours, **peers_of(bench, peers)}.items():
+        for contender, drop in {bench.floor_name: floor, "jdrop": ours}.items():
+            step = _clocks.jax_step(drop, direction)
+            clock_of[Case(name, direction, contender)] = _clocks.Clock(
+                step, with_operands, calls, jax.block_until_ready
+            )
+        for contender, drop in peers_of(bench, peers).items():
             step = _clocks.jax_step(drop, direction)
             clock_of[Case(name, direction, contender)] = _clocks.Clock(step, inputs, calls, jax.block_until_ready)
         for contender, drop in torch_peers_of(bench, peers).items():

@@ -4,16 +4,20 @@ XLA's own compilers make the programs, without a device: bytes, kernels and stor
 were not run. Install them with ``pip install -e '.[accelerators]'``. A large program takes up to a minute for an H100,
 and minutes for a TPU.
 
-There is a table for each form of the gradient of the transformer of ``bench_memory.py``, beside no dropout, and tables
-of the members of the family, beside their floors, on ``[4096, 1024]`` or images of as many elements. ``life`` is how
-long a stored mask is in use: the longest, as a share of the program or of the body of its loop.
+There is a table for each form of the gradient of the transformer of ``bench_memory.py``, beside no dropout; tables of
+the members of the family, beside their floors, on ``[4096, 1024]`` or images of as many elements; and tables of
+attention, beside ``jax.nn`` without dropout. The transformer and attention are also compiled for four devices, with the
+batch sharded over them. ``kernels`` and ``collectives`` count those of a loop once, ``launches`` and ``cycles`` once
+for each step; ``extra`` is the number of launches more than in the first row, and ``cycles`` is an estimate that the
+compiler makes for TPUs. ``life`` is how long a stored mask is in use: the longest, as a share of the program or of the
+body of its loop.
 """
 
 import argparse
 import functools
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process
@@ -26,31 +30,52 @@ import _bench
 import _family
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import jdrop
 
 FORMS = tuple(itertools.product(("unrolled", "scan"), ("plain", "checkpoint")))
 DIRECTIONS = ("forward", "forward+backward")
 WORDS = jax.ShapeDtypeStruct((2,), jnp.uint32)  # of a key, because a key cannot be described for a device
-COLUMNS = ("temporary_bytes", "ratio", "kernels", "extra_kernels", "stored", "life")
+COLUMNS = ("temporary_bytes", "ratio", "kernels", "launches", "extra", "collectives", "cycles", "stored", "life")
+DEVICES = 4
+Rows = Iterator[dict[str, Any]]
 
 
 def row(name: str, ours: _aot.Facts, base: _aot.Facts) -> dict[str, Any]:
-    """Return the row of a program, with its bytes and kernels relative to those of a base."""
+    """Return the row of a program, with its bytes and launches relative to those of a base."""
     return {
         "name": name,
         "temporary_bytes": ours.temporary_bytes,
         "ratio": ours.temporary_bytes / base.temporary_bytes if base.temporary_bytes else None,
         "kernels": ours.kernels,
-        "extra_kernels": ours.kernels - base.kernels,
+        "launches": ours.launches,
+        "extra": ours.launches - base.launches,
+        "collectives": ours.collectives,
+        "cycles": ours.cycles,
         "stored": len(ours.stored),
         "life": max((stored.life for stored in ours.stored), default=0.0),
         "types": sorted({stored.type for stored in ours.stored}),
     }
 
 
-def model_facts(target: str, drop: _bench.Drop, key: Any, form: tuple[str, str], dtype: Any, options: Any) -> Any:
-    """Compile the gradient of the transformer."""
+def rows_of(facts: Iterable[tuple[str, _aot.Facts]]) -> Rows:
+    """Return the rows of programs, relative to the first."""
+    base = None
+    for name, ours in facts:
+        base = base or ours
+        yield row(name, ours, base)
+
+
+# ---------------------------------------------------------------------------------- the transformer
+
+
+def model_facts(
+    mesh: Mesh, drop: _bench.Drop, key: Any, form: tuple[str, str], layers: int, dtype: Any, options: Any
+) -> _aot.Facts:
+    """Compile the gradient of the transformer, with the batch sharded over the devices."""
     shape = tuple(map(int, options.size.split("x")))
-    weights = _bench.transformer_weights(options.layers, shape[-1], stacked=form[0] == "scan")
+    weights = _bench.transformer_weights(layers, shape[-1], stacked=form[0] == "scan")
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), weights)
     settings = {"heads": options.heads, "checkpoint": form[1] == "checkpoint"}
 
@@ -58,21 +83,24 @@ def model_facts(target: str, drop: _bench.Drop, key: Any, form: tuple[str, str],
         typed = None if key is None else jax.random.wrap_key_data(words)
         return _bench.transformer(params, typed, x, drop, **settings).astype("float32")
 
-    compiled = _aot.compile_for(target, jax.grad(loss), params, WORDS, jax.ShapeDtypeStruct(shape, dtype))
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    compiled = _aot.compile_for(mesh, jax.grad(loss), params, WORDS, x)
     batch, time, width = shape
-    return _aot.facts(compiled, elements=batch * time * min(width, options.heads * time))
+    return _aot.facts(compiled, elements=batch * time * min(width, options.heads * time) // mesh.size)
 
 
-def model_rows(target: str, form: tuple[str, str], dtype: Any, options: Any) -> Iterator[dict[str, Any]]:
+def model_rows(mesh: Mesh, form: tuple[str, str], layers: int, dtype: Any, options: Any) -> Rows:
     """Compile the transformer with each contender."""
-    none = None
-    for name, (drop, key) in _bench.model_contenders(_bench.contenders(options.rate)).items():
-        ours = model_facts(target, drop, key, form, dtype, options)
-        none = none or ours
-        yield row(name, ours, none)
+    contenders = _bench.model_contenders(_bench.contenders(options.rate))
+    return rows_of(
+        (name, model_facts(mesh, drop, key, form, layers, dtype, options)) for name, (drop, key) in contenders.items()
+    )
 
 
-def member_facts(target: str, f: Any, x: jax.ShapeDtypeStruct, operands: Any, direction: str) -> _aot.Facts:
+# ---------------------------------------------------------------------------------- members
+
+
+def member_facts(mesh: Mesh, f: Any, x: jax.ShapeDtypeStruct, operands: Any, direction: str) -> _aot.Facts:
     """Compile one call, or its value and gradient by x."""
 
     def forward(words: jax.Array, x: jax.Array, *operands: Any) -> jax.Array:
@@ -83,21 +111,48 @@ def member_facts(target: str, f: Any, x: jax.ShapeDtypeStruct, operands: Any, di
         return y, pull(dy)
 
     if direction == "forward":
-        compiled = _aot.compile_for(target, forward, WORDS, x, *operands)
+        compiled = _aot.compile_for(mesh, forward, WORDS, x, *operands)
     else:
-        compiled = _aot.compile_for(target, both, WORDS, x, operands, jax.eval_shape(forward, WORDS, x, *operands))
-    return _aot.facts(compiled, elements=x.size // 64)  # some masks are smaller than the data
+        compiled = _aot.compile_for(mesh, both, WORDS, x, operands, jax.eval_shape(forward, WORDS, x, *operands))
+    return _aot.facts(compiled, elements=x.size // 64 // mesh.size)  # some masks are smaller than the data
 
 
-def member_rows(target: str, direction: str, dtype: Any) -> Iterator[dict[str, Any]]:
+def member_rows(mesh: Mesh, direction: str, dtype: Any) -> Rows:
     """Compile each member and its floor."""
     for name, member in _family.MEMBERS.items():
         if isinstance(member.bench, _family.Bench) and direction in member.bench.directions:
             shape = _family.shapes(small=False)[member.bench.shape]
             operands = jax.tree.map(functools.partial(described, dtype=dtype), member.bench.operands(shape))
             x = jax.ShapeDtypeStruct(shape, dtype)
-            floor, ours = (member_facts(target, f, x, operands, direction) for f in _family.calls(name))
+            floor, ours = (member_facts(mesh, f, x, operands, direction) for f in _family.calls_of(name))
             yield row(name, ours, floor)
+
+
+# ---------------------------------------------------------------------------------- attention
+
+
+def attention_rows(mesh: Mesh, length: int, causal: bool, dtype: Any, options: Any) -> Rows:
+    """Compile attention, forward and backward, with the batch sharded over the devices."""
+    batch, heads, width = options.attention
+    x = jax.ShapeDtypeStruct((batch, length, heads, width), dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
+
+    def facts(attend: Any) -> _aot.Facts:
+        def both(words: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Any:
+            out, pull = jax.vjp(functools.partial(attend, jax.random.wrap_key_data(words)), q, k, v)
+            return out, pull(do)
+
+        compiled = _aot.compile_for(mesh, both, WORDS, x, x, x, x)
+        return _aot.facts(compiled, elements=batch * heads * length * length // mesh.size)
+
+    def ours(implementation: Any, rate: float) -> Any:
+        settings: Any = {"train": True, "is_causal": causal, "implementation": implementation}
+        return lambda key, q, k, v: jdrop.dot_product_attention(key, q, k, v, rate, **settings)
+
+    forms = {"jax.nn, no dropout": lambda key, q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=causal)}
+    for implementation in ("reference", "chunked"):
+        forms[f"{implementation}, rate 0"] = ours(implementation, 0.0)
+        forms[implementation] = ours(implementation, options.rate)
+    return rows_of((name, facts(attend)) for name, attend in forms.items())
 
 
 def described(array: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -106,23 +161,29 @@ def described(array: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, dtype if floating else array.dtype)
 
 
-def tables(options: Any) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+def tables(options: Any) -> Iterator[tuple[str, Rows]]:
     """Return the title and the rows of each table."""
-    for target, dtype in itertools.product(options.target, options.dtypes):
-        for form in FORMS:
-            title = f"{target}, gradient of {options.layers} layers of [{options.size}], {', '.join(form)}, {dtype}"
-            yield title, model_rows(target, form, jnp.dtype(dtype), options)
-        for direction in DIRECTIONS:
-            yield f"{target}, members, {direction}, {dtype}", member_rows(target, direction, jnp.dtype(dtype))
+    for target, devices, name in itertools.product(options.target, (1, DEVICES), options.dtypes):
+        mesh, dtype, on = _aot.mesh(target, devices), jnp.dtype(name), f"{devices} x {target}"
+        for layers, form in itertools.product(options.layers, FORMS if devices == 1 else FORMS[:1]):
+            title = f"{on}, gradient of {layers} layers of [{options.size}], {', '.join(form)}, {name}"
+            yield title, model_rows(mesh, form, layers, dtype, options)
+        for direction in DIRECTIONS if devices == 1 else ():
+            yield f"{on}, members, {direction}, {name}", member_rows(mesh, direction, dtype)
+        for length, causal in itertools.product(options.lengths, (False, True)) if name == "bfloat16" else ():
+            title = f"{on}, attention of {length}{', causal' * causal}, forward+backward, {name}"
+            yield title, attention_rows(mesh, length, causal, dtype, options)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", nargs="+", default=["h100"], choices=_aot.TARGETS)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4])
     parser.add_argument("--size", default="8x512x768", metavar="8x512x768", help="batch, time, and width of x")
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--rate", type=float, default=0.1, help="drop rate of the transformer")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="lengths of attention")
+    parser.add_argument("--attention", type=int, nargs=3, default=[4, 16, 64], metavar=("BATCH", "HEADS", "WIDTH"))
+    parser.add_argument("--rate", type=float, default=0.1, help="drop rate of the transformer and of attention")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--only", nargs="+", default=("",), metavar="PART", help="tables whose titles contain a PART")
     parser.add_argument("--json", metavar="PATH", help="write the results to this file")
@@ -134,8 +195,8 @@ def main() -> None:
             of_table = list(lazy_rows)
             _bench.table(title, ("", *COLUMNS), [[r["name"], *(r[c] for c in COLUMNS)] for r in of_table])
             rows += [{"table": title, **r} for r in of_table]
-    facts = {"layers": options.layers, "size": options.size, "heads": options.heads, "rate": options.rate}
-    _bench.write_json(options.json, {**head, **facts, "compiled_for": options.target, "rows": rows})
+    settings = {name: getattr(options, name) for name in ("heads", "attention", "rate")}
+    _bench.write_json(options.json, {**head, **settings, "compiled_for": options.target, "rows": rows})
 
 
 if __name__ == "__main__":

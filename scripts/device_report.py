@@ -212,7 +212,7 @@ def member_block(plan: Plan, name: str, dtype: str, direction: str) -> list[Row]
     shape = shapes(plan)[bench.shape]
     cast = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
     operands = jax.tree.map(cast, bench.operands(shape))
-    floor, ours = _family.calls(name)
+    floor, ours = _family.calls_of(name)
     case = direction, shape, dtype
     makers: dict[str, Maker] = {
         bench.floor_name: functools.partial(jax_clock, floor, *case, operands),

@@ -1,8 +1,8 @@
 """Settings of all tests: tiers, compiler flags, strict promotion, and eight host devices.
 
-Tests of the tier ``compiled`` read or need XLA's optimized program, so they compile as users do, without a cache. All
-others compile without LLVM's expensive passes, into a cache in the virtual environment. XLA reads its flags only once,
-so the two kinds cannot share a process: ``-m`` decides which kind this process runs.
+Tests of the tiers ``compiled``, ``long`` and ``accelerators`` compile as users do, without a cache. All others compile
+without LLVM's expensive passes, into a cache in the virtual environment. XLA reads its flags only once, so the two
+kinds cannot share a process: ``-m`` decides which kind this process runs.
 """
 
 import os
@@ -22,7 +22,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # read when Keras is imported
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-TIERS = ("unit", "compiled", "examples", "benchmarks", "long", "property")
+TIERS = ("unit", "compiled", "examples", "benchmarks", "long", "property", "accelerators")
 
 # Of the tier ``property``. A test says how many cases it runs per hundred of ``max_examples``, see strategies.py.
 settings.register_profile(
@@ -41,7 +41,9 @@ def pytest_configure(config):
     """Set XLA's flags before any test module is imported, which makes XLA read them."""
     expression = config.option.markexpr
     by_name = set(re.findall(r"\w+", re.sub(r"\bnot \w+", "", expression)))
-    as_users = not expression or bool(by_name & {"compiled", "long"})
+    as_users = not expression or bool(by_name & {"compiled", "long", "accelerators"})
+    if "accelerators" in by_name:
+        jax.config.update("jax_platforms", "cpu")  # otherwise, JAX would look for the devices of its plugins
     flags = os.environ.get("XLA_FLAGS", "").split()
     has_level = any(flag.startswith(LEVEL) for flag in flags)  # set by the caller
     flags += [flag for flag in (DEVICES, *QUICK * (not as_users and not has_level)) if flag not in flags]

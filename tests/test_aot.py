@@ -27,8 +27,19 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
 %body (state: (f32[8,16], u32[8,16])) -> (f32[8,16], u32[8,16]) {
   %state = (f32[8,16]{1,0}, u32[8,16]{1,0}) parameter(0)
   %data = f32[8,16]{1,0} get-tuple-element(%state), index=0
-  %words = u32[8,16]{1,0} fusion(%data), kind=kLoop, calls=%fused_words
+  %words = u32[8,16]{1,0} fusion(%data), kind=kLoop, calls=%fused_words, backend_config={"estimated_cycles":"10"}
   ROOT %next = (f32[8,16]{1,0}, u32[8,16]{1,0}) tuple(%data, %words)
+}
+
+%compare (p: s32[]) -> pred[] {
+  %p = s32[] parameter(0)
+  %steps = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[] compare(%p, %steps), direction=LT
+}
+
+%below (state: (f32[8,16], u32[8,16])) -> pred[] {
+  %state = (f32[8,16]{1,0}, u32[8,16]{1,0}) parameter(0)
+  ROOT %fused_less = pred[] fusion(%state), kind=kLoop, calls=%compare
 }
 
 ENTRY %main (x: f32[8,16]) -> f32[8,16] {
@@ -40,7 +51,10 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   %flat = pred[128]{0} bitcast(%mask)
   %z = f32[8,16]{1,0} fusion(%flat, %y), kind=kLoop, calls=%fused_z
   %last = f32[8,16]{1,0} fusion(%y, %z), kind=kLoop, calls=%fused_last, control-predecessors={%flat}
-  ROOT %copy = f32[8,16]{1,0} copy(%last)
+  %noted = (f32[8,16], u32[8,16]) while(%last), condition=%below, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %sum = f32[8,16]{1,0} all-reduce-start(%last), to_apply=%add
+  %loop = (f32[8,16], u32[8,16]) while(%last), condition=%below, body=%body
+  ROOT %copy = f32[8,16]{1,0} copy(%last), backend_config={"estimated_cycles":"7"}
 }
 """
 
@@ -52,12 +66,19 @@ def facts(text, elements):
 
 def test_kernels_and_stored_masks_are_counted():
     found = facts(PROGRAM, elements=128)
-    assert (found.temporary_bytes, found.kernels) == (640, 7)  # one in the body of a loop
+    assert (found.temporary_bytes, found.kernels, found.collectives) == (640, 8, 1)
     words, mask = found.stored
     assert words == ("u32[8,16]", 0.25)
-    assert mask.type == "pred[8,16]" and mask.life == pytest.approx(4 / 9), "%last uses it only in its attributes"
+    assert mask.type == "pred[8,16]" and mask.life == pytest.approx(4 / 12), "%last uses it only in its attributes"
 
 
 def test_small_masks_are_not_counted():
     assert len(facts(PROGRAM, elements=64).stored) == 3
     assert not facts(PROGRAM, elements=129).stored
+
+
+def test_steps_of_loops_are_counted():
+    """The number of steps is noted by the compiler for GPUs, and the only constant of the condition on TPUs."""
+    found = facts(PROGRAM, elements=128)
+    assert found.launches == 6 + 5 + 3
+    assert found.cycles == 7 + 5 * 10 + 3 * 10

@@ -1,0 +1,119 @@
+"""What the compilers for GPUs and TPUs make of the library, counted in programs that no device runs."""
+
+import os
+import pathlib
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jdrop
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "scripts"))
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # pytest-xdist has several processes
+import _aot
+import _bench
+import check_compiled
+
+pytestmark = [pytest.mark.accelerators, pytest.mark.usefixtures("usual_promotion")]
+WORDS = check_compiled.WORDS
+FORMS = [pytest.param(form, id=", ".join(form)) for form in (("unrolled", "plain"), ("scan", "checkpoint"))]
+SMALL = types.SimpleNamespace(size="8x128x256", heads=4, rate=0.1)
+MOST_KERNELS = {"drop_block": 6, "drop_connect": 3, "gaussian_noise": 3}  # of the forward and the backward pass
+
+
+def dropout(words, x):
+    return jdrop.dropout(jax.random.wrap_key_data(words), x, 0.1, train=True)
+
+
+def value_and_gradient(words, x, dy):
+    y, pull = jax.vjp(lambda x: dropout(words, x), x)
+    return y, pull(dy)
+
+
+def program(target, f, *arguments, devices=1):
+    return _aot.compile_for(_aot.mesh(target, devices), f, *arguments)
+
+
+# ---------------------------------------------------------------------------------- masks
+
+
+def transformer(form, drop, key):
+    return check_compiled.model_facts(_aot.mesh("h100"), drop, key, form, 2, jnp.dtype("float32"), SMALL)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_mask_is_kept_for_the_backward_pass_of_a_transformer(form):
+    drop = lambda key, x: jdrop.dropout(key, x, 0.1, train=True)
+    none, fast = transformer(form, lambda key, x: x, None), transformer(form, drop, jax.random.key(0))
+    assert fast.temporary_bytes <= 1.06 * none.temporary_bytes
+    assert all(stored.life < 0.1 for stored in fast.stored)
+
+
+def test_the_mask_of_bernoulli_is_kept():
+    """Otherwise the test above would compare nothing."""
+    facts = transformer(("unrolled", "plain"), _bench.contenders(0.1)["where(bernoulli)"], jax.random.key(0))
+    assert max(stored.life for stored in facts.stored) > 0.3
+
+
+# ---------------------------------------------------------------------------------- kernels
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "kernels"), [((4096, 1024), 2), ((8, 512, 768), 2), ((64, 128), 1), ((2048,), 1)])
+def test_a_dropout_takes_one_kernel_before_that_of_its_data(shape, kernels, dtype):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    assert _aot.facts(program("h100", dropout, WORDS, x), 1).kernels == kernels
+    assert _aot.facts(program("h100", value_and_gradient, WORDS, x, x), 1).kernels == kernels
+
+
+def test_members_take_few_kernels():
+    rows = list(check_compiled.member_rows(_aot.mesh("h100"), "forward+backward", jnp.dtype("float32")))
+    assert {row["name"] for row in rows} > {"dropout", "drop_connect", "alpha_dropout"}
+    assert not [row for row in rows if row["extra"] > 1 or row["launches"] > MOST_KERNELS.get(row["name"], 2)]
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+def test_a_derived_key_takes_few_kernels_and_no_loop(target):
+    derive = lambda words: jax.random.key_data(jdrop.keys.derive(jax.random.wrap_key_data(words), "block", 3, "mlp"))
+    compiled = program(target, derive, WORDS)
+    assert _aot.facts(compiled, 1).kernels <= 3
+    assert " while(" not in compiled.as_text()
+
+
+@pytest.mark.parametrize("shape", [(4096, 1024), (64, 128)])
+def test_a_tpu_hashes_no_key_one_word_at_a_time(shape):
+    text = program("v5e", dropout, WORDS, jax.ShapeDtypeStruct(shape, "float32")).as_text()
+    entry = text[text.index("\nENTRY") :]
+    assert "u32[" in entry and "xor(" not in entry
+
+
+# ---------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, "data")], ids=str)
+def test_devices_exchange_nothing_for_a_mask(target, spec):
+    mesh = _aot.mesh(target, 4)
+    x = jax.ShapeDtypeStruct((4096, 1024), "bfloat16", sharding=NamedSharding(mesh, spec))
+    facts = _aot.facts(_aot.compile_for(mesh, value_and_gradient, WORDS, x, x), 1024)
+    assert facts.collectives == 0 and facts.temporary_bytes < 2**16
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e"])
+@pytest.mark.parametrize("implementation", ["reference", "chunked"])
+def test_devices_exchange_nothing_for_attention(target, implementation):
+    mesh = _aot.mesh(target, 4)
+    sharding = NamedSharding(mesh, PartitionSpec(None, None, "data"))
+    x = jax.ShapeDtypeStruct((4, 512, 8, 64), "bfloat16", sharding=sharding)
+
+    def both(words, q, k, v, do):
+        key = jax.random.wrap_key_data(words)
+        attend = lambda *x: jdrop.dot_product_attention(key, *x, 0.1, train=True, implementation=implementation)
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, pull(do)
+
+    assert _aot.facts(_aot.compile_for(mesh, both, WORDS, x, x, x, x), 1).collectives == 0
