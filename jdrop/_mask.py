@@ -72,6 +72,10 @@ class Mask:
         start = None if self.start is None else [U64(at[0], at[1]) for at in self.start]
         return window_index(size, start, sharding)
 
+    def index_of(self, x: Array, index: Sequence[U64], platform: Platform) -> Sequence[U64]:
+        """Return the index of the elements of x, in the form of a platform; the values of x do not matter."""
+        return platform.index_of(x, index, hashed=not isinstance(self.bits, FastBits))
+
     def _of_decisions(self, size: Sequence[Any], sharding: NamedSharding | None) -> tuple[tuple[Any, ...], Any]:
         """Return the size and the sharding of the decisions of a window: 1 and none on shared axes."""
         if 1 not in self.shape:

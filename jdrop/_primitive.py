@@ -72,7 +72,7 @@ class MaskView:
         if self.index is not None:
             return self.index
         size = self.shape if size is None else size
-        return self.platform.index_of(self.data, self.mask.index(size, self._sharding_of(size)))
+        return self.mask.index_of(self.data, self.mask.index(size, self._sharding_of(size)), self.platform)
 
     def _sharding_of(self, size: tuple[Any, ...]) -> NamedSharding | None:
         if self.sharding is None:

@@ -96,8 +96,9 @@ def test_the_mask_depends_on_the_data_so_that_passes_do_not_share_it(name):
     """XLA for GPUs and TPUs would compute the mask once for both passes, and store it in between."""
     platform = PLATFORMS[name]
     for bits in ("fast", "jax"):
-        assert depends_on_data((2, 3, 130), platform, bits=bits)
-        assert depends_on_data((1, 130), platform, bits=bits), "an axis of size 1 is not shared"
+        depends = name != "tpu" or bits == "fast"  # XLA for TPUs would need more memory if those of jax.random did
+        assert depends_on_data((2, 3, 130), platform, bits=bits) == depends
+        assert depends_on_data((1, 130), platform, bits=bits) == depends, "an axis of size 1 is not shared"
         assert not depends_on_data((2, 3, 130), platform, shared=(1,), bits=bits), "shared decisions stay small"
         assert not depends_on_data((2, 3, 130), PLATFORMS["cpu"], bits=bits)
 

@@ -41,12 +41,12 @@ class Platform:
         """Return what masks are computed from, such that the backward pass recomputes the mask of the forward pass."""
         return x
 
-    def index_of(self, x: Array, index: Sequence[U64]) -> Sequence[U64]:
+    def index_of(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
         """Return the index of the elements of x, such that the backward pass recomputes the mask of the forward pass.
 
-        The values of x do not matter.
+        The values of x do not matter. ``hashed`` is whether each decision takes a whole hash (``generator="jax"``).
         """
-        del x
+        del x, hashed
         return index
 
     def row_key(self, words: Array, row: Pair, col: Array) -> Pair:

@@ -11,7 +11,7 @@ from jdrop._random.threefry import U64, Pair
 class Gpu(generic.Platform):
     """Operations in the best forms for XLA on GPUs."""
 
-    def index_of(self, x: Array, index: Sequence[U64]) -> Sequence[U64]:
+    def index_of(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
         """Make masks depend on their data.
 
         Symptom: XLA computes a mask once for the forward and the backward pass, and stores it in between; it merges the
@@ -24,6 +24,7 @@ class Gpu(generic.Platform):
         The gradient of a softmax reads the dropped gradient twice. XLA stores the mask from the first to the second
         time, because it estimates that as faster than another computation.
         """
+        del hashed
         return generic.index_of_data(x, index)
 
     def row_key(self, words: Array, row: Pair, col: Array) -> Pair:

@@ -81,8 +81,8 @@ class Scores:
         """Return x where it is kept, else 0, unscaled. Computed after all other reads of x, it may reuse its memory."""
         if self.inputs.dropout is None or self.index is None:
             return x
-        platform = self.block.plan.platform
-        keep = self.inputs.dropout.keep_at(platform.index_of(x, self.index), platform=platform)
+        platform, mask = self.block.plan.platform, self.inputs.dropout
+        keep = mask.keep_at(mask.index_of(x, self.index, platform), platform=platform)
         return jnp.where(keep, platform.order_after(x, after), 0.0)
 
     def scale_kept(self, rows: Array) -> Array:
