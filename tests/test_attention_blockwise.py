@@ -235,7 +235,7 @@ def test_layers_hold_no_scores_for_the_backward_pass(rate, causal):
 
 
 def test_residuals_of_the_backward_pass():
-    """Query, key, value, output, two numbers per query, and the seed and rate of the mask."""
+    """Query, key, value, output, two numbers per query, and the key and rate of the mask."""
     q, k, v = (jnp.asarray(normal(i, 2, 200, n, 32)) for i, n in ((0, 4), (1, 2), (2, 2)))
 
     def bytes_kept(rate, **options):

@@ -8,7 +8,7 @@ import jdrop
 
 
 def test_the_residuals_have_no_mask():
-    """Residuals are the seed and rate of the mask, and at most the probabilities before and after dropout."""
+    """Residuals are the key and rate of the mask, and at most the probabilities before and after dropout."""
     q, k, v, _ = data(batch=1, queries=6, keys=6, heads=2, key_heads=1, width=8)
 
     def residuals(train):

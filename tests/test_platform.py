@@ -163,6 +163,12 @@ def test_a_program_for_two_platforms_contains_both_forms():
     np.testing.assert_array_equal(exported.call(jax.random.PRNGKey(0), X), f(jax.random.PRNGKey(0), X))
 
 
+def test_a_symbolic_axis_exports_for_gpus_and_tpus():
+    f = jax.jit(lambda k, x: jdrop.dropout(k, x, 0.3, train=True))
+    x = jax.ShapeDtypeStruct((*jax.export.symbolic_shape("n"), 128), jnp.float32)
+    assert jax.export.export(f, platforms=("cuda", "tpu"))(jax.random.PRNGKey(0), x).platforms == ("cuda", "tpu")
+
+
 @pytest.mark.parametrize(("module", "platform"), [(cpu, cpu.Cpu), (gpu, gpu.Gpu), (tpu, tpu.Tpu)])
 def test_every_form_says_why_it_exists_and_names_its_test(module, platform):
     forms = [value for value in vars(platform).values() if inspect.isfunction(value)]

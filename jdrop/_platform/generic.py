@@ -123,7 +123,7 @@ def index_of_data(x: Array, index: Sequence[U64]) -> Sequence[U64]:
         return index
     real = x.real if jnp.iscomplexobj(x) else x
     bits = lax.bitcast_convert_type(real, jnp.dtype(f"uint{8 * real.dtype.itemsize}")).astype(jnp.uint32)
-    return [*index[:-1], U64(index[-1].hi, index[-1].lo ^ (opaque_zero(bits)))]
+    return [*index[:-1], U64(index[-1].hi, index[-1].lo ^ opaque_zero(bits))]
 
 
 def row_key_of_elements(words: Array, row: Pair, col: Array) -> Pair:
@@ -132,7 +132,8 @@ def row_key_of_elements(words: Array, row: Pair, col: Array) -> Pair:
     XLA fuses a computation for each element, but not one whose result many elements share.
     """
     high, low = row
-    if math.prod(np.broadcast_shapes(np.shape(low), np.shape(col))) <= SMALL:
+    size = math.prod(jnp.broadcast_shapes(np.shape(low), np.shape(col)))
+    if isinstance(size, int) and size <= SMALL:  # unknown if symbolic
         low = low ^ opaque_zero(col)
     zero = opaque_zero(low)
     return fast.row_key(fast.seed([word ^ zero for word in words]), (high, low))

@@ -53,7 +53,7 @@ def reshard_as_scores(operands: T, query: Array) -> T:
     of_scores = PartitionSpec(batch, heads, queries, None)
 
     def one(x: Array) -> Array:
-        sizes = x.shape if x.ndim == 4 else ()  # the seed and the scale are replicated
+        sizes = x.shape if x.ndim == 4 else ()  # the key and the scale are replicated
         return jax.sharding.reshard(x, broadcast_spec(of_scores, sizes))
 
     return jax.tree.map(one, operands)
