@@ -25,6 +25,10 @@ class Bits(Protocol):
     def random_access(self) -> bool:
         """Whether a decision can be drawn by its index, without the others."""
 
+    @property
+    def hashed(self) -> bool:
+        """Whether each decision takes a whole hash."""
+
     def rate(self, rate: Rate) -> Rate:
         """Return the drop rate as a mask stores it. Concrete rates stay concrete, because moving them takes time."""
 
@@ -50,6 +54,10 @@ class FastBits:
     @property
     def random_access(self) -> bool:
         return True
+
+    @property
+    def hashed(self) -> bool:
+        return False
 
     def rate(self, rate: Rate) -> Rate:
         return np.asarray(rate, np.float32) if isinstance(rate, np.ndarray) else rate.astype(jnp.float32)
@@ -88,6 +96,10 @@ class JaxBits:
     implementation: str
     """The implementation of the key, as named by ``jax.random.key_impl``."""
     random_access: bool
+
+    @property
+    def hashed(self) -> bool:
+        return True
 
     def rate(self, rate: Rate) -> Rate:
         return jax_bits.realized_rate(rate)

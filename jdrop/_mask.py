@@ -74,7 +74,7 @@ class Mask:
 
     def index_of(self, x: Array, index: Sequence[U64], platform: Platform) -> Sequence[U64]:
         """Return the index of the elements of x, in the form of a platform; the values of x do not matter."""
-        return platform.index_of(x, index, hashed=not isinstance(self.bits, FastBits))
+        return platform.index_of(x, index, hashed=self.bits.hashed)
 
     def _of_decisions(self, size: Sequence[Any], sharding: NamedSharding | None) -> tuple[tuple[Any, ...], Any]:
         """Return the size and the sharding of the decisions of a window: 1 and none on shared axes."""

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jdrop._checks import check_key, is_integer_array, is_typed_key
 from jdrop._errors import describe
@@ -115,7 +115,8 @@ def _derived_words(words: Array, numbers: list[Any], *, tags: tuple[int, ...]) -
 
 def _absorb(target: Target, state: Pair, blocks: tuple[Array, Array, Array]) -> Pair:
     """Absorb blocks, stacked as arrays of tags, high words, and low words."""
-    return target.platform.scan(lambda state, block: absorb(state, [block]), state, blocks)
+    unroll = target.platform.unrolls_hashes
+    return lax.scan(lambda state, block: (absorb(state, [block]), None), state, blocks, unroll=unroll)[0]
 
 
 def _as_number(value: Any) -> Any:

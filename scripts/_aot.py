@@ -164,8 +164,8 @@ class Program:
     def stored(self, elements: int) -> Iterator[Stored]:
         """Return the large arrays of bool, uint8, or uint32 that kernels write."""
         for lines in self.parts.values():
-            for i, line in enumerate(lines):
-                for dtype, shape in re.findall(r"(pred|u8|u32)\[([\d,]+)\]", line.result if line.is_kernel else ""):
+            for i, line in ((i, line) for i, line in enumerate(lines) if line.is_kernel):
+                for dtype, shape in re.findall(r"(pred|u8|u32)\[([\d,]+)\]", line.result):
                     if math.prod(map(int, shape.split(","))) >= elements:
                         yield Stored(f"{dtype}[{shape}]", (last_use(lines, i) - i) / len(lines))
 

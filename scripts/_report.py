@@ -1,4 +1,4 @@
-"""The frame of ``device_report.py``: a time budget, cases and parts that fail alone, and blocks of timed contenders."""
+"""Time budget, error handling, and timing for ``device_report.py``."""
 
 import dataclasses
 import os

@@ -4,13 +4,13 @@ XLA's own compilers make the programs, without a device: bytes, kernels and stor
 were not run. Install them with ``pip install -e '.[accelerators]'``. A large program takes up to a minute for an H100,
 and minutes for a TPU.
 
-There is a table for each form of the gradient of the transformer of ``bench_memory.py``, beside no dropout; tables of
-the members of the family, beside their floors, on ``[4096, 1024]`` or images of as many elements; and tables of
-attention, beside ``jax.nn`` without dropout. The transformer and attention are also compiled for four devices, with the
-batch sharded over them. ``kernels`` and ``collectives`` count those of a loop once, ``launches`` and ``cycles`` once
-for each step; ``extra`` is the number of launches more than in the first row, and ``cycles`` is an estimate that the
-compiler makes for TPUs. ``life`` is how long a stored mask is in use: the longest, as a share of the program or of the
-body of its loop.
+Tables: the gradient of the transformer of ``bench_memory.py`` in four forms, relative to no dropout; the members of the
+family on ``[4096, 1024]``, or on images of as many elements, relative to their floors; and attention, relative to
+``jax.nn`` without dropout. The transformer and attention are also compiled for four devices that share the batch.
+
+Columns: ``kernels`` and ``collectives`` count those of a loop once, ``launches`` and ``cycles`` once for each step.
+``extra`` is the number of launches more than in the first row. ``cycles`` is estimated by the compiler, only for TPUs.
+``life`` is how long a stored mask is in use: the longest, as a share of the program or of the body of its loop.
 """
 
 import argparse
@@ -28,6 +28,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import _aot
 import _bench
 import _family
+import bench_attention
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -131,28 +132,30 @@ def member_rows(mesh: Mesh, direction: str, dtype: Any) -> Rows:
 # ---------------------------------------------------------------------------------- attention
 
 
+def attention_facts(
+    mesh: Mesh, attend: bench_attention.Attention, rate: float, shape: tuple[int, ...], dtype: Any
+) -> _aot.Facts:
+    """Compile attention on ``[batch, length, heads, width]``, forward and backward, with the batch sharded."""
+    step = bench_attention.step(attend, rate, DIRECTIONS[1])
+    x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
+    compiled = _aot.compile_for(mesh, lambda words, *x: step(jax.random.wrap_key_data(words), *x), WORDS, x, x, x, x)
+    batch, length, heads, _ = shape
+    return _aot.facts(compiled, elements=batch * heads * length * length // mesh.size)
+
+
 def attention_rows(mesh: Mesh, length: int, causal: bool, dtype: Any, options: Any) -> Rows:
-    """Compile attention, forward and backward, with the batch sharded over the devices."""
+    """Compile the implementations of attention, with and without dropout."""
     batch, heads, width = options.attention
-    x = jax.ShapeDtypeStruct((batch, length, heads, width), dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
-
-    def facts(attend: Any) -> _aot.Facts:
-        def both(words: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, do: jax.Array) -> Any:
-            out, pull = jax.vjp(functools.partial(attend, jax.random.wrap_key_data(words)), q, k, v)
-            return out, pull(do)
-
-        compiled = _aot.compile_for(mesh, both, WORDS, x, x, x, x)
-        return _aot.facts(compiled, elements=batch * heads * length * length // mesh.size)
-
-    def ours(implementation: Any, rate: float) -> Any:
-        settings: Any = {"train": True, "is_causal": causal, "implementation": implementation}
-        return lambda key, q, k, v: jdrop.dot_product_attention(key, q, k, v, rate, **settings)
-
-    forms = {"jax.nn, no dropout": lambda key, q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=causal)}
+    shape = (batch, length, heads, width)
+    of_jax = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    forms: dict[str, tuple[bench_attention.Attention, float]] = {
+        "jax.nn, no dropout": (lambda key, q, k, v, rate: of_jax(q, k, v), 0.0)
+    }
     for implementation in ("reference", "chunked"):
-        forms[f"{implementation}, rate 0"] = ours(implementation, 0.0)
-        forms[implementation] = ours(implementation, options.rate)
-    return rows_of((name, facts(attend)) for name, attend in forms.items())
+        settings: Any = {"train": True, "is_causal": causal, "implementation": implementation}
+        ours = functools.partial(jdrop.dot_product_attention, **settings)
+        forms |= {f"{implementation}, rate 0": (ours, 0.0), implementation: (ours, options.rate)}
+    return rows_of((name, attention_facts(mesh, *form, shape, dtype)) for name, form in forms.items())
 
 
 def described(array: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:

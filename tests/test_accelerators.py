@@ -1,5 +1,6 @@
 """What the compilers for GPUs and TPUs make of the library, counted in programs that no device runs."""
 
+import functools
 import os
 import pathlib
 import sys
@@ -34,8 +35,8 @@ def value_and_gradient(words, x, dy):
     return y, pull(dy)
 
 
-def program(target, f, *arguments, devices=1):
-    return _aot.compile_for(_aot.mesh(target, devices), f, *arguments)
+def program(target, f, *arguments):
+    return _aot.compile_for(_aot.mesh(target), f, *arguments)
 
 
 # ---------------------------------------------------------------------------------- masks
@@ -49,7 +50,7 @@ def transformer(form, drop, key):
 def test_no_mask_is_kept_for_the_backward_pass_of_a_transformer(form):
     drop = lambda key, x: jdrop.dropout(key, x, 0.1, train=True)
     none, fast = transformer(form, lambda key, x: x, None), transformer(form, drop, jax.random.key(0))
-    assert fast.temporary_bytes <= 1.06 * none.temporary_bytes
+    assert fast.temporary_bytes <= 1.06 * none.temporary_bytes  # 1.05 and 1.04, or 1.12 and 1.05 with shared masks
     assert all(stored.life < 0.1 for stored in fast.stored)
 
 
@@ -64,7 +65,7 @@ def test_the_mask_of_bernoulli_is_kept():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("shape", "kernels"), [((4096, 1024), 2), ((8, 512, 768), 2), ((64, 128), 1), ((2048,), 1)])
-def test_a_dropout_takes_one_kernel_before_that_of_its_data(shape, kernels, dtype):
+def test_a_dropout_takes_one_extra_kernel_and_a_small_one_none(shape, kernels, dtype):
     x = jax.ShapeDtypeStruct(shape, dtype)
     assert _aot.facts(program("h100", dropout, WORDS, x), 1).kernels == kernels
     assert _aot.facts(program("h100", value_and_gradient, WORDS, x, x), 1).kernels == kernels
@@ -106,14 +107,6 @@ def test_devices_exchange_nothing_for_a_mask(target, spec):
 @pytest.mark.parametrize("target", ["h100", "v5e"])
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_devices_exchange_nothing_for_attention(target, implementation):
-    mesh = _aot.mesh(target, 4)
-    sharding = NamedSharding(mesh, PartitionSpec(None, None, "data"))
-    x = jax.ShapeDtypeStruct((4, 512, 8, 64), "bfloat16", sharding=sharding)
-
-    def both(words, q, k, v, do):
-        key = jax.random.wrap_key_data(words)
-        attend = lambda *x: jdrop.dot_product_attention(key, *x, 0.1, train=True, implementation=implementation)
-        out, pull = jax.vjp(attend, q, k, v)
-        return out, pull(do)
-
-    assert _aot.facts(_aot.compile_for(mesh, both, WORDS, x, x, x, x), 1).collectives == 0
+    attend = functools.partial(jdrop.dot_product_attention, train=True, implementation=implementation)
+    facts = check_compiled.attention_facts(_aot.mesh(target, 4), attend, 0.1, (4, 512, 8, 64), jnp.dtype("bfloat16"))
+    assert facts.collectives == 0

@@ -7,7 +7,6 @@ when the form was written, on an Intel Xeon with AVX-512 or on an EPYC.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,6 +32,10 @@ class Cpu(generic.Platform):
     squeezes_blocks = True
     # The best of a search over lengths 256 to 8192 and 1 to 8 heads. Seen: jax 0.10.2.
     block_sizes = generic.BlockSizes(target_scores=2**21)
+    # Symptom: LLVM takes seconds for long straight-line code. Gain: 0.3 instead of 2.2 s to compile a key of five names
+    # on an EPYC, which takes 75 instead of 62 us to run. Seen: jax 0.10.2, 0.12.0. Test: test_platform.py,
+    # test_a_path_of_names_is_a_loop_only_on_a_cpu.
+    unrolls_hashes = False
 
     def recomputed(self, x: Any) -> Any:
         """Return x behind a barrier.
@@ -132,16 +135,6 @@ class Cpu(generic.Platform):
         test_transposes_stay_out_of_products_on_a_cpu; the time by scripts/bench_attention.py.
         """
         return lax.optimization_barrier(arrays)
-
-    def scan(self, f: Callable[[Any, Any], Any], state: Any, xs: Any) -> Any:
-        """Keep the loop.
-
-        Symptom: LLVM takes seconds for long straight-line code. Gain: 0.3 instead of 2.2 s to compile a key of five
-        names on an EPYC, which take 75 instead of 62 us to run. Seen: jax 0.10.2, 0.12.0. Test: test_platform.py,
-        test_a_path_of_names_is_a_loop_only_on_a_cpu.
-        """
-        state, _ = lax.scan(lambda state, x: (f(state, x), None), state, xs)
-        return state
 
     def sum_of_products(self, x: Array, y: Array) -> Array:
         """Contract by einsum.

@@ -1,7 +1,7 @@
 """The operations that platforms may override, in their plain form, which is right for every compiler."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jdrop._random import fast
 from jdrop._random.threefry import U64, Pair
 
 SMALL = 2**17
-"""Arrays of up to this many elements hash the key of a mask for each element: about 150 instructions, for 1 us."""
+"""Arrays of up to this many elements hash the key of a mask for each element: about 150 instructions more, in PTX."""
 
 
 class BlockSizes(NamedTuple):
@@ -36,6 +36,8 @@ class Platform:
     squeezes_blocks = False
     """Whether attention squeezes axes of size 1 from blocks."""
     block_sizes = BlockSizes()
+    unrolls_hashes = True
+    """Whether the hashes of a path of names are straight-line code."""
 
     def recomputed(self, x: Any) -> Any:
         """Return what masks are computed from, such that the backward pass recomputes the mask of the forward pass."""
@@ -44,7 +46,7 @@ class Platform:
     def index_of(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
         """Return the index of the elements of x, such that the backward pass recomputes the mask of the forward pass.
 
-        The values of x do not matter. ``hashed`` is whether each decision takes a whole hash (``generator="jax"``).
+        The values of x do not matter. ``hashed`` is whether each decision takes a whole hash.
         """
         del x, hashed
         return index
@@ -85,11 +87,6 @@ class Platform:
     def separate(self, *arrays: Array) -> tuple[Array, ...]:
         """Return arrays that are not fused with their consumers."""
         return arrays
-
-    def scan(self, f: Callable[[Any, Any], Any], state: Any, xs: Any) -> Any:
-        """Return the state after ``state = f(state, x)`` for each x of stacked xs, few and short to compute."""
-        state, _ = lax.scan(lambda state, x: (f(state, x), None), state, xs, unroll=True)
-        return state
 
     def sum_of_products(self, x: Array, y: Array) -> Array:
         """Return ``sum(x * y, axis=-1)`` in full precision."""

@@ -1,4 +1,4 @@
-"""Forms for XLA on GPUs. Ratios are of bytes of programs compiled for an H100, not run on one."""
+"""Forms for XLA on GPUs. Bytes and kernels are of programs compiled for an H100, not run on one."""
 
 from collections.abc import Sequence
 

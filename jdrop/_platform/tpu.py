@@ -1,4 +1,4 @@
-"""Forms for XLA on TPUs. Ratios are of bytes of programs compiled for a TPU, not run on one."""
+"""Forms for XLA on TPUs. Bytes and cycles are of programs compiled for a TPU, not run on one."""
 
 from collections.abc import Sequence
 
