@@ -103,17 +103,17 @@ def test_the_mask_depends_on_the_data_so_that_passes_do_not_share_it(name):
         assert not depends_on_data((2, 3, 130), PLATFORMS["cpu"], bits=bits)
 
 
-@pytest.mark.parametrize("name", ["cuda", "rocm", "tpu"])
+@pytest.mark.parametrize(("name", "size"), [("cuda", 2**17), ("rocm", 2**17), ("tpu", 2**14)])
 @pytest.mark.parametrize("words", [(3, 5), (3, 5, 7, 9), (4,)])
-def test_the_key_is_hashed_for_each_row_so_that_one_kernel_makes_row_keys(name, words):
+def test_the_key_is_hashed_for_each_row_so_that_one_kernel_makes_row_keys(name, size, words):
     """XLA for GPUs would launch kernels for one seed, and XLA for TPUs would hash it one word at a time."""
     words = jnp.array(words, jnp.uint32)
-    row, few, many = (jnp.arange(n, dtype=jnp.uint32) for n in (64, 128, 2**12))
+    row, few, many = (jnp.arange(n, dtype=jnp.uint32) for n in (64, size // 64, size // 64 + 1))
     row = (np.uint32(1), row[:, None])
     key = fast.row_key(fast.seed(words), row)
     for col, shape in (
         (many[None], (64, 1)),
-        (few[None], (64, 128)),
+        (few[None], (64, size // 64)),
     ):  # small arrays need no kernel of their own for row keys
         found = PLATFORMS[name].row_key(words, row, col)
         assert found[0].shape == found[1].shape == shape
@@ -151,10 +151,8 @@ def test_the_mask_of_a_block_of_scores_depends_on_them():
 def test_blockwise_attention_lowers_for_each_platform_in_its_own_form():
     q = jnp.ones((1, 600, 1, 16))
     f = lambda k, q: jdrop.dot_product_attention(k, q, q, q, 0.3, train=True, is_causal=True, implementation="chunked")
-    cuda, tpu, cpu = (text_for(p, f, KEY, q) for p in ("cuda", "tpu", "cpu"))
-    assert cuda == tpu != cpu
-    squeezed = lambda text: bool(re.search(r"tensor<1x1x1x\d+x600xf32>", text))
-    assert squeezed(cuda) and not squeezed(cpu)
+    squeezed = {p: bool(re.search(r"tensor<1x1x1x\d+x600xf32>", text_for(p, f, KEY, q))) for p in ("cuda", "tpu", "cpu")}
+    assert squeezed == {"cuda": True, "tpu": True, "cpu": False}
 
 
 def test_a_program_for_two_platforms_contains_both_forms():

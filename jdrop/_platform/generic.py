@@ -11,9 +11,6 @@ from jax import Array, lax
 from jdrop._random import fast
 from jdrop._random.threefry import U64, Pair
 
-SMALL = 2**17
-"""Arrays of up to this many elements hash the key of a mask for each element: about 150 instructions more, in PTX."""
-
 
 class BlockSizes(NamedTuple):
     """Sizes of the blocks of attention. Scores are counted per device."""
@@ -123,14 +120,15 @@ def index_of_data(x: Array, index: Sequence[U64]) -> Sequence[U64]:
     return [*index[:-1], U64(index[-1].hi, index[-1].lo ^ opaque_zero(bits))]
 
 
-def row_key_of_elements(words: Array, row: Pair, col: Array) -> Pair:
+def row_key_of_elements(words: Array, row: Pair, col: Array, *, small: int) -> Pair:
     """Return the keys of rows, from a hash of the key that depends on the row, and on the column in small arrays.
 
-    XLA fuses a computation for each element, but not one whose result many elements share.
+    XLA fuses a computation for each element, but not one whose result many elements share. Arrays of up to ``small``
+    elements hash the key for each element: about 150 instructions more.
     """
     high, low = row
     size = math.prod(jnp.broadcast_shapes(np.shape(low), np.shape(col)))
-    if isinstance(size, int) and size <= SMALL:  # unknown if symbolic
+    if isinstance(size, int) and size <= small:  # unknown if symbolic
         low = low ^ opaque_zero(col)
     zero = opaque_zero(low)
     return fast.row_key(fast.seed([word ^ zero for word in words]), (high, low))

@@ -36,4 +36,4 @@ class Gpu(generic.Platform):
         and with ``jax.checkpoint`` 300 instead of 334 (253). Seen: jax 0.10.2. Test: test_platform.py,
         test_the_key_is_hashed_for_each_row_so_that_one_kernel_makes_row_keys; the kernels by scripts/check_compiled.py.
         """
-        return generic.row_key_of_elements(words, row, col)
+        return generic.row_key_of_elements(words, row, col, small=2**17)

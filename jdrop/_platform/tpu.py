@@ -32,7 +32,8 @@ class Tpu(generic.Platform):
         """Hash the key of a mask again for each row, or for each element of a small array.
 
         Symptom: XLA hashes the key of a mask in 121 operations on scalars, one after another. Gain: none of them, for
-        0.3% more estimated cycles of a dropout on [4096, 1024] on a v5e, and 0.55 times the cycles on [64, 128]. Seen:
-        jax 0.10.2. Test: as in ``gpu.py``.
+        0.3% more estimated cycles of a dropout on [4096, 1024] on a v5e, and 0.45 times the cycles on [64, 128]. On
+        [8, 8, 512], a hash for each element takes 1.2 times the cycles of a hash for each row, and 1.4 times with the
+        gradient. Seen: jax 0.10.2. Test: as in ``gpu.py``.
         """
-        return generic.row_key_of_elements(words, row, col)
+        return generic.row_key_of_elements(words, row, col, small=2**14)
