@@ -76,7 +76,7 @@ def kernels(mesh: Mesh, f: Any, *arguments: Any) -> list[Kernel]:
     """Compile ``jit(f)`` and return its kernels in the order of their launches; the last one writes the result.
 
     Raises:
-      ValueError: the program has a loop, a branch or a library call, or an instruction whose pipe is not known.
+      ValueError: a kernel has a loop or a branch, or the program does more than launch kernels.
     """
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
@@ -154,7 +154,11 @@ def straight(name: str, text: str) -> Iterator[str]:
 
 
 def pipe(instruction: str) -> str:
-    """Return the unit that executes an instruction."""
+    """Return the unit that executes an instruction.
+
+    Raises:
+      ValueError: the instruction is not one of those that dropout takes, such as a matrix product.
+    """
     opcode = instruction.split(".")[0]
     if opcode.startswith("U"):  # once for all threads of a warp, on a unit of its own
         return "other"
