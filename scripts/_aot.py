@@ -71,11 +71,11 @@ def mesh(target: str, devices: int = 1) -> Mesh:
     return Mesh(np.array(topology.devices[:devices]), ("data",))
 
 
-def compile_for(mesh: Mesh, f: Any, *arguments: Any) -> Any:
+def compile_for(mesh: Mesh, f: Any, *arguments: Any, options: dict[str, Any] | None = None) -> Any:
     """Compile ``jit(f)``; arguments are of type ``jax.ShapeDtypeStruct``, replicated if they have no sharding."""
     replicated = NamedSharding(mesh, PartitionSpec())
     placed = jax.tree.map(lambda x: x if x.sharding else x.update(sharding=replicated), arguments)
-    return jax.jit(f).lower(*placed).compile()
+    return jax.jit(f).lower(*placed).compile(compiler_options=options)
 
 
 def facts(compiled: Any, elements: int) -> Facts:

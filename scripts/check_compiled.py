@@ -11,11 +11,21 @@ family on ``[4096, 1024]``, or on images of as many elements, relative to their 
 Columns: ``kernels`` and ``collectives`` count those of a loop once, ``launches`` and ``cycles`` once for each step.
 ``extra`` is the number of launches more than in the first row. ``cycles`` is estimated by the compiler, only for TPUs.
 ``life`` is how long a stored mask is in use: the longest, as a share of the program or of the body of its loop.
+
+The tables of machine code, only for GPUs, are about the kernel that writes the result, for x of ``[4096, 1024]``:
+registers, spilled bytes, the bytes of each load from global memory by one thread, and instructions per element, in all
+and by pipe. ``small`` and ``large`` are predictions, not measurements: the time relative to ``x * c`` for that x, with
+2 microseconds before each launch, and for x of ``[65536, 1024]``, without. The model: a kernel takes as long as its
+slowest part, and all other parts overlap with it. The parts are memory (operands and results once, at 3.0 TB/s) and,
+on 132 multiprocessors at 1.755 GHz, the instructions of each pipe (lanes per cycle: integers and comparisons 64, IMAD
+64, FP32 and IMAD together 128, MUFU 16) and of all pipes (128 per cycle). Latency, caches, and partly filled
+multiprocessors are not in the model. ``limit`` is the slowest part for the large x.
 """
 
 import argparse
 import functools
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -28,6 +38,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import _aot
 import _bench
 import _family
+import _machine_code
 import bench_attention
 import jax
 import jax.numpy as jnp
@@ -38,8 +49,9 @@ import jdrop
 FORMS = tuple(itertools.product(("unrolled", "scan"), ("plain", "checkpoint")))
 DIRECTIONS = ("forward", "forward+backward")
 WORDS = jax.ShapeDtypeStruct((2,), jnp.uint32)  # of a key, because a key cannot be described for a device
-COLUMNS = ("temporary_bytes", "ratio", "kernels", "launches", "extra", "collectives", "cycles", "stored", "life")
 DEVICES = 4
+SMALL, LARGE = (4096, 1024), (65536, 1024)  # of the tables of machine code
+GAP = 2e-6  # seconds before each launch
 Rows = Iterator[dict[str, Any]]
 
 
@@ -158,6 +170,54 @@ def attention_rows(mesh: Mesh, length: int, causal: bool, dtype: Any, options: A
     return rows_of((name, attention_facts(mesh, *form, shape, dtype)) for name, form in forms.items())
 
 
+# ---------------------------------------------------------------------------------- machine code
+
+
+def machine_contenders(rate: float) -> dict[str, _bench.Drop]:
+    """Return dropout and noise, starting with ``x * c``."""
+    drops = _bench.contenders(rate)
+    drops |= {name: _family.calls_of(name)[1] for name in ("alpha_dropout", "gaussian_dropout")}
+    return drops | {"x * normal": lambda key, x: x * jax.random.normal(key, x.shape, x.dtype)}
+
+
+def machine_kernels(mesh: Mesh, drop: _bench.Drop, shape: tuple[int, ...], direction: str, dtype: Any) -> Any:
+    """Compile one call, or its gradient alone."""
+
+    def forward(words: jax.Array, x: jax.Array) -> jax.Array:
+        return drop(jax.random.wrap_key_data(words), x)
+
+    def backward(words: jax.Array, x: jax.Array, dy: jax.Array) -> jax.Array:
+        return jax.vjp(lambda x: forward(words, x), x)[1](dy)[0]
+
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    if direction == "forward":
+        return _machine_code.kernels(mesh, forward, WORDS, x)
+    return _machine_code.kernels(mesh, backward, WORDS, x, x)
+
+
+def machine_rows(mesh: Mesh, direction: str, dtype: Any, rate: float) -> Rows:
+    """Count the instructions of each contender, and predict its time relative to the first."""
+    floor = None
+    for name, drop in machine_contenders(rate).items():
+        small, large = (machine_kernels(mesh, drop, shape, direction, dtype) for shape in (SMALL, LARGE))
+        times = _machine_code.seconds(small, GAP), _machine_code.seconds(large)
+        floor = floor or times
+        main = small[-1]
+        elements = math.prod(SMALL) / main.threads
+        yield {
+            "name": name,
+            "kernels": len(small),
+            "registers": main.registers,
+            "spills": main.spills,
+            "loads": "+".join(map(str, main.loads)),
+            "instructions": len(main.instructions) / elements,
+            **{pipe: count / elements for pipe, count in main.pipes.items()},
+            "limit": max(large[-1].limits, key=large[-1].limits.get),
+            "small": times[0] / floor[0],
+            "large": times[1] / floor[1],
+        }
+
+
 def described(array: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
     """Return the type of an array for the compiler, with another dtype for floating-point numbers."""
     floating = jnp.issubdtype(array.dtype, jnp.floating)
@@ -173,6 +233,8 @@ def tables(options: Any) -> Iterator[tuple[str, Rows]]:
             yield title, model_rows(mesh, form, layers, dtype, options)
         for direction in DIRECTIONS if devices == 1 else ():
             yield f"{on}, members, {direction}, {name}", member_rows(mesh, direction, dtype)
+        for direction in ("forward", "backward") if target in _aot.GPUS and devices == 1 else ():
+            yield f"{on}, machine code, {direction}, {name}", machine_rows(mesh, direction, dtype, options.rate)
         for length, causal in itertools.product(options.lengths, (False, True)) if name == "bfloat16" else ():
             title = f"{on}, attention of {length}{', causal' * causal}, forward+backward, {name}"
             yield title, attention_rows(mesh, length, causal, dtype, options)
@@ -196,7 +258,8 @@ def main() -> None:
     for title, lazy_rows in tables(options):
         if any(part in title for part in options.only):
             of_table = list(lazy_rows)
-            _bench.table(title, ("", *COLUMNS), [[r["name"], *(r[c] for c in COLUMNS)] for r in of_table])
+            columns = [column for column in of_table[0] if column not in ("name", "types")]
+            _bench.table(title, ("", *columns), [[r["name"], *(r[c] for c in columns)] for r in of_table])
             rows += [{"table": title, **r} for r in of_table]
     settings = {name: getattr(options, name) for name in ("heads", "attention", "rate")}
     _bench.write_json(options.json, {**head, **settings, "compiled_for": options.target, "rows": rows})

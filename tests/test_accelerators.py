@@ -17,6 +17,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "scripts"))
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # pytest-xdist has several processes
 import _aot
 import _bench
+import _machine_code
 import check_compiled
 
 pytestmark = [pytest.mark.accelerators, pytest.mark.usefixtures("usual_promotion")]
@@ -90,6 +91,28 @@ def test_a_tpu_hashes_no_key_one_word_at_a_time(shape):
     text = program("v5e", dropout, WORDS, jax.ShapeDtypeStruct(shape, "float32")).as_text()
     entry = text[text.index("\nENTRY") :]
     assert "u32[" in entry and "xor(" not in entry
+
+
+# ---------------------------------------------------------------------------------- machine code
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("dtype", "load", "instructions"), [("float32", 16, 24), ("bfloat16", 8, 28)])
+def test_the_kernel_of_dropout_spills_nothing_loads_four_elements_at_once_and_is_short(
+    dtype, load, instructions, direction
+):
+    """22.5 and 26 instructions per element, as many as ``x * c`` loads at once, and the ratio is that of the memory."""
+    drops = check_compiled.machine_contenders(0.1)
+    floor, ours = (
+        check_compiled.machine_kernels(_aot.mesh("h100"), drops[name], (4096, 1024), direction, jnp.dtype(dtype))
+        for name in ("scale", "jdrop fast")
+    )
+    main = ours[-1]
+    assert main.spills == 0
+    assert main.loads[0] == floor[-1].loads[0] == load
+    assert main.threads == floor[-1].threads == 2**20
+    assert len(main.instructions) <= 4 * instructions
+    assert _machine_code.seconds(ours) < 1.02 * _machine_code.seconds(floor)
 
 
 # ---------------------------------------------------------------------------------- devices
