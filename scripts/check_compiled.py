@@ -5,8 +5,10 @@ were not run. Install them with ``pip install -e '.[accelerators]'``. A large pr
 and minutes for a TPU.
 
 Tables: the gradient of the transformer of ``bench_memory.py`` in four forms, relative to no dropout; the members of the
-family on ``[4096, 1024]``, or on images of as many elements, relative to their floors; and attention, relative to
-``jax.nn`` without dropout. The transformer and attention are also compiled for four devices that share the batch.
+family on ``[4096, 1024]``, or on images of as many elements, relative to their floors; attention, relative to
+``jax.nn`` without dropout; and the train steps of the examples, relative to the same steps with all elements kept. The
+transformer and attention are also compiled for four devices that share the batch, and ``distributed_lm.py`` for a mesh
+of four. The tables of examples need the extra ``examples``.
 
 Columns: ``kernels`` and ``collectives`` count those of a loop once, ``launches`` and ``cycles`` once for each step.
 ``extra`` is the number of launches more than in the first row. ``cycles`` is estimated by the compiler, only for TPUs.
@@ -23,12 +25,14 @@ multiprocessors are not in the model. ``limit`` is the slowest part for the larg
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # of this process
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise, libtpu asks a cloud machine for its metadata
@@ -37,6 +41,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import _aot
 import _bench
+import _examples
 import _family
 import _machine_code
 import bench_attention
@@ -45,6 +50,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jdrop
+from jdrop import _bits, _mask
 
 FORMS = tuple(itertools.product(("unrolled", "scan"), ("plain", "checkpoint")))
 DIRECTIONS = ("forward", "forward+backward")
@@ -130,14 +136,31 @@ def member_facts(mesh: Mesh, f: Any, x: jax.ShapeDtypeStruct, operands: Any, dir
     return _aot.facts(compiled, elements=x.size // 64 // mesh.size)  # some masks are smaller than the data
 
 
+COMPILED_ONLY = {  # members without a benchmark of their time
+    "patch_dropout": _family.Bench(
+        floor_name="x[:, kept]",
+        floor=lambda key, x: x[:, jnp.arange(x.shape[1] // 2)],
+        drop=lambda key, x: jdrop.patch_dropout(key, x, 0.5, token_axis=1, train=True)[0],
+        shape="steps",
+    ),
+    "multi_sample_dropout": _family.Bench(
+        floor_name="mean of tanh(c x)",
+        floor=lambda key, x: sum(jnp.tanh(x * c) for c in (1.1, 1.2, 1.3, 1.4)) / 4,
+        drop=lambda key, x: jdrop.multi_sample_dropout(key, x, _family.RATE, jnp.tanh, 4, train=True),
+    ),
+}
+
+
 def member_rows(mesh: Mesh, direction: str, dtype: Any) -> Rows:
     """Compile each member and its floor."""
-    for name, member in _family.MEMBERS.items():
-        if isinstance(member.bench, _family.Bench) and direction in member.bench.directions:
-            shape = _family.shapes(small=False)[member.bench.shape]
-            operands = jax.tree.map(functools.partial(described, dtype=dtype), member.bench.operands(shape))
+    timed = {name: member.bench for name, member in _family.MEMBERS.items() if isinstance(member.bench, _family.Bench)}
+    for name, bench in (timed | COMPILED_ONLY).items():
+        if direction in bench.directions:
+            shape = _family.shapes(small=False)[bench.shape]
+            operands = jax.tree.map(functools.partial(described, dtype=dtype), bench.operands(shape))
             x = jax.ShapeDtypeStruct(shape, dtype)
-            floor, ours = (member_facts(mesh, f, x, operands, direction) for f in _family.calls_of(name))
+            calls = _family.calls_of(name) if name in timed else (bench.floor, bench.drop)
+            floor, ours = (member_facts(mesh, f, x, operands, direction) for f in calls)
             yield row(name, ours, floor)
 
 
@@ -218,6 +241,38 @@ def machine_rows(mesh: Mesh, direction: str, dtype: Any, rate: float) -> Rows:
         }
 
 
+# ---------------------------------------------------------------------------------- examples
+
+
+def all_kept(bits: Any, words: jax.Array, rate: Any, shape: Any, index: Any, platform: Any) -> jax.Array:
+    return jnp.ones(jnp.broadcast_shapes(*(at.lo.shape for at in index)), bool)
+
+
+def bits_of_jax(function: str, key: jax.Array, generator: str, argument: str) -> Any:
+    return _bits.bits_for(function, key, "jax", argument)
+
+
+PATCHES: dict[str, Any] = {
+    _bench.SCALE: mock.patch.object(_bits.FastBits, "keep_at", all_kept),
+    "jdrop fast": contextlib.nullcontext(),
+    "jdrop jax": mock.patch.object(_mask, "bits_for", bits_of_jax),
+}
+
+
+def example_rows(target: str, example: str) -> Rows:
+    """Compile the train steps of an example with each contender."""
+
+    def facts(step: _examples.Step, patch: Any) -> _aot.Facts:
+        jax.clear_caches()  # they have traces of other contenders
+        with patch:
+            return _aot.facts(_examples.compile_for(target, step), elements=1024)
+
+    steps = _examples.train_steps(example)
+    for i, step in enumerate(steps, 1):
+        number = f"step {i} of {len(steps)}, " if len(steps) > 1 else ""
+        yield from rows_of((number + name, facts(step, patch)) for name, patch in PATCHES.items())
+
+
 def described(array: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
     """Return the type of an array for the compiler, with another dtype for floating-point numbers."""
     floating = jnp.issubdtype(array.dtype, jnp.floating)
@@ -238,6 +293,8 @@ def tables(options: Any) -> Iterator[tuple[str, Rows]]:
         for length, causal in itertools.product(options.lengths, (False, True)) if name == "bfloat16" else ():
             title = f"{on}, attention of {length}{', causal' * causal}, forward+backward, {name}"
             yield title, attention_rows(mesh, length, causal, dtype, options)
+    for target, example in itertools.product(options.target, _examples.NAMES):
+        yield f"{target}, train step of {example}.py", example_rows(target, example)
 
 
 def main() -> None:
@@ -253,6 +310,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=("",), metavar="PART", help="tables whose titles contain a PART")
     parser.add_argument("--json", metavar="PATH", help="write the results to this file")
     options = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", DEVICES)  # for the mesh of an example
     head = _bench.report(__doc__, ())
     rows = []
     for title, lazy_rows in tables(options):

@@ -151,7 +151,9 @@ def test_the_mask_of_a_block_of_scores_depends_on_them():
 def test_blockwise_attention_lowers_for_each_platform_in_its_own_form():
     q = jnp.ones((1, 600, 1, 16))
     f = lambda k, q: jdrop.dot_product_attention(k, q, q, q, 0.3, train=True, is_causal=True, implementation="chunked")
-    squeezed = {p: bool(re.search(r"tensor<1x1x1x\d+x600xf32>", text_for(p, f, KEY, q))) for p in ("cuda", "tpu", "cpu")}
+    squeezed = {
+        p: bool(re.search(r"tensor<1x1x1x\d+x600xf32>", text_for(p, f, KEY, q))) for p in ("cuda", "tpu", "cpu")
+    }
     assert squeezed == {"cuda": True, "tpu": True, "cpu": False}
 
 
