@@ -55,6 +55,8 @@ class Facts(NamedTuple):
     """Those of a loop count once for each of its steps."""
     collectives: int
     """Those of a loop count once."""
+    moved_bytes: int
+    """Operands and results of all launches, each once; of slices, only what a launch reads and writes."""
     cycles: int
     """Estimated by the compiler, with the steps of loops; 0 for GPUs, for which it estimates none."""
     stored: tuple[Stored, ...]
@@ -87,6 +89,7 @@ def facts(compiled: Any, elements: int) -> Facts:
         kernels=sum(line.is_kernel for line in lines),
         launches=program.total(lambda line: line.is_kernel),
         collectives=sum(line.is_collective for line in lines),
+        moved_bytes=program.total(program.moved),
         cycles=program.total(lambda line: line.cycles),
         stored=tuple(program.stored(elements)),
     )
@@ -123,12 +126,13 @@ class Program:
     """A compiled program."""
 
     def __init__(self, text: str):
-        blocks = [(self.head(block), block) for block in text.split("\n\n")]
+        blocks = [(self.head(block), block) for block in re.split(r"\n\n+", text)]
         self.texts = {name: block for name, block in blocks if name}
         self.entry = next(name for name, block in self.texts.items() if block.startswith("ENTRY"))
         inside = set(re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", text))
         self.parts = {name: self.lines(block) for name, block in self.texts.items() if name not in inside}
         """The instructions of each computation that is not part of a kernel, in the order of their schedule."""
+        self.sizes = {line.name: bytes_of(line.result) for part in self.parts.values() for line in part}
 
     @staticmethod
     def head(block: str) -> str | None:
@@ -151,6 +155,27 @@ class Program:
                 sum_of_lines += self.steps(line) * self.total(count, line.called("body"))
         return sum_of_lines
 
+    def moved(self, line: Line) -> int:
+        """Return the bytes that a kernel reads and writes, if it reads each operand once."""
+        if not line.is_kernel:
+            return 0
+        operands = names_in(line.operands)
+        inside = self.lines(self.texts[line.called("calls")]) if line.operation == "fusion" else []
+        sizes = {x.name: bytes_of(x.result) for x in inside}
+        updates = [sizes[names_in(x.operands)[1]] for x in inside if x.operation == "dynamic-update-slice"]
+        moved = sum(updates) if updates else self.sizes[line.name]
+        if not inside:
+            return moved + sum(self.sizes[name] for name in set(operands))
+        for x in inside:
+            if x.operation == "parameter":
+                uses = [y for y in inside if x.name in names_in(y.operands)]
+                sliced = (("dynamic-slice", x.name), ("dynamic-update-slice", x.name))
+                if uses and all((y.operation, names_in(y.operands)[0]) in sliced for y in uses):
+                    moved += sum(sizes[y.name] for y in uses if y.operation == "dynamic-slice")
+                else:
+                    moved += sizes[x.name]
+        return moved
+
     def steps(self, line: Line) -> int:
         """Return the number of steps of a loop: noted by the compiler, or the only constant of the condition."""
         noted = re.search(r'"known_trip_count":\{"n":"(\d+)"', line.attributes)
@@ -170,11 +195,22 @@ class Program:
                         yield Stored(f"{dtype}[{shape}]", (last_use(lines, i) - i) / len(lines))
 
 
+def names_in(operands: str) -> list[str]:
+    """Return the names of instructions."""
+    return re.findall(r"%([\w.\-]+)", operands)
+
+
+def bytes_of(result: str) -> int:
+    """Return the size of an array, or of a tuple of arrays, by its type in HLO."""
+    found = re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", result)
+    return sum(int(bits or 8) * math.prod(map(int, filter(None, shape.split(",")))) // 8 for bits, shape in found)
+
+
 def last_use(lines: list[Line], first: int) -> int:
     """Return the position of the last use of a result, or of a part of it."""
     names, last = {lines[first].name}, first
     for i, line in enumerate(lines[first + 1 :], first + 1):
-        if names & set(re.findall(r"%([\w.\-]+)", line.operands)):
+        if names & set(names_in(line.operands)):
             last = i
             if line.operation in ("get-tuple-element", "bitcast", "tuple"):
                 names.add(line.name)

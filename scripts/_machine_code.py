@@ -89,7 +89,9 @@ def kernels(mesh: Mesh, f: Any, *arguments: Any) -> list[Kernel]:
                 log, listing = assemble(ptx)
                 of_file = executed(listing)
                 code |= {name: (*used, of_file[name]) for name, used in resources(log).items()}
-    moved = bytes_moved(_aot.Program(compiled.as_text()))
+    program = _aot.Program(compiled.as_text())
+    lines = program.parts[program.entry]
+    moved = {re.sub(r"\W", "_", line.name): program.moved(line) for line in lines if line.is_kernel}
     return [Kernel(name, threads, moved[name], *code[name]) for name, threads in launched]
 
 
@@ -171,21 +173,3 @@ def width(instruction: str) -> int:
     """Return the bytes of a load or store: of 4, if the instruction has no modifier for them."""
     found = re.search(r"\.[US]?(8|16|64|128)\b", instruction)
     return int(found[1]) // 8 if found else 4
-
-
-def bytes_moved(program: _aot.Program) -> dict[str, int]:
-    """Return the bytes of the operands and results of each kernel, by its name in machine code."""
-    lines = program.parts[program.entry]
-    size = {line.name: bytes_of(line.result) for line in lines}
-    return {
-        re.sub(r"\W", "_", line.name): size[line.name]
-        + sum(size[x] for x in set(re.findall(r"%([\w.\-]+)", line.operands)))
-        for line in lines
-        if line.is_kernel
-    }
-
-
-def bytes_of(result: str) -> int:
-    """Return the size of an array, or of a tuple of arrays, by its type in HLO."""
-    found = re.findall(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", result)
-    return sum(int(bits or 8) * math.prod(map(int, filter(None, shape.split(",")))) // 8 for bits, shape in found)

@@ -18,6 +18,34 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
   ROOT %both = (pred[8,16]{1,0}, f32[8,16]{1,0}) tuple(%inner, %p)
 }
 
+%fused_words (p: f32[8,16], q: u32[8,16], at: s32[]) -> u32[8,16] {
+  %data.1 = f32[8,16]{1,0} parameter(0)
+  %whole = u32[8,16]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %row = f32[1,16]{1,0} dynamic-slice(%data.1, %at, %at), dynamic_slice_sizes={1,16}
+  %word = u32[1,16]{1,0} bitcast-convert(%row)
+  ROOT %updated = u32[8,16]{1,0} dynamic-update-slice(%whole, %word, %at, %at)
+}
+
+
+%fused_one (p: f32[8,16]) -> f32[8,16] {
+  %one = f32[8,16]{1,0} parameter(0)
+  ROOT %negative = f32[8,16]{1,0} negate(%one)
+}
+
+%fused_two (p: pred[128], q: f32[8,16]) -> f32[8,16] {
+  %bits = pred[128]{0} parameter(0)
+  %two = f32[8,16]{1,0} parameter(1)
+  %slice = pred[16]{0} dynamic-slice(%bits), dynamic_slice_sizes={16}
+  ROOT %all = f32[8,16]{1,0} custom(%two, %bits, %slice)
+}
+
+%fused_sum (p: f32[8,16], q: f32[8,16]) -> f32[8,16] {
+  %left = f32[8,16]{1,0} parameter(0)
+  %right = f32[8,16]{1,0} parameter(1)
+  ROOT %total = f32[8,16]{1,0} add(%left, %right)
+}
+
 %add (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
   %b = f32[] parameter(1)
@@ -27,7 +55,9 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
 %body (state: (f32[8,16], u32[8,16])) -> (f32[8,16], u32[8,16]) {
   %state = (f32[8,16]{1,0}, u32[8,16]{1,0}) parameter(0)
   %data = f32[8,16]{1,0} get-tuple-element(%state), index=0
-  %words = u32[8,16]{1,0} fusion(%data), kind=kLoop, calls=%fused_words, backend_config={"estimated_cycles":"10"}
+  %old = u32[8,16]{1,0} get-tuple-element(%state), index=1
+  %i = s32[] constant(0)
+  %words = u32[8,16]{1,0} fusion(%data, %old, %i), kind=kLoop, calls=%fused_words, backend_config={"estimated_cycles":"10"}
   ROOT %next = (f32[8,16]{1,0}, u32[8,16]{1,0}) tuple(%data, %words)
 }
 
@@ -44,13 +74,13 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
 
 ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   %x = f32[8,16]{1,0} parameter(0)
-  %small = pred[4,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_small
+  %small = pred[4,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_one
   %pair = (pred[8,16]{1,0}, f32[8,16]{1,0}) fusion(%x), kind=kLoop, calls=%fused_mask
   %mask = pred[8,16]{1,0} get-tuple-element(%pair), index=0
-  %y = f32[8,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_y, control-predecessors={%pair}
+  %y = f32[8,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_one, control-predecessors={%pair}
   %flat = pred[128]{0} bitcast(%mask)
-  %z = f32[8,16]{1,0} fusion(%flat, %y), kind=kLoop, calls=%fused_z
-  %last = f32[8,16]{1,0} fusion(%y, %z), kind=kLoop, calls=%fused_last, control-predecessors={%flat}
+  %z = f32[8,16]{1,0} fusion(%flat, %y), kind=kLoop, calls=%fused_two
+  %last = f32[8,16]{1,0} fusion(%y, %z), kind=kLoop, calls=%fused_sum, control-predecessors={%flat}
   %noted = (f32[8,16], u32[8,16]) while(%last), condition=%below, body=%body, backend_config={"known_trip_count":{"n":"5"}}
   %sum = f32[8,16]{1,0} all-reduce-start(%last), to_apply=%add
   %loop = (f32[8,16], u32[8,16]) while(%last), condition=%below, body=%body
@@ -68,7 +98,7 @@ def test_kernels_and_stored_masks_are_counted():
     found = facts(PROGRAM, elements=128)
     assert (found.temporary_bytes, found.kernels, found.collectives) == (640, 8, 1)
     words, mask = found.stored
-    assert words == ("u32[8,16]", 0.25)
+    assert words == ("u32[8,16]", 1 / 6)
     assert mask.type == "pred[8,16]" and mask.life == pytest.approx(4 / 12), "%last uses it only in its attributes"
 
 
@@ -82,3 +112,10 @@ def test_steps_of_loops_are_counted():
     found = facts(PROGRAM, elements=128)
     assert found.launches == 6 + 5 + 3
     assert found.cycles == 7 + 5 * 10 + 3 * 10
+
+
+def test_bytes_of_kernels_are_those_that_they_read_and_write():
+    array, bits = 8 * 16 * 4, 8 * 16
+    small, pair, y, z, last, copy = array + 64, 2 * array + bits, 2 * array, 2 * array + bits, 3 * array, 2 * array
+    slices = 2 * 16 * 4 + 4  # and the position
+    assert facts(PROGRAM, 1).moved_bytes == small + pair + y + z + last + copy + 8 * slices

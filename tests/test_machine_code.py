@@ -6,7 +6,6 @@ import sys
 import pytest
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "scripts"))
-import _aot
 import _machine_code
 
 LISTING = """	.target	sm_90a
@@ -53,17 +52,6 @@ SEQUENCE = """001: kCustomKernel [source       | next=002 (1)] copy grid: [1, 1,
 
 """
 
-PROGRAM = """HloModule jit_f, is_scheduled=true
-
-ENTRY %main (key: u32[2], x: bf16[8,16]) -> bf16[8,16] {
-  %key = u32[2]{0} parameter(0)
-  %x = bf16[8,16]{1,0} parameter(1)
-  %pair.2 = (u32[], pred[3]{0}) fusion(%key, %key), kind=kLoop, calls=%fused_pair
-  %word = u32[] get-tuple-element(%pair.2), index=0
-  ROOT %y = bf16[8,16]{1,0} fusion(%x, %word), kind=kLoop, calls=%fused_y, control-predecessors={%pair.2}
-}
-"""
-
 
 def kernel(*instructions, threads=1000, moved=0):
     return _machine_code.Kernel("kernel", threads, moved, 0, 0, instructions)
@@ -108,11 +96,6 @@ def test_registers_and_spills_are_read_by_kernel():
 
 def test_threads_are_those_of_all_blocks():
     assert list(_machine_code.launches(SEQUENCE)) == [("copy", 1), ("loop_fusion_1", 8192 * 2 * 128)]
-
-
-def test_an_operand_is_moved_once():
-    moved = _machine_code.bytes_moved(_aot.Program(PROGRAM))
-    assert moved == {"pair_2": 8 + 4 + 3, "y": 256 + 4 + 256}
 
 
 @pytest.mark.parametrize(
