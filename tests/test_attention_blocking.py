@@ -113,7 +113,7 @@ def test_default_segments_on_a_cpu():
 def test_platforms_differ_in_their_blocks():
     assert GENERIC.block_sizes == PLATFORMS["cuda"].block_sizes == BlockSizes()
     assert DEFAULT == BlockSizes(target_scores=2**21)
-    assert PLATFORMS["tpu"].block_sizes == BlockSizes(target_scores=2**23)
+    assert PLATFORMS["tpu"].block_sizes == BlockSizes(target_scores=2**24)
     p = plan(2048, 2048, batch=2, heads=8, platform=GENERIC, sizes=GENERIC.block_sizes)
     assert p.heads == (8, 1) and p.batch == (1, 2)
     assert plan(2048, 2048, batch=2, heads=8).heads == (1, 8)

@@ -33,6 +33,8 @@ class Platform:
     squeezes_blocks = False
     """Whether attention squeezes axes of size 1 from blocks."""
     block_sizes = BlockSizes()
+    reuses_rounded_outputs = False
+    """Whether the backward pass of attention takes a sum from outputs of 16 bits, and not from the scores."""
     unrolls_hashes = True
     """Whether the hashes of a path of names are straight-line code."""
 

@@ -11,11 +11,17 @@ from jdrop._random.threefry import U64, Pair
 class Tpu(generic.Platform):
     """Operations in the best forms for XLA on TPUs."""
 
-    # Symptom: larger blocks do not fit in fast memory. Gain: attention, forward and backward (bfloat16, batch 4, 16
-    # heads of 64), on a v5e: 31.8 to 23.0 million estimated cycles and 337 to 86 MB at length 2048, 7.8 to 6.2 and 269
-    # to 27 MB at 1024; causal attention loses, 18.2 to 20.2, for 149 to 52 MB at 2048. The best of 2**20 to 2**25 if no
-    # key is hidden. Seen: jax 0.10.2. Test: test_attention_blocking.py, test_platforms_differ_in_their_blocks.
-    block_sizes = generic.BlockSizes(target_scores=2**23)
+    # Symptom: the backward pass of attention in 16 bits reads its scores twice, as in gpu.py. Gain: attention, forward
+    # and backward (bfloat16, batch 4, 16 heads of 64), on a v5e at length 1024: 6.1 to 5.0 million estimated cycles and
+    # 27 to 2 MB; causal 5.5 to 4.6. Seen: jax 0.10.2. Test: as in gpu.py.
+    reuses_rounded_outputs = True
+
+    # Symptom: larger blocks do not fit in fast memory, and smaller ones have more steps. Gain: that attention with blocks
+    # of 2**25 (2**24, 2**23) scores: 6.1 (4.4, 5.1) million estimated cycles and 134 (1, 2) MB at length 1024, 24.6
+    # (17.1, 17.5) and 204 (103, 53) MB at 2048. Causal, the largest blocks are the fastest, 4.5 (4.5, 4.6) and 13.1
+    # (14.8, 16.6). All scores at once take 5.8 and 537 MB, 22.7 and 2,149 MB, and are faster only at length 512: 0.7
+    # instead of 1.4. Seen: jax 0.10.2. Test: test_attention_blocking.py, test_platforms_differ_in_their_blocks.
+    block_sizes = generic.BlockSizes(target_scores=2**24)
 
     def index_of(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
         """Make masks depend on their data, unless each decision takes a whole hash.

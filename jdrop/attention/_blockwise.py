@@ -225,8 +225,9 @@ class _Backward:
         scale = inputs.scale
         scaled, inputs = _scale_queries(self.spec, query, inputs)
         bias, inputs = _blocking.split_scores((whole_bias, inputs), plan)
-        # The sum over keys of p times its gradient is the sum over H of out times its own, unless out has 16 bits.
-        delta = [] if out is None else [platform.sum_of_products(do, out)[..., None]]
+        # The sum over keys of p times its gradient is the sum over H of out times its own, if out is not rounded.
+        use_out = out.dtype == peak.dtype or platform.reuses_rounded_outputs
+        delta = [platform.sum_of_products(*(x.astype(peak.dtype) for x in (do, out)))[..., None]] if use_out else []
         peak, log_sum, do, *delta = (_blocking.split(x, plan) for x in (peak, log_sum, do, *delta))
         # Queries that see no key have no gradient, whatever do is.
         do, *delta = (jnp.where(log_sum == jnp.inf, 0, x) for x in (do, *delta))
@@ -325,7 +326,7 @@ def _attend_jvp(
 ) -> tuple[Array, Array]:
     """Define the tangent for forward mode, and its transpose for reverse mode."""
     out, peak, log_sum = (checkpoint_name(x, CHECKPOINT_NAME) for x in _attend_with_sums(spec, sizes, primals))
-    residuals = (*primals, peak, log_sum, out if out.dtype == peak.dtype else None)
+    residuals = (*primals, peak, log_sum, out)
     nonzero = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
     moving = tuple(t is not None for t in nonzero)
     if not any(moving):
