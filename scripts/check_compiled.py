@@ -13,6 +13,10 @@ of four. The tables of examples need the extra ``examples``.
 Columns: ``kernels`` and ``collectives`` count those of a loop once, ``launches`` and ``cycles`` once for each step.
 ``extra`` is the number of launches more than in the first row. ``cycles`` is estimated by the compiler, only for TPUs.
 ``life`` is how long a stored mask is in use: the longest, as a share of the program or of the body of its loop.
+``moved_bytes`` are those that launches read and write, each operand once. ``predicted_ms``, only for GPUs, is a model,
+not a measurement: moved bytes at 3.0 TB/s, and 2 microseconds for each launch. Caches and the time of matrix products
+that exceeds that of their operands are not in the model. The last row of a table of attention is a lower limit for a
+fused kernel without dropout: seven matrix products of the scores (two forward, five backward) at 500 TFLOP/s.
 
 The tables of machine code, only for GPUs, are about the kernel that writes the result, for x of ``[4096, 1024]``:
 registers, spilled bytes, the bytes of each load from global memory by one thread, and instructions per element, in all
@@ -58,7 +62,13 @@ WORDS = jax.ShapeDtypeStruct((2,), jnp.uint32)  # of a key, because a key cannot
 DEVICES = 4
 SMALL, LARGE = (4096, 1024), (65536, 1024)  # of the tables of machine code
 GAP = 2e-6  # seconds before each launch
+FLOPS = 500e12  # per second, of products of matrices of bfloat16
 Rows = Iterator[dict[str, Any]]
+
+
+def milliseconds(ours: _aot.Facts) -> float:
+    """Predict the time of a program on an H100."""
+    return 1e3 * (ours.moved_bytes / _machine_code.BANDWIDTH + ours.launches * GAP)
 
 
 def row(name: str, ours: _aot.Facts, base: _aot.Facts) -> dict[str, Any]:
@@ -71,6 +81,10 @@ def row(name: str, ours: _aot.Facts, base: _aot.Facts) -> dict[str, Any]:
         "launches": ours.launches,
         "extra": ours.launches - base.launches,
         "collectives": ours.collectives,
+        "moved_bytes": ours.moved_bytes,
+        "predicted_ms": 0.0
+        if ours.cycles
+        else 1e3 * (ours.moved_bytes / _machine_code.BANDWIDTH + ours.launches * GAP),
         "cycles": ours.cycles,
         "stored": len(ours.stored),
         "life": max((stored.life for stored in ours.stored), default=0.0),
@@ -190,7 +204,11 @@ def attention_rows(mesh: Mesh, length: int, causal: bool, dtype: Any, options: A
         settings: Any = {"train": True, "is_causal": causal, "implementation": implementation}
         ours = functools.partial(jdrop.dot_product_attention, **settings)
         forms |= {f"{implementation}, rate 0": (ours, 0.0), implementation: (ours, options.rate)}
-    return rows_of((name, attention_facts(mesh, *form, shape, dtype)) for name, form in forms.items())
+    flax = bench_attention.flax_attention("linen", causal=causal)
+    forms |= {"linen": (flax, options.rate)} if flax else {}
+    yield from rows_of((name, attention_facts(mesh, *form, shape, dtype)) for name, form in forms.items())
+    products = 7 * 2 * batch * heads * length**2 * width / mesh.size / (2 if causal else 1)
+    yield {"name": "limit, no dropout", "predicted_ms": 1e3 * products / FLOPS}
 
 
 # ---------------------------------------------------------------------------------- machine code
@@ -317,7 +335,7 @@ def main() -> None:
         if any(part in title for part in options.only):
             of_table = list(lazy_rows)
             columns = [column for column in of_table[0] if column not in ("name", "types")]
-            _bench.table(title, ("", *columns), [[r["name"], *(r[c] for c in columns)] for r in of_table])
+            _bench.table(title, ("", *columns), [[r["name"], *(r.get(c) for c in columns)] for r in of_table])
             rows += [{"table": title, **r} for r in of_table]
     settings = {name: getattr(options, name) for name in ("heads", "attention", "rate")}
     _bench.write_json(options.json, {**head, **settings, "compiled_for": options.target, "rows": rows})

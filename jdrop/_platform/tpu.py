@@ -16,8 +16,8 @@ class Tpu(generic.Platform):
     # 27 to 2 MB; causal 5.5 to 4.6. Seen: jax 0.10.2. Test: as in gpu.py.
     reuses_rounded_outputs = True
 
-    # Symptom: larger blocks do not fit in fast memory, and smaller ones have more steps. Gain: that attention with blocks
-    # of 2**25 (2**24, 2**23) scores: 6.1 (4.4, 5.1) million estimated cycles and 134 (1, 2) MB at length 1024, 24.6
+    # Symptom: larger blocks do not fit in fast memory, and smaller ones have more steps. Gain: attention with blocks of
+    # 2**25 (2**24, 2**23) scores: 6.1 (4.4, 5.1) million estimated cycles and 134 (1, 2) MB at length 1024, 24.6
     # (17.1, 17.5) and 204 (103, 53) MB at 2048. Causal, the largest blocks are the fastest, 4.5 (4.5, 4.6) and 13.1
     # (14.8, 16.6). All scores at once take 5.8 and 537 MB, 22.7 and 2,149 MB, and are faster only at length 512: 0.7
     # instead of 1.4. Seen: jax 0.10.2. Test: test_attention_blocking.py, test_platforms_differ_in_their_blocks.
