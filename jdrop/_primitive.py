@@ -36,6 +36,8 @@ class MaskView:
     platform: Platform = GENERIC
     index: Sequence[U64] | None = None
     """The index of the decisions, if it differs from that of the data."""
+    transposed: bool = False
+    """Whether the data are cotangents."""
 
     @property
     def shape(self) -> tuple[Any, ...]:
@@ -72,7 +74,8 @@ class MaskView:
         if self.index is not None:
             return self.index
         size = self.shape if size is None else size
-        return self.mask.index_of(self.data, self.mask.index(size, self._sharding_of(size)), self.platform)
+        index = self.mask.index(size, self._sharding_of(size))
+        return self.mask.index_of_cotangent(self.data, index, self.platform) if self.transposed else index
 
     def _sharding_of(self, size: tuple[Any, ...]) -> NamedSharding | None:
         if self.sharding is None:
@@ -94,6 +97,8 @@ class MaskedOp(NamedTuple):
 
     num_inputs: int = 1
     """The number of data arrays."""
+    transposed: bool = False
+    """Whether the data are cotangents, in a backward pass."""
 
 
 def masked_op(op: MaskedOp, mask: Mask, *data: Array, index: Sequence[U64] | None = None) -> Array:
@@ -124,7 +129,7 @@ def _impl(*operands: Array, op: MaskedOp, tree: Any, target: Target, under_vmap:
     if fold is not None:
         mask, platform = dataclasses.replace(mask, shape=(shape[0] // fold.width, fold.width)), fold.platform
         data = tuple(x.reshape(mask.shape) for x in data)
-    return op.value(MaskView(mask, data[0], platform, index), *data).reshape(shape)
+    return op.value(MaskView(mask, data[0], platform, index, op.transposed), *data).reshape(shape)
 
 
 def _can_fold(mask: Mask, x: Array) -> bool:
@@ -173,9 +178,11 @@ def _transpose(cotangent: Any, *operands: Any, op: MaskedOp, batch: tuple[Any, .
     of_mask, static["batch"] = operands[op.num_inputs :], _batch_of_one(op, batch)
     cotangents: list[Any] = [None] * len(operands)
     for i, (x, partial) in enumerate(zip(operands, op.partials or (op,))):
-        if ad.is_undefined_primal(x):
-            zero = isinstance(cotangent, ad.Zero)
-            cotangents[i] = cotangent if zero else _masked_op_p.bind(cotangent, *of_mask, op=partial, **static)
+        if ad.is_undefined_primal(x) and isinstance(cotangent, ad.Zero):
+            cotangents[i] = cotangent
+        elif ad.is_undefined_primal(x):
+            partial = partial._replace(transposed=True)
+            cotangents[i] = _masked_op_p.bind(cotangent, *of_mask, op=partial, **static)
     return cotangents
 
 

@@ -307,15 +307,13 @@ def test_errors_are_at_most_twice_those_of_a_dense_reference(implementation, dty
 
 @pytest.mark.parametrize(("dtype", "deviation"), [("bfloat16", 1), ("bfloat16", 4), ("float16", 1)])
 @pytest.mark.parametrize("name", ["cuda", "tpu"])
-def test_gradients_from_rounded_outputs_are_almost_as_accurate(monkeypatch, name, dtype, deviation):
+def test_gradients_from_rounded_outputs_are_almost_as_accurate(use_on_cpu, name, dtype, deviation):
     arrays, exact, bounds = dense_errors(dtype, deviation)
     attend = functools.partial(jdrop.dot_product_attention, KEY, train=True, implementation="chunked")
     run = lambda *x: gradients(lambda q, k, v, bias: attend(q, k, v, 0.25), *x)
     own = [np.asarray(x) for x in quick(run)(*arrays)]
-    jax.clear_caches()  # of lowered functions
-    monkeypatch.setitem(PLATFORMS, "cpu", PLATFORMS[name])
+    use_on_cpu(PLATFORMS[name])
     results = quick(lambda *x: run(*x))(*arrays)
-    jax.clear_caches()
     errors = relative_errors(results, exact, dtype)
     assert all(error <= 3 * bound for error, bound in zip(errors, bounds)), (errors, bounds)
     assert not np.array_equal(results[1], own[1])

@@ -83,16 +83,16 @@ def test_data_of_any_dtype_leave_the_index_as_it_is(dtype, x64):
     np.testing.assert_array_equal(index_of_data(values, index)[1].lo, np.arange(6)[None])
 
 
-def depends_on_data(shape, platform, shared=(), bits="fast"):
+def depends_on_data(shape, platform, shared=(), bits="fast", transposed=True):
     """Whether decisions of a mask depend on the data, to the eyes of the compiler."""
     mask_shape = tuple(1 if axis in shared else size for axis, size in enumerate(shape))
     mask = draw_mask("f", KEY, jnp.float32(0.3), mask_shape, bits)
-    jaxpr = jax.make_jaxpr(lambda x: MaskView(mask, x, platform).keep())(jnp.ones(shape)).jaxpr
+    jaxpr = jax.make_jaxpr(lambda x: MaskView(mask, x, platform, transposed=transposed).keep())(jnp.ones(shape)).jaxpr
     return pe.dce_jaxpr(jaxpr, [True])[1] == [True]
 
 
 @pytest.mark.parametrize("name", ["cuda", "rocm", "tpu"])
-def test_the_mask_depends_on_the_data_so_that_passes_do_not_share_it(name):
+def test_masks_depend_on_cotangents_so_that_passes_do_not_share_them(name):
     """XLA for GPUs and TPUs would compute the mask once for both passes, and store it in between."""
     platform = PLATFORMS[name]
     for bits in ("fast", "jax"):
@@ -101,6 +101,31 @@ def test_the_mask_depends_on_the_data_so_that_passes_do_not_share_it(name):
         assert depends_on_data((1, 130), platform, bits=bits) == depends, "an axis of size 1 is not shared"
         assert not depends_on_data((2, 3, 130), platform, shared=(1,), bits=bits), "shared decisions stay small"
         assert not depends_on_data((2, 3, 130), PLATFORMS["cpu"], bits=bits)
+        assert not depends_on_data((2, 3, 130), platform, bits=bits, transposed=False), "it would follow a softmax"
+
+
+@pytest.mark.parametrize("name", ["dropout", "alpha_dropout", "zoneout", "gaussian_dropout", "bias_dropout_add"])
+def test_only_backward_passes_mask_cotangents(name, use_on_cpu):
+    """Under vmap and in second derivatives too."""
+
+    class Recorded(gpu.Gpu):
+        def index_of_cotangent(self, x, index, *, hashed):
+            calls.append(x.shape)
+            return index
+
+    calls = []
+    use_on_cpu(Recorded())
+    f = lambda x: MEMBERS[name](KEY, x, 0.3, train=True)
+    gradient = lambda x: jax.vjp(f, x)[1](x)[0]
+    for g, number in (
+        (f, 0),
+        (lambda x: jax.jvp(f, (x,), (x,)), 0),
+        (gradient, 1),
+        (lambda x: jax.vmap(gradient)(x[None]), 1),
+    ):
+        calls.clear()
+        jax.jit(g)(X)
+        assert len(calls) == number, (g, calls)
 
 
 @pytest.mark.parametrize(("name", "size"), [("cuda", 2**17), ("rocm", 2**17), ("tpu", 2**14)])
@@ -140,12 +165,12 @@ def test_paths_of_names_give_the_same_keys_without_a_loop(path, use_on_cpu):
     assert (jax.jit(of_ids)(KEY) == examples).all()
 
 
-def test_the_mask_of_a_block_of_scores_depends_on_them():
+def test_the_mask_of_a_block_of_scores_depends_on_their_cotangents():
     q = jnp.ones((1, 8, 1, 16))
     attend = lambda k, q: jdrop.dot_product_attention(k, q, q, q, 0.3, train=True, implementation="chunked")
     grad = jax.grad(lambda q, k: attend(k, q).sum())
     bits_of = lambda platform: re.findall(r"bitcast_convert .*8x8xf32", text_for(platform, grad, q, KEY))
-    assert len(bits_of("cuda")) == 3 and not bits_of("cpu")
+    assert len(bits_of("cuda")) == 2 and not bits_of("cpu")
 
 
 def test_blockwise_attention_lowers_for_each_platform_in_its_own_form():
