@@ -71,7 +71,8 @@ def test_is_one_short_self_contained_file(path):
     assert len(source.splitlines()) <= LINES.get(path.stem, 220)
     others = {other.stem for other in EXAMPLES} | {"examples"}
     imported, tree = set(), ast.parse(source)
-    assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    main()"
+    if path.stem in SMALL:  # where test_runs calls main
+        assert ast.unparse(tree.body[-1]) == "if __name__ == '__main__':\n    main()"
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
