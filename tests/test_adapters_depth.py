@@ -307,11 +307,10 @@ def layer_of(library, branch, rate, **options):
 def test_values_of_jdrop(library, generator, dtype):
     x = X.astype(dtype)
     for rate in (0.3, np.float32(0.3), jnp.float32(0.3), 0):
+        layer = layer_of(library, jnp.sin, rate, generator=generator)
+        options = {"train": True, "generator": generator}
+        jdrops = lambda key, x, rate=rate, options=options: jdrop.stochastic_depth(key, x, rate, jnp.sin, **options)
         for key in KEYS[:4]:
-            layer = layer_of(library, jnp.sin, rate, generator=generator)
-            jdrops = lambda key, x, rate=rate: jdrop.stochastic_depth(
-                key, x, rate, jnp.sin, train=True, generator=generator
-            )
             np.testing.assert_array_equal(jax.jit(layer)(key, x), jax.jit(jdrops)(key, x))
             np.testing.assert_array_equal(layer(key, x) == x, jdrops(key, x) == x)
 
