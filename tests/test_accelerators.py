@@ -23,8 +23,10 @@ import check_compiled
 pytestmark = [pytest.mark.accelerators, pytest.mark.usefixtures("usual_promotion")]
 WORDS = check_compiled.WORDS
 FORMS = [pytest.param(form, id=", ".join(form)) for form in (("unrolled", "plain"), ("scan", "checkpoint"))]
-SMALL = types.SimpleNamespace(size="8x128x256", heads=4, rate=0.1)
-MOST_KERNELS = {"drop_block": 6, "drop_connect": 3, "gaussian_noise": 3}  # of the forward and the backward pass
+MODEL = types.SimpleNamespace(size="8x512x768", heads=12, rate=0.1)
+# Of the forward and the backward pass. patch_dropout sorts twice and gathers, and multi_sample_dropout has four samples.
+MOST_KERNELS = {"drop_block": 6, "drop_connect": 3, "gaussian_noise": 3, "patch_dropout": 7, "multi_sample_dropout": 6}
+MORE_EXTRA = ("patch_dropout", "multi_sample_dropout")
 
 
 def dropout(words, x):
@@ -44,21 +46,26 @@ def program(target, f, *arguments):
 
 
 def transformer(form, drop, key):
-    return check_compiled.model_facts(_aot.mesh("h100"), drop, key, form, 2, jnp.dtype("float32"), SMALL)
+    return check_compiled.model_facts(_aot.mesh("h100"), drop, key, form, 2, jnp.dtype("float32"), MODEL)
+
+
+def longest_life(facts):
+    """Return that of the masks of attention probabilities."""
+    return max(stored.life for stored in facts.stored if stored.type == "pred[8,12,512,512]")
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_mask_is_kept_for_the_backward_pass_of_a_transformer(form):
     drop = lambda key, x: jdrop.dropout(key, x, 0.1, train=True)
     none, fast = transformer(form, lambda key, x: x, None), transformer(form, drop, jax.random.key(0))
-    assert fast.temporary_bytes <= 1.06 * none.temporary_bytes  # 1.05 and 1.04, or 1.12 and 1.05 with shared masks
-    assert all(stored.life < 0.1 for stored in fast.stored)
+    assert fast.temporary_bytes <= 1.04 * none.temporary_bytes  # 1.020 and 1.028, or 1.082 and 1.081 with shared masks
+    assert longest_life(fast) < 0.3  # 0.21 and 0.08, or 0.69 and 0.37
 
 
 def test_the_mask_of_bernoulli_is_kept():
     """Otherwise the test above would compare nothing."""
     facts = transformer(("unrolled", "plain"), _bench.contenders(0.1)["where(bernoulli)"], jax.random.key(0))
-    assert max(stored.life for stored in facts.stored) > 0.3
+    assert longest_life(facts) > 0.6
 
 
 # ---------------------------------------------------------------------------------- kernels
@@ -75,7 +82,8 @@ def test_a_dropout_takes_one_extra_kernel_and_a_small_one_none(shape, kernels, d
 def test_members_take_few_kernels():
     rows = list(check_compiled.member_rows(_aot.mesh("h100"), "forward+backward", jnp.dtype("float32")))
     assert {row["name"] for row in rows} > {"dropout", "drop_connect", "alpha_dropout"}
-    assert not [row for row in rows if row["extra"] > 1 or row["launches"] > MOST_KERNELS.get(row["name"], 2)]
+    assert not [row for row in rows if row["launches"] > MOST_KERNELS.get(row["name"], 2)]
+    assert not [row for row in rows if row["extra"] > 1 and row["name"] not in MORE_EXTRA]
 
 
 @pytest.mark.parametrize("target", ["h100", "v5e"])
