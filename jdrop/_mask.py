@@ -72,9 +72,12 @@ class Mask:
         start = None if self.start is None else [U64(at[0], at[1]) for at in self.start]
         return window_index(size, start, sharding)
 
-    def index_of_cotangent(self, x: Array, index: Sequence[U64], platform: Platform) -> Sequence[U64]:
-        """Return the index of the elements of a cotangent, in the form of a platform; its values do not matter."""
-        return platform.index_of_cotangent(x, index, hashed=self.bits.hashed)
+    def unshared_index(self, x: Array, index: Sequence[U64], platform: Platform) -> Sequence[U64]:
+        """Return the index of the elements of x, in the form of a platform; the values of x do not matter.
+
+        A compiler cannot share the mask with other data.
+        """
+        return platform.unshared_index(x, index, hashed=self.bits.hashed)
 
     def _of_decisions(self, size: Sequence[Any], sharding: NamedSharding | None) -> tuple[tuple[Any, ...], Any]:
         """Return the size and the sharding of the decisions of a window: 1 and none on shared axes."""

@@ -75,7 +75,7 @@ class MaskView:
             return self.index
         size = self.shape if size is None else size
         index = self.mask.index(size, self._sharding_of(size))
-        return self.mask.index_of_cotangent(self.data, index, self.platform) if self.transposed else index
+        return self.mask.unshared_index(self.data, index, self.platform) if self.transposed else index
 
     def _sharding_of(self, size: tuple[Any, ...]) -> NamedSharding | None:
         if self.sharding is None:

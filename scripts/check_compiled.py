@@ -82,9 +82,7 @@ def row(name: str, ours: _aot.Facts, base: _aot.Facts) -> dict[str, Any]:
         "extra": ours.launches - base.launches,
         "collectives": ours.collectives,
         "moved_bytes": ours.moved_bytes,
-        "predicted_ms": 0.0
-        if ours.cycles
-        else 1e3 * (ours.moved_bytes / _machine_code.BANDWIDTH + ours.launches * GAP),
+        "predicted_ms": None if ours.cycles else milliseconds(ours),
         "cycles": ours.cycles,
         "stored": len(ours.stored),
         "life": max((stored.life for stored in ours.stored), default=0.0),

@@ -42,8 +42,8 @@ class Platform:
         """Return what masks are computed from, such that the backward pass recomputes the mask of the forward pass."""
         return x
 
-    def index_of_cotangent(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
-        """Return the index of a cotangent's elements, such that the backward pass recomputes the mask.
+    def unshared_index(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
+        """Return the index of the elements of x, such that other data do not share the mask.
 
         The values of x do not matter. ``hashed`` is whether each decision takes a whole hash.
         """

@@ -19,7 +19,7 @@ class Gpu(generic.Platform):
     # test_gradients_from_rounded_outputs_are_almost_as_accurate.
     reuses_rounded_outputs = True
 
-    def index_of_cotangent(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
+    def unshared_index(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
         """Make the masks of backward passes depend on their cotangents.
 
         Symptom: XLA computes a mask once for the forward and the backward pass, and stores it in between; it merges the

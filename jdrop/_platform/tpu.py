@@ -23,7 +23,7 @@ class Tpu(generic.Platform):
     # instead of 1.4. Seen: jax 0.10.2. Test: test_attention_blocking.py, test_platforms_differ_in_their_blocks.
     block_sizes = generic.BlockSizes(target_scores=2**24)
 
-    def index_of_cotangent(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
+    def unshared_index(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
         """Make the masks of backward passes depend on their cotangents, unless each decision takes a whole hash.
 
         Symptom: as in ``gpu.py``. Gain: temporary bytes of the same gradient (unrolled) on a v5e from 1.004 to 1.003

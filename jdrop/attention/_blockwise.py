@@ -77,16 +77,12 @@ class Scores:
         queries = first_query(self.spec, self.inputs) + queries
         return visible_logits(self.spec, products, self.bias, self.inputs, queries, keys)[0]
 
-    def drop(self, x: Array, after: Array | None = None, cotangent: Array | None = None) -> Array:
-        """Return x where it is kept, else 0, unscaled. Computed after all other reads of x, it may reuse its memory.
-
-        In the backward pass, ``cotangent`` is any of the size of x.
-        """
+    def drop(self, x: Array, after: Array | None = None) -> Array:
+        """Return x where it is kept, else 0, unscaled. Computed after all other reads of x, it may reuse its memory."""
         if self.inputs.dropout is None or self.index is None:
             return x
         platform, mask = self.block.plan.platform, self.inputs.dropout
-        index = self.index if cotangent is None else mask.index_of_cotangent(cotangent, self.index, platform)
-        keep = mask.keep_at(index, platform=platform)
+        keep = mask.keep_at(mask.unshared_index(x, self.index, platform), platform=platform)
         return jnp.where(keep, platform.order_after(x, after), 0.0)
 
     def scale_kept(self, rows: Array) -> Array:
@@ -134,10 +130,9 @@ def _backward_block(
         q, k, v = (x.astype(p.dtype) for x in (q, k, v))
     do = scores.scale_kept(do.astype(p.dtype)).astype(q.dtype)
     # The mask is drawn twice, which is as fast as keeping it in memory.
-    dropped = block.einsum("bkgqh,bksh->bkgqs", do, v, p.dtype)
-    dp = scores.drop(dropped, cotangent=dropped)
+    dp = scores.drop(block.einsum("bkgqh,bksh->bkgqs", do, v, p.dtype))
     ds = p * (dp - (delta[0] if delta else jnp.sum(p * dp, axis=-1, keepdims=True)))
-    kept = scores.drop(p, after=ds[..., :1], cotangent=dropped)
+    kept = scores.drop(p, after=ds[..., :1])
     # Sums over queries have the shape [H, S], because [S, H] would first transpose a block of scores.
     do_t, q_t = block.plan.platform.separate(do.swapaxes(-1, -2), q.swapaxes(-1, -2))
     dv = block.einsum("bkghq,bkgqs->bkhs", do_t, kept.astype(q.dtype), p.dtype)
