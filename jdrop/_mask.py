@@ -75,7 +75,7 @@ class Mask:
     def unshared_index(self, x: Array, index: Sequence[U64], platform: Platform) -> Sequence[U64]:
         """Return the index of the elements of x, in the form of a platform; the values of x do not matter.
 
-        A compiler cannot share the mask with other data.
+        On some platforms, the compiler then cannot share the mask with other data.
         """
         return platform.unshared_index(x, index, hashed=self.bits.hashed)
 

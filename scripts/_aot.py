@@ -162,10 +162,13 @@ class Program:
         operands = names_in(line.operands)
         inside = self.lines(self.texts[line.called("calls")]) if line.operation == "fusion" else []
         sizes = {x.name: bytes_of(x.result) for x in inside}
-        updates = [sizes[names_in(x.operands)[1]] for x in inside if x.operation == "dynamic-update-slice"]
-        moved = sum(updates) if updates else self.sizes[line.name]
         if not inside:
-            return moved + sum(self.sizes[name] for name in set(operands))
+            return self.sizes[line.name] + sum(self.sizes[name] for name in set(operands))
+        by_name, root = {x.name: x for x in inside}, inside[-1]
+        results = [by_name[name] for name in names_in(root.operands)] if root.operation == "tuple" else [root]
+        moved = 0
+        for x in results:  # an update writes only a part
+            moved += sizes[names_in(x.operands)[1]] if x.operation == "dynamic-update-slice" else sizes[x.name]
         for x in inside:
             if x.operation == "parameter":
                 uses = [y for y in inside if x.name in names_in(y.operands)]

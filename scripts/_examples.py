@@ -38,7 +38,7 @@ def train_steps(name: str) -> list[Step]:
 
     def recording(f: Any, **options: Any) -> Any:
         compiled = jit(f, **options)
-        if "step" not in f.__name__:
+        if "step" not in getattr(f, "__name__", ""):
             return compiled
 
         @functools.wraps(f)
@@ -78,7 +78,7 @@ class Words:
 
 def compile_for(target: str, step: Step) -> Any:
     """Compile a train step for as many devices as the example uses, with its mesh."""
-    types = [x for x in jax.tree.leaves(step.arguments) if isinstance(x, jax.ShapeDtypeStruct)]
+    types = [x for x in jax.tree.leaves((step.arguments, step.keywords)) if isinstance(x, jax.ShapeDtypeStruct)]
     meshes = [x.sharding.mesh for x in types if isinstance(x.sharding, NamedSharding)]
     host = meshes[0] if meshes else _aot.mesh(target)
     devices = _aot.mesh(target, host.size).devices.reshape(host.devices.shape)
@@ -94,6 +94,7 @@ def compile_for(target: str, step: Step) -> Any:
             return Words(jax.eval_shape(jax.random.key_data, x).update(sharding=moved(None)))
         return x.update(sharding=moved(x.sharding))
 
+    @functools.wraps(step.f)
     def f(*arguments: Any, **keywords: Any) -> Any:
         key_of = lambda x: jax.random.wrap_key_data(x.of_key) if isinstance(x, Words) else x
         arguments, keywords = jax.tree.map(key_of, (arguments, keywords), is_leaf=lambda x: isinstance(x, Words))

@@ -1,4 +1,4 @@
-"""Claim: compiled for an H100, a gradient with dropout keeps no mask for its backward pass (default generator).
+"""Claim: compiled for an H100, a gradient with dropout keeps no mask of attention probabilities for its backward pass.
 
 XLA's own compilers make the programs, without a device: bytes, kernels and stored masks are counted in programs that
 were not run. Install them with ``pip install -e '.[accelerators]'``. A large program takes up to a minute for an H100,
@@ -15,8 +15,9 @@ Columns: ``kernels`` and ``collectives`` count those of a loop once, ``launches`
 ``life`` is how long a stored mask is in use: the longest, as a share of the program or of the body of its loop.
 ``moved_bytes`` are those that launches read and write, each operand once. ``predicted_ms``, only for GPUs, is a model,
 not a measurement: moved bytes at 3.0 TB/s, and 2 microseconds for each launch. Caches and the time of matrix products
-that exceeds that of their operands are not in the model. The last row of a table of attention is a lower limit for a
-fused kernel without dropout: seven matrix products of the scores (two forward, five backward) at 500 TFLOP/s.
+that exceeds that of their operands are not in the model; workspaces of cuBLAS are counted as written. The last row of a
+table of attention is a lower limit for a fused kernel without dropout: seven matrix products of the scores (two
+forward, five backward) at 500 TFLOP/s.
 
 The tables of machine code, only for GPUs, are about the kernel that writes the result, for x of ``[4096, 1024]``:
 registers, spilled bytes, the bytes of each load from global memory by one thread, and instructions per element, in all
@@ -205,8 +206,9 @@ def attention_rows(mesh: Mesh, length: int, causal: bool, dtype: Any, options: A
     flax = bench_attention.flax_attention("linen", causal=causal)
     forms |= {"linen": (flax, options.rate)} if flax else {}
     yield from rows_of((name, attention_facts(mesh, *form, shape, dtype)) for name, form in forms.items())
-    products = 7 * 2 * batch * heads * length**2 * width / mesh.size / (2 if causal else 1)
-    yield {"name": "limit, no dropout", "predicted_ms": 1e3 * products / FLOPS}
+    if mesh.devices.flat[0].platform != "tpu":
+        products = 7 * 2 * batch * heads * length**2 * width / mesh.size / (2 if causal else 1)
+        yield {"name": "limit, no dropout", "predicted_ms": 1e3 * products / FLOPS}
 
 
 # ---------------------------------------------------------------------------------- machine code

@@ -24,9 +24,14 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
   %at = s32[] parameter(2)
   %row = f32[1,16]{1,0} dynamic-slice(%data.1, %at, %at), dynamic_slice_sizes={1,16}
   %word = u32[1,16]{1,0} bitcast-convert(%row)
-  ROOT %updated = u32[8,16]{1,0} dynamic-update-slice(%whole, %word, %at, %at)
+  %updated = u32[8,16]{1,0} dynamic-update-slice(%whole, %word, %at, %at)
+  ROOT %results = (u32[8,16]{1,0}, f32[1,16]{1,0}) tuple(%updated, %row)
 }
 
+%fused_small (p: f32[8,16]) -> pred[4,16] {
+  %all.1 = f32[8,16]{1,0} parameter(0)
+  ROOT %some = pred[4,16]{1,0} custom(%all.1)
+}
 
 %fused_one (p: f32[8,16]) -> f32[8,16] {
   %one = f32[8,16]{1,0} parameter(0)
@@ -57,7 +62,7 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
   %data = f32[8,16]{1,0} get-tuple-element(%state), index=0
   %old = u32[8,16]{1,0} get-tuple-element(%state), index=1
   %i = s32[] constant(0)
-  %words = u32[8,16]{1,0} fusion(%data, %old, %i), kind=kLoop, calls=%fused_words, backend_config={"estimated_cycles":"10"}
+  %words = (u32[8,16]{1,0}, f32[1,16]{1,0}) fusion(%data, %old, %i), kind=kLoop, calls=%fused_words, backend_config={"estimated_cycles":"10"}
   ROOT %next = (f32[8,16]{1,0}, u32[8,16]{1,0}) tuple(%data, %words)
 }
 
@@ -74,7 +79,7 @@ PROGRAM = """HloModule jit_f, is_scheduled=true
 
 ENTRY %main (x: f32[8,16]) -> f32[8,16] {
   %x = f32[8,16]{1,0} parameter(0)
-  %small = pred[4,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_one
+  %small = pred[4,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_small
   %pair = (pred[8,16]{1,0}, f32[8,16]{1,0}) fusion(%x), kind=kLoop, calls=%fused_mask
   %mask = pred[8,16]{1,0} get-tuple-element(%pair), index=0
   %y = f32[8,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_one, control-predecessors={%pair}
@@ -117,5 +122,5 @@ def test_steps_of_loops_are_counted():
 def test_bytes_of_kernels_are_those_that_they_read_and_write():
     array, bits = 8 * 16 * 4, 8 * 16
     small, pair, y, z, last, copy = array + 64, 2 * array + bits, 2 * array, 2 * array + bits, 3 * array, 2 * array
-    slices = 2 * 16 * 4 + 4  # and the position
+    slices = 3 * 16 * 4 + 4  # the row that it reads, the row of an update, the second result, and the position
     assert facts(PROGRAM, 1).moved_bytes == small + pair + y + z + last + copy + 8 * slices

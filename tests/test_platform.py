@@ -106,7 +106,7 @@ def test_masks_depend_on_cotangents_so_that_passes_do_not_share_them(name):
 
 @pytest.mark.parametrize("name", ["dropout", "alpha_dropout", "zoneout", "gaussian_dropout", "bias_dropout_add"])
 def test_only_backward_passes_mask_cotangents(name, use_on_cpu):
-    """Under vmap and in second derivatives too."""
+    """Under vmap too."""
 
     class Recorded(gpu.Gpu):
         def unshared_index(self, x, index, *, hashed):

@@ -20,7 +20,7 @@ class Gpu(generic.Platform):
     reuses_rounded_outputs = True
 
     def unshared_index(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
-        """Make the masks of backward passes depend on their cotangents.
+        """Make masks depend on their data: those of backward passes, and all of blockwise attention.
 
         Symptom: XLA computes a mask once for the forward and the backward pass, and stores it in between; it merges the
         barriers of both passes. Gain: temporary bytes of the gradient of a transformer (4 layers, [8, 512, 768],
@@ -40,8 +40,9 @@ class Gpu(generic.Platform):
 
         Symptom: a dropout takes three kernels before that of its data: of one thread for the seed, and of two for the
         words of row keys. Gain: one kernel before that of the data, for the forward and the backward pass together, and
-        none for small arrays. The gradient of that transformer has 228 instead of 246 kernels (201 without dropout),
-        and with ``jax.checkpoint`` 300 instead of 334 (253). Seen: jax 0.10.2. Test: test_platform.py,
-        test_the_key_is_hashed_for_each_row_so_that_one_kernel_makes_row_keys; the kernels by scripts/check_compiled.py.
+        none for small arrays. The gradient of that transformer got 228 instead of 246 kernels (201 without dropout),
+        and with ``jax.checkpoint`` 300 instead of 334 (253), while all masks depended on their data. Seen: jax 0.10.2.
+        Test: test_platform.py, test_the_key_is_hashed_for_each_row_so_that_one_kernel_makes_row_keys; the kernels by
+        scripts/check_compiled.py.
         """
         return generic.row_key_of_elements(words, row, col, small=2**17)

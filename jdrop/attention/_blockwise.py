@@ -225,7 +225,8 @@ class _Backward:
         scale = inputs.scale
         scaled, inputs = _scale_queries(self.spec, query, inputs)
         bias, inputs = _blocking.split_scores((whole_bias, inputs), plan)
-        # The sum over keys of p times its gradient is the sum over H of out times its own, if out is not rounded.
+        # The sum over keys of p times its gradient is the sum over H of out times its own. If out is rounded, not all
+        # platforms use it: it is a residual all the same, because the platform is known only at lowering.
         use_out = out.dtype == peak.dtype or platform.reuses_rounded_outputs
         delta = [platform.sum_of_products(*(x.astype(peak.dtype) for x in (do, out)))[..., None]] if use_out else []
         peak, log_sum, do, *delta = (_blocking.split(x, plan) for x in (peak, log_sum, do, *delta))
