@@ -162,7 +162,7 @@ def pipe(instruction: str) -> str:
       ValueError: the instruction is not one of those that dropout takes, such as a matrix product.
     """
     opcode = instruction.split(".")[0]
-    if opcode.startswith("U"):  # once for all threads of a warp, on a unit of its own
+    if opcode.startswith("U"):  # executed once for all threads of a warp, by a separate unit
         return "other"
     if opcode not in PIPES:
         raise ValueError(f"the pipe of {instruction} is not known")

@@ -222,7 +222,7 @@ def machine_contenders(rate: float) -> dict[str, _bench.Drop]:
 
 
 def machine_kernels(mesh: Mesh, drop: _bench.Drop, shape: tuple[int, ...], direction: str, dtype: Any) -> Any:
-    """Compile one call, or its gradient alone."""
+    """Return the kernels of one call, or of its gradient without its value."""
 
     def forward(words: jax.Array, x: jax.Array) -> jax.Array:
         return drop(jax.random.wrap_key_data(words), x)

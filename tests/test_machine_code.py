@@ -75,7 +75,7 @@ def test_loops_and_branches_are_refused(instruction):
 
 def test_unknown_code_is_refused():
     with pytest.raises(ValueError, match=r"the pipe of HMMA\.16816\.F32 is not known"):
-        kernel("HMMA.16816.F32").pipes  # noqa: B018
+        _ = kernel("HMMA.16816.F32").pipes
     with pytest.raises(ValueError, match="loop_fusion_1 has no end"):
         _machine_code.executed(LISTING[: LISTING.index(".L_x_1")])
     with pytest.raises(ValueError, match="not the launch of a kernel: 003: kWhile"):

@@ -29,7 +29,7 @@ class Gpu(generic.Platform):
         test_masks_depend_on_cotangents_so_that_passes_do_not_share_them; the bytes by scripts/check_compiled.py.
 
         In a forward pass, a mask that depends on its data would follow the softmax before it, which then takes several
-        kernels instead of one: that gradient would move 14.5 GB instead of 13.1 (12.0 without dropout). The gradient
+        kernels instead of one: that gradient would move 14.5 GB instead of 13.0 (12.0 without dropout). The gradient
         of a softmax reads the dropped gradient twice. XLA stores the mask from the first to the second time.
         """
         del hashed

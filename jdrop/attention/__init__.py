@@ -104,9 +104,11 @@ def dot_product_attention(
 
     Limits:
       The mask depends on the shape ``[B, N, T, S]``; see :func:`jdrop.dropout`. Second derivatives of ``"chunked"``
-      store the intermediate values that they differentiate. NaN in a hidden key or value spreads, as in ``jax.nn``: its
-      product with a probability of 0 is NaN. Under ``jax.checkpoint`` the forward pass of ``"chunked"`` runs again,
-      unless the policy saves its output and two numbers per query: ``save_only_these_names("jdrop_attention")``.
+      store the intermediate values that they differentiate. On GPUs and TPUs, the gradients of ``"chunked"`` by query
+      and key in 16 bits are computed from the rounded output, as in FlashAttention-2: their rounding errors are about
+      twice as large. NaN in a hidden key or value spreads, as in ``jax.nn``: its product with a probability of 0 is
+      NaN. Under ``jax.checkpoint`` the forward pass of ``"chunked"`` runs again, unless the policy saves its output and
+      two numbers per query: ``save_only_these_names("jdrop_attention")``.
 
     Example:
       >>> import jax, jdrop
