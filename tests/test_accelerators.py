@@ -17,6 +17,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "scripts"))
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # pytest-xdist has several processes
 import _aot
 import _bench
+import _examples
 import _machine_code
 import check_compiled
 
@@ -123,6 +124,22 @@ def test_the_kernel_of_dropout_spills_nothing_loads_four_elements_at_once_and_is
     assert main.threads == floor[-1].threads == 2**20
     assert len(main.instructions) <= 4 * instructions
     assert _machine_code.seconds(ours) < 1.02 * _machine_code.seconds(floor)
+
+
+# ---------------------------------------------------------------------------------- examples
+
+
+@pytest.mark.parametrize(("contender", "hashes"), [("scale", False), ("jdrop fast", True), ("jdrop jax", True)])
+def test_a_recorded_step_is_compiled_with_its_key_and_with_each_contender(contender, hashes):
+    arguments = jax.tree.map(_examples.type_of, (jnp.ones((64, 128)), jax.random.key(0)))
+    step = _examples.Step(
+        lambda w, key: w - jdrop.dropout(key, w, 0.5, train=True), {"donate_argnums": 0}, arguments, {}
+    )
+    jax.clear_caches()
+    with check_compiled.PATCHES[contender]:
+        text = _examples.compile_for("h100", step).as_text()
+    assert (" xor(" in text) == hashes
+    jax.clear_caches()
 
 
 # ---------------------------------------------------------------------------------- devices
