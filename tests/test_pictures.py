@@ -25,7 +25,10 @@ def pictures(monkeypatch):
 
 def named_pictures(text):
     """Return the pictures that a page names, by the directive or by their files."""
-    return {*re.findall(r"^ *[`:]{3,}\{picture\} *(\S+)", text, re.M), *re.findall(r"pictures/(\w+)-(?:light|dark)", text)}
+    return {
+        *re.findall(r"^ *[`:]{3,}\{picture\} *(\S+)", text, re.M),
+        *re.findall(r"pictures/(\w+)-(?:light|dark)", text),
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
