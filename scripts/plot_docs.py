@@ -74,11 +74,11 @@ def forward_backward(theme: Theme) -> Canvas:
         c.text(start + 54, bottom + 81, name)
     c.soft_text(18, top + 36, "forward  →", rotation=90)
     c.soft_text(18, bottom + 36, "←  backward", rotation=90)
-    c.box(192, 119, 140, 24, edgecolor=theme.lines[0], linewidth=1.4)
-    c.text(262, 131, "stored: the seed, 8 bytes")
+    c.box(182, 119, 160, 24, edgecolor=theme.lines[0], linewidth=1.4)
+    c.text(262, 131, "stored: the key's seed, 8 bytes")
     c.arrow((262, 101), (262, 118), theme.lines[0])
     c.arrow((262, 144), (262, 161), theme.lines[0])
-    c.soft_text(346, 131, "no mask, and no copy of x", ha="left")
+    c.soft_text(352, 131, "no mask, and no copy of x", ha="left")
     return c
 
 
