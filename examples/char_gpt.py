@@ -24,6 +24,7 @@ A sample at temperature 0.7 has the vocabulary and layout of the topics, but mak
 """
 
 import argparse
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Dropout in a character-level GPT.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot and its data")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay in float32")
     args = parser.parse_args()
     dtype = "bfloat16" if args.bf16 else "float32"
@@ -211,6 +212,8 @@ def main() -> None:
     ids = jax.jit(sample, static_argnums=3)(params, derive(key, "sample"), jnp.array([code[c] for c in PROMPT]), dtype)
     print("\nA sample of the last arm:\n\n" + "".join(characters[i] for i in ids.tolist()))
     args.out.mkdir(parents=True, exist_ok=True)
+    data = {"jax": jax.__version__, "steps": steps, "loss": curves}
+    (args.out / "char_gpt.json").write_text(json.dumps(data))
     plot(args.out / "char_gpt.png", steps, curves)
 
 

@@ -29,6 +29,7 @@ four, has no effect that six seeds can show. The plot also shows masks: each met
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -169,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What should a small convolutional network drop?")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot and its data")
     args = parser.parse_args()
 
     pixels, digits = mnist_data()
@@ -212,6 +213,8 @@ def main() -> None:
         print(f"{name:13}| {mean:8.2f} | {error:5.2f} | {difference:+10.2f} | {paired:.2f}")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    data = {"jax": jax.__version__, "accuracy": accuracies}
+    (args.out / "digits_cnn.json").write_text(json.dumps(data, default=lambda v: v.astype(float).round(4).tolist()))
     plot(args.out / "digits_cnn.png", accuracies, key)
 
 

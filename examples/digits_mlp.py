@@ -20,6 +20,7 @@ References:
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -111,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Dropout with few training images.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot and its data")
     args = parser.parse_args()
 
     digits = load_digits()
@@ -156,6 +157,8 @@ def main() -> None:
     print(f"Dropout is better on {int((last[1] > last[0]).sum())} of {NUM_SEEDS} seeds.")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    data = {"jax": jax.__version__, "steps": steps, "accuracy": dict(zip(arms, np.stack(curves, 1), strict=True))}
+    (args.out / "digits_mlp.json").write_text(json.dumps(data, default=lambda v: v.astype(float).round(4).tolist()))
     plot(args.out / "digits_mlp.png", steps, np.stack(curves), arms)
 
 

@@ -32,6 +32,7 @@ Reference: Baldi, Sadowski (2013), Understanding Dropout, NeurIPS.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -170,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Dropout as an average of thinned networks.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot and its data")
     args = parser.parse_args()
 
     print(f"{'linear net':24}| E[z]    | formula | weight scaling")
@@ -208,6 +209,10 @@ def main() -> None:
         print(f"{name:25}{cells}".rstrip())
 
     args.out.mkdir(parents=True, exist_ok=True)
+    data = {"jax": jax.__version__, "draws": DRAWS, **results}
+    (args.out / "ensemble_of_subnets.json").write_text(
+        json.dumps(data, default=lambda v: v.astype(float).round(5).tolist())
+    )
     plot(args.out / "ensemble_of_subnets.png", results)
 
 

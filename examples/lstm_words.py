@@ -26,6 +26,7 @@ them together are hardly better than ``locked_dropout`` alone: the difference is
 """
 
 import argparse
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -174,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Dropout in a word-level LSTM.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot and its data")
     args = parser.parse_args()
 
     train_words, held_out = read_words()
@@ -213,6 +214,8 @@ def main() -> None:
         print(f"{name:18}| {columns} | {values.min(0).mean():.3f}")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    data = {"jax": jax.__version__, "steps": steps, "loss": curves}
+    (args.out / "lstm_words.json").write_text(json.dumps(data, default=lambda v: v.astype(float).round(4).tolist()))
     plot(args.out / "lstm_words.png", steps, curves)
 
 

@@ -27,6 +27,7 @@ rows, far more than all of it: the units that are always dropped are never train
 """
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -159,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="One mask per minibatch, or one per example?")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot and its data")
     args = parser.parse_args()
 
     pixels, digits = mnist_data()
@@ -205,6 +206,10 @@ def main() -> None:
         print(f"{name:24}| {mean:8.2f} | {error:5.2f} | {difference:+10.2f} | {paired:.2f}")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    data = {"jax": jax.__version__, "accuracy": accuracies}
+    (args.out / "one_mask_or_many.json").write_text(
+        json.dumps(data, default=lambda v: v.astype(float).round(4).tolist())
+    )
     plot(args.out / "one_mask_or_many.png", accuracies)
 
 

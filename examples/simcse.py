@@ -29,6 +29,7 @@ here twins are too easy to find at 0.1.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -156,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Dropout masks as two views of an example.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot and its data")
     args = parser.parse_args()
 
     pixels, digits = mnist_data()
@@ -197,6 +198,8 @@ def main() -> None:
         print(f"{name:20}| {mean:8.2f} | {error:5.2f} | {difference:+10.2f} | {paired:5.2f} | {loss}")
 
     args.out.mkdir(parents=True, exist_ok=True)
+    data = {"jax": jax.__version__, "accuracy": accuracies, "loss": {name: v.mean(1) for name, v in losses.items()}}
+    (args.out / "simcse.json").write_text(json.dumps(data, default=lambda v: v.astype(float).round(4).tolist()))
     plot(args.out / "simcse.png", accuracies, losses)
 
 

@@ -129,14 +129,6 @@ def test_bench_sharding(need, tmp_path):
         assert rows["jdrop fast"]["bytes"] < rows["linen"]["bytes"]
 
 
-def test_plot(reports, tmp_path):
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "bench.png"
-    command = [sys.executable, str(SCRIPTS / "plot_bench.py"), "--time", str(reports[0]), "--memory", str(reports[1])]
-    subprocess.run([*command, "--size", "64x128", "--out", str(picture)], check=True, capture_output=True)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 def test_peers_are_measured(need, tmp_path):
     for library in ("flax", "equinox", "haiku", "torch"):
         need(library)
