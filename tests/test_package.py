@@ -21,16 +21,16 @@ FAMILY = [path.stem for path in sorted((ROOT / "jdrop" / "_family").glob("*.py")
 LAYERS = [
     ["_errors", "_types", "_random.threefry", "_random.normal"],
     ["_checks", "_axes", "_random.indexing", "_random.fast", "_random.jax_bits", "_sharding"],
-    ["_random.key_words", "_platform.generic", "schedules"],
+    ["_random.key_words", "_platform.generic", "schedules", "consistency", "uncertainty._decomposition"],
     ["_platform.cpu", "_platform.gpu", "_platform.tpu"],
     ["_platform"],
     ["_bits", "_lowering"],
     ["_mask", "keys"],
-    ["_prepare", "_primitive", "attention._spec"],
+    ["_prepare", "_primitive", "attention._spec", "uncertainty._monte_carlo"],
     ["_ops", "attention._checks", "attention._blocking"],
     ["attention._reference", "attention._blockwise"],
     ["attention._registry"],
-    ["attention", *(f"_family.{name}" for name in FAMILY)],
+    ["attention", "uncertainty", *(f"_family.{name}" for name in FAMILY)],
     ["", "_family", "_random", "adapters"],
     ["adapters._layer", "adapters._attention"],
     ["adapters._depth"],
@@ -47,6 +47,8 @@ NO_MODE = {  # public functions that are not members, and where their rules are 
     "drop_block_mask": "test_blocks",
     "keys.derive": "test_keys, test_known_answers",
     "keys.per_example": "test_keys, test_known_answers",
+    **{f"consistency.{name}": "test_consistency" for name in jdrop.consistency.__all__},
+    **{f"uncertainty.{name}": "test_uncertainty" for name in jdrop.uncertainty.__all__},
     "schedules.early": "test_schedules",
     "schedules.late": "test_schedules",
     "schedules.curriculum": "test_schedules",
@@ -86,7 +88,7 @@ def test_names_of_modules_say_public_or_private():
         module_of(path) for path in (ROOT / "jdrop").glob("**/*.py") if "/_" not in str(path).replace("__init__", "")
     ]
     assert sorted(public) == ["", "adapters", "adapters.equinox", "adapters.haiku", "adapters.linen", "adapters.nnx",
-                              "attention", "keys", "schedules"]  # fmt: skip
+                              "attention", "consistency", "keys", "schedules", "uncertainty"]  # fmt: skip
     assert jdrop.keys.__all__ == ["derive", "per_example"] and jdrop.attention.__all__ == ["dot_product_attention"]
 
 
@@ -105,6 +107,9 @@ def test_every_public_name_is_listed_here():
         for name, value in vars(getattr(jdrop, module)).items():
             if inspect.isfunction(value) and value.__module__ == f"jdrop.{module}" and not name.startswith("_"):
                 names.add(f"{module}.{name}")
+    names |= {
+        f"{module}.{name}" for module in ("consistency", "uncertainty") for name in getattr(jdrop, module).__all__
+    }
     assert names == set(PUBLIC)
     assert jdrop.MASK_VERSION == 1
 
