@@ -2,6 +2,7 @@
 
 from jdrop import consistency as consistency
 from jdrop import keys as keys
+from jdrop import learned as learned
 from jdrop import schedules as schedules
 from jdrop import uncertainty as uncertainty
 from jdrop._family.blocks import drop_block as drop_block
