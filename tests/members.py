@@ -425,7 +425,7 @@ PUBLIC = FUNCTIONS | {
     "schedules.depth_rates": jdrop.schedules.depth_rates,
     **{
         f"{module.__name__.removeprefix('jdrop.')}.{name}": getattr(module, name)
-        for module in (jdrop.consistency, jdrop.uncertainty)
+        for module in (jdrop.consistency, jdrop.learned, jdrop.uncertainty)
         for name in module.__all__
     },
 }

@@ -12,7 +12,7 @@ from jdrop._primitive import masked_op
 from jdrop._types import FLOATS, Shard, real_dtype
 from jdrop.learned._parts import ADD_NORMAL, as_parameter
 
-_TINY = np.float32(1e-30)  # the square root has a finite gradient there
+_TINY = 1e-30  # the square root has a finite gradient there
 
 
 def variational_dense(
@@ -27,8 +27,8 @@ def variational_dense(
 ) -> Array:
     """Multiply by a kernel whose weights have Gaussian noise of learned variance (variational dropout).
 
-    Each weight is ``kernel * (1 + sqrt(alpha) * z)`` with ``alpha = exp(log_alpha)`` and ``z ~ N(0, 1)``, drawn anew for
-    each example. The outputs are drawn instead of the weights (local reparametrization), which has less variance:
+    Each weight is ``kernel * (1 + sqrt(alpha) * z)`` with ``alpha = exp(log_alpha)`` and ``z ~ N(0, 1)``, drawn anew
+    for each example. The outputs are drawn instead of the weights (local reparametrization), which has less variance:
     ``y = x @ kernel + sqrt(x^2 @ (alpha * kernel^2)) * z``. Gaussian dropout at ``rate`` has
     ``alpha = rate / (1 - rate)``. Add :func:`variational_kl` to the loss.
 
@@ -38,7 +38,8 @@ def variational_dense(
       kernel: means of the weights, ``[features, outputs]``, of the dtype of x.
       log_alpha: logarithms of the relative variances; broadcasts to the kernel. Train
         ``log_alpha = log_sigma2 - log(kernel^2 + 1e-8)`` with ``log_sigma2`` as the parameter, started near -10: its
-        gradients have less noise (Molchanov et al., section 4.1).
+        gradients have less noise (Molchanov et al., section 4.1). Decay the learning rate to 0, or steps of the
+        optimizer keep superfluous weights from 0.
       train: ``True`` draws noise; ``False`` uses the weights that :func:`variational_keep` keeps, without noise.
       threshold: as in :func:`variational_keep`.
       shard: as in :func:`jdrop.dropout`, for the outputs.
@@ -90,8 +91,8 @@ def variational_kl(log_alpha: Array) -> Array:
     """Return the divergence of weights with variational dropout from the log-uniform prior, in nats: a scalar.
 
     The sum over weights of ``0.5 log(1 + 1 / alpha) + 0.63576 (1 - sigmoid(1.87320 + 1.48695 log_alpha))``, an
-    approximation of the exact integral. It is 0 where ``alpha`` is infinite. Divide it by the number of training examples
-    before you add it to a mean loss, and raise its weight from 0 to 1 in the first epochs.
+    approximation of the exact integral. It is 0 where ``alpha`` is infinite. Divide it by the number of training
+    examples before you add it to a mean loss, and raise its weight from 0 to 1 in the first epochs.
 
     Args:
       log_alpha: one per weight, as in :func:`variational_dense`. Broadcast it to the kernel first if it has fewer.
