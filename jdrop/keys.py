@@ -69,7 +69,7 @@ def per_example(key: Array, ids: Array) -> Array:
       ids: integer array of any shape, such as the indices ``[batch]`` of the examples in the data set.
 
     Returns:
-      Keys with shape ``ids.shape`` (legacy keys: ``[*ids.shape, words]``).
+      Keys with shape ``ids.shape``, or ``[*ids.shape, words]`` for legacy keys.
 
     Raises:
       TypeError: ``key`` is not a key, or ``ids`` is not an integer array.
