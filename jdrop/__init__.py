@@ -1,7 +1,10 @@
 """Functional dropout for JAX: explicit keys, the same mask everywhere, and no mask in memory."""
 
+from jdrop import consistency as consistency
 from jdrop import keys as keys
+from jdrop import learned as learned
 from jdrop import schedules as schedules
+from jdrop import uncertainty as uncertainty
 from jdrop._family.blocks import drop_block as drop_block
 from jdrop._family.blocks import drop_block_mask as drop_block_mask
 from jdrop._family.composed import bias_dropout_add as bias_dropout_add

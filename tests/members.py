@@ -423,4 +423,9 @@ PUBLIC = FUNCTIONS | {
     "schedules.late": jdrop.schedules.late,
     "schedules.curriculum": jdrop.schedules.curriculum,
     "schedules.depth_rates": jdrop.schedules.depth_rates,
+    **{
+        f"{module.__name__.removeprefix('jdrop.')}.{name}": getattr(module, name)
+        for module in (jdrop.consistency, jdrop.learned, jdrop.uncertainty)
+        for name in module.__all__
+    },
 }

@@ -21,16 +21,17 @@ FAMILY = [path.stem for path in sorted((ROOT / "jdrop" / "_family").glob("*.py")
 LAYERS = [
     ["_errors", "_types", "_random.threefry", "_random.normal"],
     ["_checks", "_axes", "_random.indexing", "_random.fast", "_random.jax_bits", "_sharding"],
-    ["_random.key_words", "_platform.generic", "schedules"],
+    ["_random.key_words", "_platform.generic", "schedules", "consistency", "uncertainty._decomposition"],
     ["_platform.cpu", "_platform.gpu", "_platform.tpu"],
     ["_platform"],
     ["_bits", "_lowering"],
     ["_mask", "keys"],
-    ["_prepare", "_primitive", "attention._spec"],
-    ["_ops", "attention._checks", "attention._blocking"],
+    ["_prepare", "_primitive", "attention._spec", "uncertainty._monte_carlo"],
+    ["_ops", "attention._checks", "attention._blocking", "learned._parts"],
+    ["learned._concrete", "learned._variational"],
     ["attention._reference", "attention._blockwise"],
     ["attention._registry"],
-    ["attention", *(f"_family.{name}" for name in FAMILY)],
+    ["attention", "learned", "uncertainty", *(f"_family.{name}" for name in FAMILY)],
     ["", "_family", "_random", "adapters"],
     ["adapters._layer", "adapters._attention"],
     ["adapters._depth"],
@@ -42,11 +43,13 @@ LIBRARY_OF = {
     "adapters.equinox": ["equinox"],
     "adapters.haiku": ["haiku"],
 }
-NO_MODE = {  # public functions that are not members, and where their rules are tested
+MODULES = ("consistency", "learned", "uncertainty")
+NO_MODE = {  # public functions outside of the family, and where their rules are tested
     "dropout_mask": "test_masks, test_sharding",
     "drop_block_mask": "test_blocks",
     "keys.derive": "test_keys, test_known_answers",
     "keys.per_example": "test_keys, test_known_answers",
+    **{f"{module}.{name}": f"test_{module}" for module in MODULES for name in getattr(jdrop, module).__all__},
     "schedules.early": "test_schedules",
     "schedules.late": "test_schedules",
     "schedules.curriculum": "test_schedules",
@@ -86,7 +89,7 @@ def test_names_of_modules_say_public_or_private():
         module_of(path) for path in (ROOT / "jdrop").glob("**/*.py") if "/_" not in str(path).replace("__init__", "")
     ]
     assert sorted(public) == ["", "adapters", "adapters.equinox", "adapters.haiku", "adapters.linen", "adapters.nnx",
-                              "attention", "keys", "schedules"]  # fmt: skip
+                              "attention", "consistency", "keys", "learned", "schedules", "uncertainty"]  # fmt: skip
     assert jdrop.keys.__all__ == ["derive", "per_example"] and jdrop.attention.__all__ == ["dot_product_attention"]
 
 
@@ -105,6 +108,7 @@ def test_every_public_name_is_listed_here():
         for name, value in vars(getattr(jdrop, module)).items():
             if inspect.isfunction(value) and value.__module__ == f"jdrop.{module}" and not name.startswith("_"):
                 names.add(f"{module}.{name}")
+    names |= {f"{module}.{name}" for module in MODULES for name in getattr(jdrop, module).__all__}
     assert names == set(PUBLIC)
     assert jdrop.MASK_VERSION == 1
 
@@ -125,7 +129,7 @@ def test_docstrings_are_complete(name):
 
 # ------------------------------------------------------------------------------------ the grammar
 
-TAKES_TRAIN = [name for name, f in PUBLIC.items() if "train" in inspect.signature(f).parameters]
+TAKES_TRAIN = [n for n, f in PUBLIC.items() if "train" in inspect.signature(f).parameters and n not in NO_MODE]
 
 
 def test_the_table_of_members_has_every_function_with_a_train_argument():
