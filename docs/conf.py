@@ -59,7 +59,7 @@ if os.environ.get("JDROP_OFFLINE"):
     nitpick_ignore_regex = [(r"py:.*", r"(jax|flax|optax|equinox|haiku|numpy)\..*")]
 
 html_theme = "sphinx_book_theme"
-html_baseurl = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
+html_baseurl = urls["Documentation"]
 html_title = "jdrop"
 html_theme_options = {
     "repository_url": urls["Source"],
