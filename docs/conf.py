@@ -69,6 +69,7 @@ html_theme_options = {
     "home_page_in_toc": True,
 }
 html_context = {"default_mode": "auto"}  # otherwise, the theme logs an error
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

@@ -8,23 +8,31 @@ there, shows a picture that does not load or that belongs to the other theme, or
 import argparse
 import functools
 import http.server
+import itertools
 import os
 import shutil
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, ViewportSize, sync_playwright
 
+Theme = Literal["light", "dark"]
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-SCREENS = {"desktop": (1280, 900), "phone": (390, 844)}  # CSS pixels
-THEMES = ("light", "dark")
-SEARCHES = {"drop_block": "drop_block", "checkpoint": "memory", "classifier-free": "recipes"}  # words: a page they find
+SCREENS: dict[str, ViewportSize] = {
+    "desktop": {"width": 1280, "height": 900},  # CSS pixels
+    "phone": {"width": 390, "height": 844},
+}
+THEMES: tuple[Theme, ...] = ("light", "dark")
+OTHER = {"light": "dark", "dark": "light"}
+SEARCHES = {"drop_block": "drop_block", "checkpoint": "memory", "classifier": "recipes"}  # words: a page they find
 
 PICTURES = """() => Array.from(document.images).filter(image => image.offsetParent !== null).map(
     image => [image.getAttribute("src"), image.complete && image.naturalWidth > 0])"""
+SHOWN = "theme => document.documentElement.dataset.theme === theme"
 WIDTHS = "() => [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
 
 
@@ -43,23 +51,26 @@ def serve(folder: Path) -> str:
     return f"http://127.0.0.1:{server.server_address[1]}"
 
 
-def faults_of(page: Page, address: str, theme: str) -> Iterator[str]:
-    """Open a page, and return what is wrong with it."""
+def faults_of(page: Page, address: str) -> Iterator[str]:
+    """Open a page, and return what is wrong with it on each screen and in each theme."""
     logged: list[str] = []
     page.on("console", lambda message: logged.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: logged.append(str(error)))
     page.on("requestfailed", lambda request: logged.append(f"request failed: {request.url}"))
     page.goto(address, wait_until="load")
+    for (screen, size), theme in itertools.product(SCREENS.items(), THEMES):
+        page.set_viewport_size(size)
+        page.emulate_media(color_scheme=theme)
+        page.wait_for_function(SHOWN, arg=theme)
+        for source, loaded in page.evaluate(PICTURES):
+            if not loaded:
+                yield f"{screen}, {theme}: picture does not load: {source}"
+            if f"-{OTHER[theme]}." in source:
+                yield f"{screen}, {theme}: picture of the {OTHER[theme]} theme: {source}"
+        wide, width = page.evaluate(WIDTHS)
+        if wide > width:
+            yield f"{screen}, {theme}: {wide} pixels wide on a screen of {width}"
     yield from logged
-    other = "dark" if theme == "light" else "light"
-    for source, loaded in page.evaluate(PICTURES):
-        if not loaded:
-            yield f"picture does not load: {source}"
-        if f"-{other}." in source:
-            yield f"picture of the {other} theme: {source}"
-    wide, screen = page.evaluate(WIDTHS)
-    if wide > screen:
-        yield f"{wide} pixels wide on a screen of {screen}"
 
 
 def search_faults(browser: Browser, site: str) -> Iterator[str]:
@@ -79,6 +90,14 @@ def search_faults(browser: Browser, site: str) -> Iterator[str]:
         page.close()
 
 
+def take_screenshots(page: Page, folder: Path, name: str) -> None:
+    """Save an opened page as a picture for each screen and theme."""
+    for (screen, size), theme in itertools.product(SCREENS.items(), THEMES):
+        page.set_viewport_size(size)
+        page.emulate_media(color_scheme=theme)
+        page.screenshot(path=folder / f"{name}-{screen}-{theme}.png", full_page=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--site", type=Path, default=ROOT / "out" / "site")
@@ -91,25 +110,18 @@ def main() -> None:
     program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         sys.exit("no Chromium found; install one, or set CHROMIUM to its path")
-    site, faults, count = serve(options.site), [], 0
+    site, faults = serve(options.site), []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        for screen, (width, height) in SCREENS.items():
-            for theme in THEMES:
-                context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
-                for path in pages:
-                    page = context.new_page()
-                    for fault in faults_of(page, f"{site}/{path}", theme):
-                        faults.append(f"{path}, {screen}, {theme}: {fault}")
-                    if options.screenshots:
-                        name = f"{screen}-{theme}-{'-'.join(path.with_suffix('.png').parts)}"
-                        page.screenshot(path=options.screenshots / name, full_page=True)
-                    page.close()
-                    count += 1
-                context.close()
+        for path in pages:
+            page = browser.new_page()
+            faults += [f"{path}, {fault}" for fault in faults_of(page, f"{site}/{path}")]
+            if options.screenshots:
+                take_screenshots(page, options.screenshots, "-".join(path.with_suffix("").parts))
+            page.close()
         faults += search_faults(browser, site)
         browser.close()
-    print("\n".join(faults) or f"{len(pages)} pages, opened {count} times: no faults")
+    print("\n".join(faults) or f"{len(pages)} pages: no faults")
     sys.exit(bool(faults))
 
 
