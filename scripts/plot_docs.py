@@ -342,6 +342,8 @@ def simcse(theme: Theme, data: Any) -> Figure:
     for (_, values), color in zip(data["loss"].items(), colors[1:], strict=True):
         right.semilogy(values, color=color, linewidth=1.5)
     right.set(xlabel="step", title="contrastive loss (nats), same colors")
+    right.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
+    right.minorticks_off()
     return figure
 
 
