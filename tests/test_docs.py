@@ -43,7 +43,7 @@ def cases():
     """Yield the number of each block on its page. Some blocks read a compiled program."""
     for name in NAMES:
         for i, code in enumerate(blocks(name)):
-            yield pytest.param(name, i, marks=[pytest.mark.compiled] * ("memory_analysis(" in code))
+            yield pytest.param(name, i, marks=pytest.mark.compiled if "memory_analysis(" in code else pytest.mark.docs)
 
 
 @pytest.mark.parametrize("page, number", list(cases()))
