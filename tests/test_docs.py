@@ -161,7 +161,7 @@ def test_figures_of_the_readme_are_those_of_the_results():
         line(start, *(f"{ratio:.3f}" for ratio in found))
     attention = {"length": 4096, "dtype": "float32", "direction": "forward+backward", "rate": 0.1}
     ours, linen, torch = (only("attention", contender=c, **attention) for c in ("jdrop chunked", *peers[1:]))
-    line("attention of length 4096", "1", *(f"{x['to_full'] / ours['to_full']:.3g}" for x in (linen, torch)))
+    line("time of attention of length 4096", "1", *(f"{x['to_full'] / ours['to_full']:.3g}" for x in (linen, torch)))
     line("temporary megabytes", *(f"{x['temporary_bytes'] / 1e6:,.0f}" for x in (ours, linen)))
     table = "1 x h100, gradient of 4 layers of [8x512x768], unrolled, plain, float32"
     for name, text in (("jdrop fast", "takes {:.3f} times"), ("where(bernoulli)", "{:.3f} times with `where")):
