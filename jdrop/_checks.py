@@ -183,13 +183,13 @@ def as_count(function: str, argument: str, value: Any, low: int = 1) -> int:
 # ---------------------------------------------------------------------------------- static options
 
 
-def as_bool(function: str, argument: str, value: Any, rate_argument: str = "rate") -> bool:
-    """Require a static bool. Where it is a mode, the error offers a traced rate instead."""
+def as_bool(function: str, argument: str, value: Any, rate_argument: str | None = "rate") -> bool:
+    """Require a static bool. Where it is a mode of a function with a rate, the error offers a traced rate instead."""
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
     if isinstance(value, jax.core.Tracer):
         switched = f"train, {rate_argument}, 0." if argument == "train" else f"{argument}, 0., {rate_argument}"
-        is_mode = argument in ("train", "deterministic", "inference")
+        is_mode = rate_argument and argument in ("train", "deterministic", "inference")
         hint = f"pass {rate_argument}=jnp.where({switched}), or " if is_mode else ""
         raise TypeError(
             f"{function}: {argument} must be static, got a traced value; {hint}list {argument} in static_argnames"

@@ -30,7 +30,7 @@ def r_drop_loss(logits_a: Array, logits_b: Array) -> Array:
       Losses ``[...]``, in float32 or the dtype of the logits if that is wider.
 
     Raises:
-      ValueError: the shapes differ, or there is no axis of classes.
+      ValueError: the shapes or dtypes differ, or there is no axis of classes.
       TypeError: an argument is not a real floating array.
 
     References:
@@ -43,8 +43,10 @@ def r_drop_loss(logits_a: Array, logits_b: Array) -> Array:
       (0.0, 0.1155)
     """
     _check_pair("r_drop_loss", ("logits_a", "logits_b"), (logits_a, logits_b), min_ndim=1, axes="[..., classes]")
-    both_never = jnp.isneginf(logits_a) & jnp.isneginf(logits_b)
-    log_a, log_b = (jax.nn.log_softmax(x.astype(real_dtype(x))) for x in (logits_a, logits_b))
+    a, b = (x.astype(real_dtype(x)) for x in map(jnp.asarray, (logits_a, logits_b)))
+    both_never = jnp.isneginf(a) & jnp.isneginf(b)
+    lowest = jnp.finfo(a.dtype).min  # has gradients of 0 even if all classes are masked
+    log_a, log_b = (jax.nn.log_softmax(jnp.where(both_never, lowest, x)) for x in (a, b))
     log_a, log_b = (jnp.where(both_never, 0, log_p) for log_p in (log_a, log_b))
     return ((jnp.exp(log_a) - jnp.exp(log_b)) * (log_a - log_b)).sum(-1) / 2
 
@@ -65,7 +67,7 @@ def simcse_loss(a: Array, b: Array, temperature: float | Array = 0.05) -> Array:
       near ``log(batch)``.
 
     Raises:
-      ValueError: the shapes differ, the arrays do not have two axes, or ``temperature`` is out of range.
+      ValueError: the shapes or dtypes differ, the arrays do not have two axes, or ``temperature`` is out of range.
       TypeError: an argument has the wrong type.
 
     References:
@@ -84,14 +86,17 @@ def simcse_loss(a: Array, b: Array, temperature: float | Array = 0.05) -> Array:
     """
     _check_pair("simcse_loss", ("a", "b"), (a, b), min_ndim=2, max_ndim=2, axes="[batch, feature]")
     if not isinstance(temperature, jax.Array) or temperature.ndim:
-        low = as_number("simcse_loss", "temperature", temperature, 0, float("inf"))
-        if not low:
+        temperature = as_number("simcse_loss", "temperature", temperature, 0, float("inf"))
+        if not temperature:
             raise ValueError("simcse_loss: temperature must be above 0, got 0; pass a number such as 0.05")
-    a, b = (_unit(x.astype(real_dtype(x))) for x in (a, b))
+    else:
+        check_array("simcse_loss", "temperature", temperature, FLOATS, cast="convert it to float32")
+    a, b = (_unit(x.astype(real_dtype(x))) for x in map(jnp.asarray, (a, b)))
     sharding = explicit_sharding(jax.typeof(a).sharding)
     if sharding is not None:
         sharding = sharding.update(spec=PartitionSpec(sharding.spec[0], None))
-    similarities = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST, out_sharding=sharding) / temperature
+    similarities = jnp.matmul(a, b.T, precision=lax.Precision.HIGHEST, out_sharding=sharding)
+    similarities = similarities / jnp.asarray(temperature, a.dtype)
     rows, columns = (lax.broadcasted_iota(jnp.int32, similarities.shape, i, out_sharding=sharding) for i in (0, 1))
     return -jnp.where(rows == columns, jax.nn.log_softmax(similarities), 0).sum(-1)
 
@@ -115,6 +120,6 @@ def _check_pair(
 def _unit(x: Array) -> Array:
     """Return x divided by its norm over the last axis; zeros, with gradients of 0, where the norm is 0."""
     largest = lax.stop_gradient(abs(x).max(-1, keepdims=True, initial=0))
-    x = x / jnp.where(largest > 0, largest, 1)  # otherwise, squares overflow
+    x = x / jnp.where(largest == 0, 1, largest)  # otherwise, squares overflow
     square = (x**2).sum(-1, keepdims=True)
-    return jnp.where(square > 0, x * lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+    return jnp.where(square == 0, 0, x * lax.rsqrt(jnp.where(square == 0, 1, square)))

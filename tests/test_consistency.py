@@ -34,6 +34,37 @@ def test_r_drop_of_masked_classes():
     assert all(np.isfinite(g).all() and (g[:, 2] == 0).all() for g in gradients)
 
 
+def test_r_drop_of_examples_whose_classes_are_all_masked():
+    a, b = A.at[1].set(-jnp.inf), B.at[1].set(-jnp.inf)
+    value, gradients = jax.value_and_grad(lambda a, b: r_drop_loss(a, b).sum(), argnums=(0, 1))(a, b)
+    np.testing.assert_allclose(value, r_drop_loss(A, B).sum() - r_drop_loss(A, B)[1], rtol=1e-5)
+    assert all(np.isfinite(g).all() and (g[1] == 0).all() for g in gradients)
+
+
+def test_nan_and_infinity_are_not_hidden():
+    for value in (jnp.nan, jnp.inf):
+        a = A.at[1, 2].set(value)
+        assert np.isnan(r_drop_loss(a, B)).tolist() == [False, True, False, False, False, False]
+        assert np.isnan(simcse_loss(a, B)).tolist() == [False, True, False, False, False, False]
+        assert np.isnan(simcse_loss(A, B.at[1, 2].set(value))).all()
+
+
+def test_temperatures_of_other_dtypes():
+    exact = simcse_loss(A, B, 0.25)
+    for temperature in (np.float64(0.25), np.float16(0.25), jnp.bfloat16(0.25)):
+        np.testing.assert_array_equal(simcse_loss(A, B, temperature), exact)
+    np.testing.assert_array_equal(simcse_loss(np.asarray(A, np.float64), np.asarray(B, np.float64), 0.25), exact)
+    with jax.enable_x64(True):
+        assert simcse_loss(A, B, np.float64(0.25)).dtype == jnp.float32
+        assert simcse_loss(A.astype(jnp.float64), B.astype(jnp.float64), jnp.float32(0.25)).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("loss", [r_drop_loss, simcse_loss])
+def test_small_batches(loss):
+    assert loss(A[:0], B[:0]).shape == (0,)
+    assert simcse_loss(A[:1], B[:1]) == 0
+
+
 def test_simcse_is_the_cross_entropy_of_finding_the_twin():
     a, b = (np.asarray(x, np.float64) for x in (A, B))
     a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
@@ -92,6 +123,7 @@ def test_on_a_mesh(loss, explicit):
         (lambda: simcse_loss(A[0], B[0]), ValueError, "simcse_loss: a must have axes [batch, feature]"),
         (lambda: simcse_loss(A, B, 0.0), ValueError, "simcse_loss: temperature must be above 0, got 0"),
         (lambda: simcse_loss(A, B, -1), ValueError, "simcse_loss: temperature must be finite and at least 0, got -1"),
+        (lambda: simcse_loss(A, B, jnp.int32(1)), TypeError, "simcse_loss: temperature must be float16"),
         (lambda: simcse_loss(A, B, jnp.ones(3)), TypeError, "simcse_loss: temperature must be a number"),
     ],
 )

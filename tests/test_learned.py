@@ -240,6 +240,28 @@ def test_transforms(name):
     np.testing.assert_allclose(scanned[2], call(keys[2], X), rtol=1e-5, atol=1e-6)
 
 
+def test_arrays_of_numpy():
+    """Also of float64, which is float32 without ``jax_enable_x64``."""
+    options = {"num_examples": 9, "length_scale": 1.0}
+    for dtype in (np.float32, np.float64):
+        x, kernel = np.asarray(X, dtype), np.asarray(KERNEL, dtype)
+        for train in (False, True):
+            exact = variational_dense(KEY, X, KERNEL, -1.0, train=train)
+            np.testing.assert_allclose(variational_dense(KEY, x, kernel, -1.0, train=train), exact, rtol=1e-6)
+        exact = concrete_dropout(KEY, X, 0.0, train=True)
+        np.testing.assert_array_equal(concrete_dropout(KEY, x, np.zeros(200, dtype), train=True), exact)
+        exact = concrete_regularizer(0.0, KERNEL, **options)
+        np.testing.assert_allclose(concrete_regularizer(0.0, kernel, **options), exact, rtol=1e-6)
+    assert isinstance(variational_keep(np.zeros(3)), jax.Array)
+
+
+def test_python_numbers_keep_their_digits_in_float64():
+    with jax.enable_x64(True):
+        x = X.astype(jnp.float64)
+        ours, exact = (concrete_dropout(KEY, x, logit, train=True) for logit in (-2.2, jnp.float64(-2.2)))
+        np.testing.assert_allclose(ours, exact, rtol=1e-14)
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("name", CALLS)
 def test_on_a_mesh(name, explicit):
@@ -279,6 +301,31 @@ def test_on_a_mesh(name, explicit):
             TypeError,
             "concrete_dropout: key must be a PRNG key when",
         ),
+        (
+            lambda: concrete_dropout(KEY, X, np.inf, train=True),
+            ValueError,
+            "concrete_dropout: logit must be finite, got inf",
+        ),
+        (
+            lambda: jax.jit(lambda train: concrete_dropout(KEY, X, 0.0, train=train))(True),
+            TypeError,
+            "concrete_dropout: train must be static, got a traced value; list train in static_argnames",
+        ),
+        (
+            lambda: variational_dense(None, X, KERNEL, 0.0, train=True),
+            TypeError,
+            "variational_dense: key must be a PRNG key when train is true, got None; pass a key, or train=False",
+        ),
+        (
+            lambda: variational_dense(3, X, KERNEL, 0.0, train=False),
+            TypeError,
+            "variational_dense: key must be a PRNG key, got 3",
+        ),
+        (
+            lambda: variational_dense(KEY, X, KERNEL, 0.0, train=True, threshold="3"),
+            TypeError,
+            "variational_dense: threshold must be a number, got '3'",
+        ),
         (lambda: concrete_dropout(KEY, X, 0.0, train=1), TypeError, "concrete_dropout: train must be a bool, got 1"),
         (
             lambda: concrete_dropout(KEY, X, 0.0, train=True, shared_axes=2),
@@ -305,7 +352,6 @@ def test_on_a_mesh(name, explicit):
             ValueError,
             "variational_dense: log_alpha must broadcast",
         ),
-        (lambda: variational_dense(None, X, KERNEL, 0.0, train=True), TypeError, "variational_dense: key must be"),
         (lambda: variational_kl(jnp.arange(3)), TypeError, "variational_kl: log_alpha must be"),
         (lambda: variational_keep(jnp.zeros(3), np.inf), ValueError, "variational_keep: threshold must be finite"),
     ],

@@ -85,6 +85,27 @@ def test_moments_keep_the_digits_of_a_small_variance():
     np.testing.assert_allclose(variance, exact, rtol=2e-3)
 
 
+def test_moments_of_float64_and_of_integers_have_64_bits():
+    with jax.enable_x64(True):
+
+        def fn(key):
+            x = jax.random.uniform(key, (50,), jnp.float64)
+            return {"float": x, "complex": jax.lax.complex(x, 3 * x), "int": (2**40 + 100 * x).astype(jnp.int64)}
+
+        samples = mc_samples(fn, KEY, 7)
+        for chunk_size in (1, 3, None):
+            mean, variance = mc_moments(fn, KEY, 7, chunk_size=chunk_size)
+            for name, rtol in (("float", 1e-13), ("complex", 1e-13), ("int", 1e-5)):
+                np.testing.assert_allclose(mean[name], np.mean(samples[name], 0), rtol=1e-13)
+                np.testing.assert_allclose(variance[name], np.var(samples[name], 0), rtol=rtol)
+
+
+def test_numbers_of_numpy():
+    plain = mc_moments(network, KEY, 7, *data(), chunk_size=2)
+    numbers = mc_moments(network, KEY, np.int32(7), *data(), chunk_size=np.int64(2))
+    assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (plain, numbers))))
+
+
 def test_moments_are_within_5_standard_errors_of_exact_enumeration():
     n, rate = 20_000, 0.3
     x, w = data(batch=1)
@@ -227,6 +248,31 @@ def test_probabilities_of_exactly_0(f, p):
 
 
 @pytest.mark.parametrize("f", ENTROPIES)
+def test_nan_is_not_hidden(f):
+    """Neither a NaN in one class of one sample, nor one beside a probability of exactly 0."""
+    log_probs = random_log_probs().at[1, 2, 3].set(jnp.nan).at[0, 2, 3].set(-jnp.inf)
+    assert np.isnan(f(log_probs)).tolist() == [False, False, True, False]
+    assert np.isnan(f(jnp.full((3, 4), jnp.nan)))
+
+
+@pytest.mark.parametrize("f", ENTROPIES)
+def test_entropies_of_numpy_and_small_arrays(f):
+    log_probs = random_log_probs()
+    np.testing.assert_array_equal(f(np.asarray(log_probs, np.float64)), f(log_probs))
+    assert isinstance(f(np.asarray(log_probs)), jax.Array)
+    assert f(log_probs[:, :0]).shape == (0,)
+    one = predictive_entropy(log_probs[:1]) if f is not mutual_information else np.zeros(4)
+    np.testing.assert_allclose(f(log_probs[:1]), one, rtol=1e-6)
+
+
+def test_mutual_information_is_not_negative():
+    """Also where all samples agree up to rounding."""
+    equal = jnp.broadcast_to(random_log_probs((1, 500, 7)), (9, 500, 7))
+    assert (mutual_information(equal) >= 0).all()
+    assert (mutual_information(equal + 1e-7 * jax.random.normal(KEY, equal.shape)) >= 0).all()
+
+
+@pytest.mark.parametrize("f", ENTROPIES)
 def test_gradients_of_entropies(f):
     with jax.enable_x64(True):
         logits = jax.random.normal(jax.random.key(2), (3, 2, 4), jnp.float64)
@@ -242,6 +288,9 @@ def test_variances_of_a_mixture_add_up():
     moved = variance_split(means.T, variances.T, sample_axis=1)
     np.testing.assert_allclose(moved, (aleatoric, epistemic), rtol=1e-5)
     assert variance_split(means.astype(jnp.float16), variances)[0].dtype == jnp.float32
+    assert all(isinstance(x, jax.Array) for x in variance_split(np.asarray(means), np.asarray(variances)))
+    with jax.enable_x64(True):
+        assert {x.dtype.name for x in variance_split(means.astype(jnp.float64), variances)} == {"float64"}
     assert math.isclose(float(variance_split(jnp.array([1.0, 3.0]), jnp.array([0.5, 0.7]))[0]), 0.6, rel_tol=1e-6)
 
 
@@ -264,6 +313,8 @@ LOG_PROBS = jnp.zeros((2, 3))
         (lambda: mutual_information(LOG_PROBS, sample_axis=2), ValueError, "mutual_information: sample_axis must be"),
         (lambda: mutual_information(LOG_PROBS, sample_axis=None), TypeError, "mutual_information: sample_axis must be"),
         (lambda: mutual_information(LOG_PROBS.astype(int)), TypeError, "mutual_information: log_probs must be"),
+        (lambda: mutual_information(LOG_PROBS[:0]), ValueError, "mutual_information: log_probs must have at least 1"),
+        (lambda: variance_split(LOG_PROBS[:0], LOG_PROBS[:0]), ValueError, "variance_split: means must have at least"),
         (lambda: variance_split(LOG_PROBS, LOG_PROBS[:1]), ValueError, "variance_split: variances must have the shape"),
         (lambda: variance_split(LOG_PROBS, 1.0), TypeError, "variance_split: variances must be an array, got 1.0"),
     ],

@@ -8,10 +8,10 @@ from jax import Array
 
 from jdrop._axes import as_axes, as_axis
 from jdrop._checks import as_count, check_array
-from jdrop._prepare import check_arguments, shared_shape
+from jdrop._prepare import shared_shape
 from jdrop._primitive import masked_op
 from jdrop._types import FLOATS, REAL, Shard, real_dtype
-from jdrop.learned._parts import ADD_LOGISTIC, as_parameter, as_positive
+from jdrop.learned._parts import ADD_LOGISTIC, as_parameter, as_positive, draw_noise
 
 
 def concrete_dropout(
@@ -45,7 +45,8 @@ def concrete_dropout(
       An array with the shape and dtype of x.
 
     Raises:
-      ValueError: ``temperature`` or an axis is out of range, or ``logit`` does not broadcast to the decisions.
+      ValueError: ``temperature`` or an axis is out of range, or ``logit`` is an infinite number, or an array that does
+        not broadcast to the decisions.
       TypeError: an argument has the wrong type, ``key`` is missing, or ``train`` is traced.
 
     References:
@@ -67,10 +68,11 @@ def concrete_dropout(
     temperature = as_positive(name, "temperature", temperature)
     of_mask = shared_shape(as_axes(name, "shared_axes", shared_axes, x.ndim))
     logit = as_parameter(name, "logit", logit, of_mask(x.shape))
-    arguments = check_arguments(name, key, x, 0.5, train=train, shared_axes=shared_axes, shard=shard)
-    if arguments.is_identity:
+    mask = draw_noise(name, key, x, train=train, shared_axes=shared_axes, shard=shard)
+    if mask is None:
         return x
-    mask, dtype = arguments.draw(), real_dtype(x)
+    x = jnp.asarray(x)
+    dtype = real_dtype(x)
 
     @jax.checkpoint
     def drop(x: Array, logit: Array) -> Array:
@@ -106,7 +108,7 @@ def concrete_regularizer(
     ============================================================ ====================================================
 
     ``num_examples`` is the number of training examples, not the size of a batch. ``length_scale`` is the prior length
-    scale: the larger, the smaller weights are. The paper uses ``1e-2`` in images and chooses it by validation.
+    scale: the larger, the smaller weights are. Choose it by validation; the authors' code has ``1e-4``.
 
     Args:
       logit: as in :func:`concrete_dropout`: a scalar, or one per feature, ``[features]``.
@@ -139,6 +141,7 @@ def concrete_regularizer(
     num_examples = as_count(name, "num_examples", num_examples)
     length_scale = as_positive(name, "length_scale", length_scale)
     precision = as_positive(name, "precision", precision)
+    kernel = jnp.asarray(kernel)
     axis, dtype = as_axis(name, "feature_axis", feature_axis, kernel.ndim), real_dtype(kernel)
     features = kernel.shape[axis]
     logit = as_parameter(name, "logit", logit, (features,)).astype(dtype)

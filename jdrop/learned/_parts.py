@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop._checks import as_number, check_array, check_broadcastable, expand_rank
+from jdrop._checks import as_bool, as_number, check_array, check_broadcastable, expand_rank, is_integer
 from jdrop._errors import describe
+from jdrop._mask import Mask
+from jdrop._prepare import prepare
 from jdrop._primitive import MaskedOp, MaskView
-from jdrop._types import FLOATS
+from jdrop._types import FLOATS, Shard
 
 
 def as_positive(function: str, argument: str, value: Any) -> float:
@@ -21,13 +23,21 @@ def as_positive(function: str, argument: str, value: Any) -> float:
 
 
 def as_parameter(function: str, argument: str, value: Any, shape: tuple[int, ...]) -> Array:
-    """Require a real floating number, or an array of them that broadcasts to a shape."""
-    value = (
-        jnp.asarray(value, jnp.float32) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-    )
+    """Require a finite number, or a real floating array that broadcasts to a shape."""
+    if is_integer(value) or isinstance(value, float):
+        value = jnp.asarray(as_number(function, argument, value, -np.inf, np.inf))
     check_array(function, argument, value, FLOATS, cast="convert it to float32")
     check_broadcastable(function, argument, value, shape)
     return expand_rank(jnp.asarray(value), len(shape))
+
+
+def draw_noise(
+    function: str, key: Array | None, data: Array, *, train: bool, shared_axes: Any = (), shard: Shard = None
+) -> Mask | None:
+    """Check the arguments, and return the mask whose words become noise, or ``None`` in evaluation."""
+    if as_bool(function, "train", train, None) and key is None:
+        raise TypeError(f"{function}: key must be a PRNG key when train is true, got None; pass a key, or train=False")
+    return prepare(function, key, data, 0.5, train=train, shared_axes=shared_axes, shard=shard)
 
 
 def _identity(view: MaskView, x: Array) -> Array:

@@ -7,10 +7,9 @@ from jax import Array
 
 from jdrop._checks import as_bool, as_number, check_array
 from jdrop._errors import describe
-from jdrop._prepare import check_arguments
 from jdrop._primitive import masked_op
 from jdrop._types import FLOATS, Shard, real_dtype
-from jdrop.learned._parts import ADD_NORMAL, as_parameter
+from jdrop.learned._parts import ADD_NORMAL, as_parameter, draw_noise
 
 _TINY = 1e-30  # the square root has a finite gradient there
 
@@ -70,14 +69,16 @@ def variational_dense(
             f"got {describe(kernel)}; reshape or convert it"
         )
     log_alpha = as_parameter(name, "log_alpha", log_alpha, kernel.shape)
-    keep = variational_keep(log_alpha, threshold)
-    if not as_bool(name, "train", train):
-        return x @ jnp.where(keep, kernel, 0)
+    threshold = as_number(name, "threshold", threshold, -np.inf, np.inf)
+    train = as_bool(name, "train", train, None)
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    mean = x @ (kernel if train else jnp.where(variational_keep(log_alpha, threshold), kernel, 0))
+    mask = draw_noise(name, key, mean, train=train, shard=shard)
+    if mask is None:
+        return mean
     dtype = real_dtype(x)
-    mean = x @ kernel
     weight_variance = jnp.exp(log_alpha.astype(dtype)) * kernel.astype(dtype) ** 2
     variance = x.astype(dtype) ** 2 @ weight_variance
-    mask = check_arguments(name, key, mean, 0.5, train=train, shard=shard).draw()
 
     @jax.checkpoint
     def add_noise(mean: Array, variance: Array) -> Array:
@@ -115,6 +116,7 @@ def variational_kl(log_alpha: Array) -> Array:
       [0.862, 0.0]
     """
     check_array("variational_kl", "log_alpha", log_alpha, FLOATS, cast="convert it to float32")
+    log_alpha = jnp.asarray(log_alpha)
     log_alpha = log_alpha.astype(real_dtype(log_alpha))
     return (jax.nn.softplus(-log_alpha) / 2 + 0.63576 * jax.nn.sigmoid(-1.87320 - 1.48695 * log_alpha)).sum()
 
@@ -142,4 +144,4 @@ def variational_keep(log_alpha: Array, threshold: float = 3.0) -> Array:
       [True, False]
     """
     check_array("variational_keep", "log_alpha", log_alpha, FLOATS, cast="convert it to float32")
-    return log_alpha < as_number("variational_keep", "threshold", threshold, -np.inf, np.inf)
+    return jnp.asarray(log_alpha) < as_number("variational_keep", "threshold", threshold, -np.inf, np.inf)

@@ -1,6 +1,7 @@
 """Uncertainty of predictions, split into that of the data and that of the network."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from jdrop._axes import as_axis
@@ -23,7 +24,7 @@ def predictive_entropy(log_probs: Array, *, sample_axis: int = 0) -> Array:
       Entropies ``[...]``, from 0 to ``log(classes)``, in float32 or the dtype of ``log_probs`` if that is wider.
 
     Raises:
-      ValueError: ``sample_axis`` is out of range, or there are fewer than two axes.
+      ValueError: ``sample_axis`` is out of range, there are fewer than two axes, or there are no samples.
       TypeError: ``log_probs`` is not a real floating array, or ``sample_axis`` is not an int.
 
     References:
@@ -97,7 +98,7 @@ def mutual_information(log_probs: Array, *, sample_axis: int = 0) -> Array:
       0.6931
     """
     log_probs = _samples_first("mutual_information", log_probs, sample_axis)
-    positive = log_probs > -jnp.inf
+    positive = ~jnp.isneginf(log_probs)
     mean, log_mean = (x[None] for x in _without_zeros(_log_mean(log_probs)))
     ratio = jnp.where(positive, log_probs - log_mean, 0)
     # KL[p || q] = sum_c(p log(p / q) - p + q): no term is negative, so small ones do not cancel. With r = log(p / q):
@@ -114,12 +115,19 @@ def _samples_first(function: str, log_probs: Array, sample_axis: int) -> Array:
             f"{function}: log_probs must have an axis of samples and one of classes, got {describe(log_probs)}; "
             "pass [samples, ..., classes]"
         )
+    _check_samples(function, "log_probs", log_probs, axis)
+    log_probs = jnp.asarray(log_probs)
     return jnp.moveaxis(log_probs.astype(real_dtype(log_probs)), axis, 0)
+
+
+def _check_samples(function: str, argument: str, value: Array, axis: int) -> None:
+    if value.shape[axis] == 0:
+        raise ValueError(f"{function}: {argument} must have at least 1 sample, got {describe(value)}; draw more")
 
 
 def _without_zeros(log_p: Array) -> tuple[Array, Array]:
     """Return probabilities and their logarithms, with the logarithm of 0 replaced by 0, and gradients of 0 there."""
-    positive = log_p > -jnp.inf
+    positive = ~jnp.isneginf(log_p)  # or NaN, which stays
     log_p = jnp.where(positive, log_p, 0)
     return jnp.where(positive, jnp.exp(log_p), 0), log_p
 
@@ -132,10 +140,10 @@ def _entropy(log_p: Array) -> Array:
 def _log_mean(log_p: Array) -> Array:
     """Return the logarithm of the mean over samples of probabilities; gradients are finite where all are 0."""
     largest = lax.stop_gradient(jnp.maximum(log_p.max(0), jnp.finfo(log_p.dtype).min))
-    positive = log_p > -jnp.inf
+    positive = ~jnp.isneginf(log_p)
     scaled = jnp.exp(jnp.where(positive, log_p, largest[None]) - largest[None])
     mean = jnp.where(positive, scaled, 0).mean(0)
-    some = mean > 0
+    some = mean != 0
     return jnp.where(some, jnp.log(jnp.where(some, mean, 1)) + largest, -jnp.inf)
 
 
@@ -154,7 +162,7 @@ def variance_split(means: Array, variances: Array, *, sample_axis: int = 0) -> t
       ``(aleatoric, epistemic)``, each ``[...]``, in float32 or the dtype of the arguments if that is wider.
 
     Raises:
-      ValueError: ``sample_axis`` is out of range, or the shapes differ.
+      ValueError: ``sample_axis`` is out of range, the shapes differ, or there are no samples.
       TypeError: an argument is not a real floating array, or ``sample_axis`` is not an int.
 
     References:
@@ -176,5 +184,8 @@ def variance_split(means: Array, variances: Array, *, sample_axis: int = 0) -> t
             "predict both for each sample"
         )
     axis = as_axis(function, "sample_axis", sample_axis, means.ndim)
-    means, variances = (x.astype(real_dtype(x)) for x in (means, variances))
+    _check_samples(function, "means", means, axis)
+    means, variances = jnp.asarray(means), jnp.asarray(variances)
+    dtype = np.promote_types(real_dtype(means), real_dtype(variances))
+    means, variances = means.astype(dtype), variances.astype(dtype)
     return variances.mean(axis), means.var(axis)

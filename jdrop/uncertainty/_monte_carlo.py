@@ -37,6 +37,10 @@ def mc_samples(fn: Callable[..., Any], key: Array, num_samples: int, *args: Any,
     References:
       Gal, Ghahramani (2016), Dropout as a Bayesian Approximation, ICML.
 
+    Limits:
+      Under ``jax.vmap``, ``jax.random`` and ``generator="jax"`` draw other bits from ``rbg`` keys. With them, samples
+      depend on ``chunk_size``.
+
     Example:
       >>> import jax, jax.numpy as jnp, jdrop
       >>> def network(key, w, x):
@@ -71,7 +75,7 @@ def mc_moments(
 
     Returns:
       ``(mean, variance)``, each with the structure and the shapes of the outputs of ``fn``, in float32 or the dtype of
-      the outputs if that is wider. Variances are real.
+      the outputs if that is wider; of integers, in the default dtype of floats. Variances are real.
 
     Raises:
       TypeError: as in :func:`mc_samples`.
@@ -96,11 +100,12 @@ def mc_moments(
         outputs = jax.tree.map(_widened, outputs)
         mean = jax.tree.map(lambda y: y.mean(0), outputs)
         squares = jax.tree.map(lambda y, m: _square(y - m[None]).sum(0), outputs, mean)
-        return _Moments(jnp.float32(keys.shape[0]), mean, squares)
+        return _Moments(jnp.int32(keys.shape[0]), mean, squares)
 
     def merge(total: _Moments, keys: Array) -> tuple[_Moments, None]:
         return _merged(total, of_chunk(keys)), None
 
+    num_samples = keys.shape[0]
     num_chunks = num_samples // chunk
     total = of_chunk(keys[:chunk])
     if num_chunks > 1:
@@ -121,10 +126,13 @@ class _Moments(NamedTuple):
 
 def _merged(a: _Moments, b: _Moments) -> _Moments:
     number = a.number + b.number
-    share = b.number / number
+
+    def share(d: Array) -> Array:
+        return b.number.astype(d.real.dtype) / number.astype(d.real.dtype)
+
     difference = jax.tree.map(lambda x, y: y - x, a.mean, b.mean)
-    mean = jax.tree.map(lambda x, d: x + d * share.astype(d.dtype), a.mean, difference)
-    between = jax.tree.map(lambda d: _square(d) * (a.number * share).astype(d.real.dtype), difference)
+    mean = jax.tree.map(lambda x, d: x + d * share(d).astype(d.dtype), a.mean, difference)
+    between = jax.tree.map(lambda d: _square(d) * (a.number.astype(d.real.dtype) * share(d)), difference)
     return _Moments(number, mean, jax.tree.map(lambda x, y, z: x + y + z, a.squares, b.squares, between))
 
 
@@ -139,9 +147,11 @@ def _sample_keys(function: str, fn: Any, key: Array, num_samples: int, chunk_siz
 
 
 def _widened(x: Any) -> Array:
-    """Return an array in float32, or in its own dtype if that is wider."""
+    """Return an array in float32, or in its own dtype if that is wider; integers in the default dtype of floats."""
     x = jnp.asarray(x)
-    return x if jnp.iscomplexobj(x) else x.astype(real_dtype(x))
+    if jnp.iscomplexobj(x):
+        return x
+    return x.astype(real_dtype(x) if jnp.issubdtype(x.dtype, jnp.floating) else float)
 
 
 def _square(x: Array) -> Array:
