@@ -28,6 +28,9 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
     "picture",
+    "layer_signatures",
+    "results",
+    "llms",
 ]
 exclude_patterns = ["_build", "_extensions", "pictures"]
 
@@ -56,6 +59,7 @@ if os.environ.get("JDROP_OFFLINE"):
     nitpick_ignore_regex = [(r"py:.*", r"(jax|flax|optax|equinox|haiku|numpy)\..*")]
 
 html_theme = "sphinx_book_theme"
+html_baseurl = urls["Documentation"]
 html_title = "jdrop"
 html_theme_options = {
     "repository_url": urls["Source"],
@@ -64,6 +68,8 @@ html_theme_options = {
     "show_toc_level": 2,
     "home_page_in_toc": True,
 }
+html_context = {"default_mode": "auto"}  # otherwise, the theme logs an error
+html_favicon = "_static/favicon.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False

@@ -46,6 +46,7 @@ from sklearn.linear_model import RidgeClassifier
 from tqdm import tqdm
 
 import jdrop
+from jdrop.consistency import simcse_loss
 from jdrop.keys import derive, per_example
 
 matplotlib.use("Agg")
@@ -96,17 +97,16 @@ def features(params: Params, x: Array, key: Array | None, rate: Array, train: bo
 
 
 def embed(params: Params, x: Array, key: Array, rate: Array) -> Array:
-    """Map images to embeddings [batch, 64] of norm 1."""
+    """Map images to embeddings [batch, 64]."""
     h = features(params, x, key, rate, train=True)
     w, b = params[-1]
-    z = jdrop.dropout(derive(key, "embedding"), h, rate, train=True) @ w + b
-    return z / jnp.linalg.norm(z, axis=-1, keepdims=True)
+    return jdrop.dropout(derive(key, "embedding"), h, rate, train=True) @ w + b
 
 
 def loss_fn(params: Params, x: Array, keys: tuple[Array, Array], rate: Array) -> Array:
     """Return the cross-entropy of finding the twin of an image among the second views of all images."""
     one, other = (embed(params, x, key, rate) for key in keys)
-    return optax.softmax_cross_entropy_with_integer_labels(one @ other.T / TEMPERATURE, jnp.arange(len(x))).mean()
+    return simcse_loss(one, other, TEMPERATURE).mean()
 
 
 def make_train_step(optimizer: optax.GradientTransformation, images: Array) -> Callable[..., tuple[State, Array]]:

@@ -1,10 +1,10 @@
 """Functional dropout for JAX: explicit keys, the same mask everywhere, and no mask in memory."""
 
-import importlib.metadata
-from typing import Any
-
+from jdrop import consistency as consistency
 from jdrop import keys as keys
+from jdrop import learned as learned
 from jdrop import schedules as schedules
+from jdrop import uncertainty as uncertainty
 from jdrop._family.blocks import drop_block as drop_block
 from jdrop._family.blocks import drop_block_mask as drop_block_mask
 from jdrop._family.composed import bias_dropout_add as bias_dropout_add
@@ -26,8 +26,4 @@ from jdrop._family.weights import embedding_dropout as embedding_dropout
 from jdrop._random.fast import MASK_VERSION as MASK_VERSION
 from jdrop.attention import dot_product_attention as dot_product_attention
 
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":  # looked up late, so that a checkout that is not installed works too
-        return importlib.metadata.version("jdrop")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__version__ = "0.1.0"

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import operator
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,11 @@ __all__ = ["derive", "per_example"]
 _STR_HIGH, _STR_LOW, _INT, _OUT = 1, 2, 3, 4  # tags of the absorbed blocks
 
 
-def derive(key: Array, *path: str | int | Array) -> Array:
+@overload
+def derive(key: Array, *path: str | int | Array) -> Array: ...
+@overload
+def derive(key: None, *path: str | int | Array) -> None: ...
+def derive(key: Array | None, *path: str | int | Array) -> Array | None:
     """Return the key for a path of names and integers, such as ``derive(key, "encoder", 3, "attention", step)``.
 
     Threefry-2x32 absorbs the data words of the key, then each element of the path with a tag for its type. This
@@ -31,13 +35,14 @@ def derive(key: Array, *path: str | int | Array) -> Array:
     ``key``: derive as many keys from it as you need, and use each derived key once.
 
     Args:
-      key: one PRNG key of any implementation, typed or legacy uint32.
+      key: one PRNG key of any implementation, typed or legacy uint32; or ``None``, so that a model derives its keys in
+        evaluation, too.
       *path: one or more elements; order matters. A str is identified by its UTF-8 text. An int from 0 to 2**64 - 1, or
         a scalar integer array (which may be traced), is identified by its value, sign-extended to 64 bits. ``"3"`` and
         ``3`` differ, and ``derive(derive(k, "a"), "b")`` differs from ``derive(k, "a", "b")``.
 
     Returns:
-      A key of the same type as ``key``, identical in every process and on every platform.
+      A key of the same type as ``key``, identical in every process and on every platform; ``None`` for ``None``.
 
     Raises:
       TypeError: ``key`` is not a key, or an element is neither a str nor an integer (a bool is neither).
@@ -52,24 +57,30 @@ def derive(key: Array, *path: str | int | Array) -> Array:
       >>> bool(attention == mlp)
       False
     """
-    check_key("derive", key)
+    if key is not None:
+        check_key("derive", key)
     if not path:
         raise ValueError('derive: path must not be empty, got (); name the use, such as "encoder"')
-    return _derive(key, [block for element in path for block in _as_blocks("derive", "path", element)])
+    blocks = [block for element in path for block in _as_blocks("derive", "path", element)]
+    return None if key is None else _derive(key, blocks)
 
 
-def per_example(key: Array, ids: Array) -> Array:
+@overload
+def per_example(key: Array, ids: Array) -> Array: ...
+@overload
+def per_example(key: None, ids: Array) -> None: ...
+def per_example(key: Array | None, ids: Array) -> Array | None:
     """Return one key per example: ``derive(key, ids[i])`` for each element of an integer array.
 
     Use ``jax.vmap`` to map dropout over the keys. The mask of an example then depends only on its id, and not on the
     size, order, or sharding of its batch.
 
     Args:
-      key: one PRNG key, such as ``derive(key, "dropout", step)``.
+      key: one PRNG key, such as ``derive(key, "dropout", step)``; or ``None``, as in evaluation.
       ids: integer array of any shape, such as the indices ``[batch]`` of the examples in the data set.
 
     Returns:
-      Keys with shape ``ids.shape`` (legacy keys: ``[*ids.shape, words]``).
+      Keys with shape ``ids.shape``, or ``[*ids.shape, words]`` for legacy keys; ``None`` for ``None``.
 
     Raises:
       TypeError: ``key`` is not a key, or ``ids`` is not an integer array.
@@ -82,14 +93,15 @@ def per_example(key: Array, ids: Array) -> Array:
       >>> jax.vmap(drop)(jdrop.keys.per_example(key, ids), x).shape
       (2, 8)
     """
-    check_key("per_example", key)
+    if key is not None:
+        check_key("per_example", key)
     if not is_integer_array(ids):
         raise TypeError(
             f"per_example: ids must be an integer array, got {describe(ids)}; "
             "pass the examples' indices as an integer array"
         )
 
-    return _derive(key, [(_INT, _as_number(ids))])
+    return None if key is None else _derive(key, [(_INT, _as_number(ids))])
 
 
 def _derive(key: Array, blocks: list[tuple[int, Any]]) -> Array:

@@ -2,7 +2,7 @@
 
 For each length, the benchmark times attention on ``[1, T, heads, width]``, forward and forward+backward, in float32 or
 ``--dtypes``. Every contender runs once per round, in a new random order, and ratios are formed within a round.
-``x none`` compares with the same function at rate 0, and ``x full`` with jdrop's chunked attention with dropout but
+``x none`` compares with the same function at rate 0, and ``x full`` with jdrop's chunked attention at the same rate and
 without a causal mask. Temporary bytes are those of the compiled program, as reported by XLA; PyTorch reports none.
 
 Flax uses a separate mask for each head here (``broadcast_dropout=False``), as jdrop and PyTorch do. ``jax.nn`` has no

@@ -22,7 +22,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # read when Keras is imported
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-TIERS = ("unit", "compiled", "examples", "benchmarks", "long", "property", "accelerators")
+TIERS = ("unit", "compiled", "docs", "examples", "benchmarks", "long", "property", "accelerators")
 
 # Of the tier ``property``. A test says how many cases it runs per hundred of ``max_examples``, see strategies.py.
 settings.register_profile(
@@ -33,6 +33,7 @@ settings.register_profile(
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
+settings.register_profile("few", settings.get_profile("ci"), max_examples=25)
 settings.register_profile("hunt", settings.get_profile("ci"), derandomize=False, max_examples=500, print_blob=True)
 settings.load_profile("ci")
 

@@ -1,9 +1,10 @@
-"""One row for every member of the family: how to call it, what it is exempt from, its benchmark, its README row.
+"""One row for every member of the family: how to call it, what it is exempt from, its benchmark, its row in the docs.
 
 All tests that walk the API read this table, and so does ``scripts/bench_dropout.py --family``. A new member needs one
-row here, and a line in the README's table, which a test derives from the row.
+row here, and a line in the table of ``docs/functions/index.md``, which a test derives from the row.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A row of the README's table of the family."""
+    """A row of the table of the family in the docs."""
 
     shares: str
     equation: str
@@ -72,7 +73,7 @@ class Member:
     """The call for one example [height, width, channel], if it differs."""
     bench: Bench | str
     """The benchmark, or why there is none."""
-    readme: Row | None
+    row: Row | None
     """None for a second entry of a function that already has a row."""
     exempt: Mapping[str, Exempt] = field(default_factory=dict)
     """Exemptions by name of a check in test_members.py."""
@@ -139,7 +140,7 @@ MEMBERS = {
         call=jdrop.dropout,
         by_channel=True,
         bench=Bench(torch=lambda f, x: f.dropout(x, RATE), keras=lambda k: k.Dropout(RATE)),
-        readme=Row(
+        row=Row(
             shares="nothing, or `shared_axes`",
             equation="`x m / q`",
             paper="Srivastava et al. 2014",
@@ -151,7 +152,7 @@ MEMBERS = {
         one=lambda key, x, rate, **o: jdrop.channel_dropout(key, x, rate, batch_axes=(), **o),
         by_channel=True,
         bench=Bench(shape="image", keras=lambda k: k.SpatialDropout2D(RATE), linen_broadcast=(1, 2)),
-        readme=Row(
+        row=Row(
             shares="a feature map",
             equation="`x m / q`",
             paper="Tompson et al. 2015",
@@ -169,7 +170,7 @@ MEMBERS = {
             limit=1.5,
             timm=timm_drop_block,
         ),
-        readme=Row(
+        row=Row(
             shares="blocks of a feature map",
             equation="`x m size(m) / sum(m)`",
             paper="Ghiasi et al. 2018",
@@ -180,7 +181,7 @@ MEMBERS = {
         call=jdrop.drop_path,
         one=lambda key, x, rate, **o: jdrop.drop_path(key, x, rate, batch_axes=(), **o),
         bench=Bench(linen_broadcast=(1,), timm=lambda layers, x: layers.drop_path(x, RATE, training=True)),
-        readme=Row(
+        row=Row(
             shares="an example",
             equation="`x m / q`",
             paper="Huang et al. 2016",
@@ -199,7 +200,7 @@ MEMBERS = {
             ),
         },
         bench="its cost depends on the branch: see depth() in scripts/_family.py",
-        readme=Row(
+        row=Row(
             shares="everything; a dropped branch is not computed",
             equation="`x + fn(x) m / q`",
             paper="Huang et al. 2016, Fan et al. 2020",
@@ -210,7 +211,7 @@ MEMBERS = {
         one=lambda key, x, rate, **o: jdrop.locked_dropout(key, x, rate, time_axis=0, **o),
         by_channel=True,
         bench=Bench(shape="steps", linen_broadcast=(1,)),
-        readme=Row(
+        row=Row(
             shares="time steps",
             equation="`x m / q`",
             paper="Gal and Ghahramani 2016",
@@ -232,12 +233,12 @@ MEMBERS = {
             drop=lambda key, x, old: jdrop.zoneout(key, x, RATE, old, train=True),
             operands=lambda shape: (jnp.ones(shape),),
         ),
-        readme=Row(shares="nothing", equation="`new m + old (1 - m)`", paper="Krueger et al. 2017"),
+        row=Row(shares="nothing", equation="`new m + old (1 - m)`", paper="Krueger et al. 2017"),
     ),
     "embedding_dropout": Member(
         call=jdrop.embedding_dropout,
         bench=Bench(linen_broadcast=(1,)),
-        readme=Row(
+        row=Row(
             shares="a word",
             equation="`x m[id] / q`",
             paper="Gal and Ghahramani 2016",
@@ -256,7 +257,7 @@ MEMBERS = {
             operands=lambda shape: (jnp.arange(shape[0] * shape[1]).reshape(shape[:2]) % 1000,),
             shape="steps",
         ),
-        readme=None,
+        row=None,
     ),
     "token_dropout": Member(
         call=lambda key, x, rate, **o: jdrop.token_dropout(key, ids_like(x), rate, -1, **o),
@@ -280,7 +281,7 @@ MEMBERS = {
             ),
             directions=("forward",),  # integers have no gradient
         ),
-        readme=Row(shares="nothing", equation="`ids` or `replacement`", paper="Bowman et al. 2016"),
+        row=Row(shares="nothing", equation="`ids` or `replacement`", paper="Bowman et al. 2016"),
     ),
     "patch_dropout": Member(
         call=lambda key, x, rate, **o: jdrop.patch_dropout(key, x, rate, token_axis=1, num_prefix=1, **o)[0],
@@ -295,7 +296,7 @@ MEMBERS = {
             "residuals": Exempt("the indices of the kept tokens remain", SEED_AND_RATE),
         },
         bench="it writes fewer elements than x has: no floor is comparable",
-        readme=Row(
+        row=Row(
             shares="the features of a token",
             equation="a random subset of tokens",
             paper="Liu et al. 2023",
@@ -307,7 +308,7 @@ MEMBERS = {
         by_channel=True,
         first=("key", "params", "rate"),
         bench=Bench(drop=lambda key, x: jdrop.drop_connect(key, x, RATE, train=True)),
-        readme=Row(shares="nothing: single weights", equation="`w m / q`", paper="Wan et al. 2013"),
+        row=Row(shares="nothing: single weights", equation="`w m / q`", paper="Wan et al. 2013"),
     ),
     "alpha_dropout": Member(
         call=jdrop.alpha_dropout,
@@ -320,7 +321,7 @@ MEMBERS = {
             ),
         },
         bench=Bench(torch=lambda f, x: f.alpha_dropout(x, RATE, training=True), keras=lambda k: k.AlphaDropout(RATE)),
-        readme=Row(
+        row=Row(
             shares="nothing, or `shared_axes`",
             equation="`a (x m + s (1 - m)) + b`",
             paper="Klambauer et al. 2017",
@@ -336,7 +337,7 @@ MEMBERS = {
             "contained": NOTHING_DROPPED,
         },
         bench=Bench(limit=3.0, keras=lambda k: k.GaussianDropout(RATE)),
-        readme=Row(
+        row=Row(
             shares="nothing, or `shared_axes`",
             equation="`x (1 + sqrt(rate / q) z)`",
             paper="Srivastava et al. 2014",
@@ -354,14 +355,14 @@ MEMBERS = {
             "contained": NOTHING_DROPPED,
         },
         bench=Bench(limit=3.0, keras=lambda k: k.GaussianNoise(RATE)),
-        readme=Row(shares="nothing, or `shared_axes`", equation="`x + stddev z`", paper="Bishop 1995", also_in="Keras"),
+        row=Row(shares="nothing, or `shared_axes`", equation="`x + stddev z`", paper="Bishop 1995", also_in="Keras"),
     ),
     "multi_sample_dropout": Member(
         call=lambda key, x, rate, **o: jdrop.multi_sample_dropout(key, x, rate, lambda h: h, 3, **o),
         by_channel=True,
         exempt={"contained": Exempt("it averages over masks", DROPPED_IS_ZERO)},
         bench="its cost is that of its head, several times",
-        readme=Row(shares="nothing", equation="mean of `head(x m / q)` over masks", paper="Inoue 2019"),
+        row=Row(shares="nothing", equation="mean of `head(x m / q)` over masks", paper="Inoue 2019"),
     ),
     "bias_dropout_add": Member(
         call=bias_dropout_add,
@@ -376,7 +377,7 @@ MEMBERS = {
             drop=lambda key, x, bias, residual: jdrop.bias_dropout_add(key, x, RATE, bias, residual, train=True),
             operands=lambda shape: (jnp.ones(shape[-1:]), jnp.ones(shape)),
         ),
-        readme=Row(shares="nothing", equation="`residual + (x + bias) m / q`", paper="Vaswani et al. 2017"),
+        row=Row(shares="nothing", equation="`residual + (x + bias) m / q`", paper="Vaswani et al. 2017"),
     ),
     "dot_product_attention": Member(
         call=attention,
@@ -392,7 +393,7 @@ MEMBERS = {
             ),
         },
         bench="it has its own benchmark: scripts/bench_attention.py",
-        readme=Row(
+        row=Row(
             shares="nothing, or `shared_axes`",
             equation="`(softmax(...) m / q) value`",
             paper="Vaswani et al. 2017",
@@ -407,8 +408,24 @@ def function_of(name):
     return name.split(" of ")[0]
 
 
-def readme_line(name):
-    """Return the line of a member in the README's table of the family."""
-    row = MEMBERS[name].readme
+def table_line(name):
+    """Return the line of a member in the table of the family."""
+    row = MEMBERS[name].row
     cells = (f"`{name}`", row.shares, row.equation, row.paper, row.also_in)
     return re.sub(" +", " ", f"| {' | '.join(cells)} |")
+
+
+FUNCTIONS = {name: value for name, value in vars(jdrop).items() if inspect.isfunction(value) and name[0] != "_"}
+PUBLIC = FUNCTIONS | {
+    "keys.derive": jdrop.keys.derive,
+    "keys.per_example": jdrop.keys.per_example,
+    "schedules.early": jdrop.schedules.early,
+    "schedules.late": jdrop.schedules.late,
+    "schedules.curriculum": jdrop.schedules.curriculum,
+    "schedules.depth_rates": jdrop.schedules.depth_rates,
+    **{
+        f"{module.__name__.removeprefix('jdrop.')}.{name}": getattr(module, name)
+        for module in (jdrop.consistency, jdrop.learned, jdrop.uncertainty)
+        for name in module.__all__
+    },
+}

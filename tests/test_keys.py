@@ -128,3 +128,12 @@ def test_integers_on_the_device_stay_there():
         jax.random.fold_in(KEY, step)
         results = derive(KEY, step), per_example(KEY, ids)
     assert (results[0] == expected[0]).all() and (results[1] == expected[1]).all()
+
+
+def test_without_a_key_there_is_none_to_derive():
+    """So a model derives its keys in evaluation, too. The other arguments are checked all the same."""
+    assert derive(None, "block", 3) is None and per_example(None, jnp.arange(3)) is None
+    with pytest.raises(ValueError, match=r"^derive: path must not be empty"):
+        derive(None)
+    with pytest.raises(TypeError, match=r"^per_example: ids must be an integer array"):
+        per_example(None, jnp.zeros(3))

@@ -3,7 +3,6 @@
 import ast
 import doctest
 import inspect
-import operator
 import pathlib
 import re
 import subprocess
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from members import MEMBERS, SHAPE, Bench, function_of, readme_line
+from members import MEMBERS, PUBLIC, SHAPE, function_of
 
 import jdrop
 
@@ -22,16 +21,17 @@ FAMILY = [path.stem for path in sorted((ROOT / "jdrop" / "_family").glob("*.py")
 LAYERS = [
     ["_errors", "_types", "_random.threefry", "_random.normal"],
     ["_checks", "_axes", "_random.indexing", "_random.fast", "_random.jax_bits", "_sharding"],
-    ["_random.key_words", "_platform.generic", "schedules"],
+    ["_random.key_words", "_platform.generic", "schedules", "consistency", "uncertainty._decomposition"],
     ["_platform.cpu", "_platform.gpu", "_platform.tpu"],
     ["_platform"],
     ["_bits", "_lowering"],
     ["_mask", "keys"],
-    ["_prepare", "_primitive", "attention._spec"],
-    ["_ops", "attention._checks", "attention._blocking"],
+    ["_prepare", "_primitive", "attention._spec", "uncertainty._monte_carlo"],
+    ["_ops", "attention._checks", "attention._blocking", "learned._parts"],
+    ["learned._concrete", "learned._variational"],
     ["attention._reference", "attention._blockwise"],
     ["attention._registry"],
-    ["attention", *(f"_family.{name}" for name in FAMILY)],
+    ["attention", "learned", "uncertainty", *(f"_family.{name}" for name in FAMILY)],
     ["", "_family", "_random", "adapters"],
     ["adapters._layer", "adapters._attention"],
     ["adapters._depth"],
@@ -43,19 +43,13 @@ LIBRARY_OF = {
     "adapters.equinox": ["equinox"],
     "adapters.haiku": ["haiku"],
 }
-PUBLIC = {name: value for name, value in vars(jdrop).items() if inspect.isfunction(value)} | {
-    "keys.derive": jdrop.keys.derive,
-    "keys.per_example": jdrop.keys.per_example,
-    "schedules.early": jdrop.schedules.early,
-    "schedules.late": jdrop.schedules.late,
-    "schedules.curriculum": jdrop.schedules.curriculum,
-    "schedules.depth_rates": jdrop.schedules.depth_rates,
-}
-NO_MODE = {  # public functions that are not members, and where their rules are tested
+MODULES = ("consistency", "learned", "uncertainty")
+NO_MODE = {  # public functions outside of the family, and where their rules are tested
     "dropout_mask": "test_masks, test_sharding",
     "drop_block_mask": "test_blocks",
     "keys.derive": "test_keys, test_known_answers",
     "keys.per_example": "test_keys, test_known_answers",
+    **{f"{module}.{name}": f"test_{module}" for module in MODULES for name in getattr(jdrop, module).__all__},
     "schedules.early": "test_schedules",
     "schedules.late": "test_schedules",
     "schedules.curriculum": "test_schedules",
@@ -95,7 +89,7 @@ def test_names_of_modules_say_public_or_private():
         module_of(path) for path in (ROOT / "jdrop").glob("**/*.py") if "/_" not in str(path).replace("__init__", "")
     ]
     assert sorted(public) == ["", "adapters", "adapters.equinox", "adapters.haiku", "adapters.linen", "adapters.nnx",
-                              "attention", "keys", "schedules"]  # fmt: skip
+                              "attention", "consistency", "keys", "learned", "schedules", "uncertainty"]  # fmt: skip
     assert jdrop.keys.__all__ == ["derive", "per_example"] and jdrop.attention.__all__ == ["dot_product_attention"]
 
 
@@ -114,6 +108,7 @@ def test_every_public_name_is_listed_here():
         for name, value in vars(getattr(jdrop, module)).items():
             if inspect.isfunction(value) and value.__module__ == f"jdrop.{module}" and not name.startswith("_"):
                 names.add(f"{module}.{name}")
+    names |= {f"{module}.{name}" for module in MODULES for name in getattr(jdrop, module).__all__}
     assert names == set(PUBLIC)
     assert jdrop.MASK_VERSION == 1
 
@@ -134,12 +129,12 @@ def test_docstrings_are_complete(name):
 
 # ------------------------------------------------------------------------------------ the grammar
 
-TAKES_TRAIN = [name for name, f in PUBLIC.items() if "train" in inspect.signature(f).parameters]
+TAKES_TRAIN = [n for n, f in PUBLIC.items() if "train" in inspect.signature(f).parameters and n not in NO_MODE]
 
 
 def test_the_table_of_members_has_every_function_with_a_train_argument():
     assert {function_of(name) for name in MEMBERS} == set(TAKES_TRAIN) == set(PUBLIC) - set(NO_MODE)
-    assert {name for name, member in MEMBERS.items() if member.readme} == set(TAKES_TRAIN)
+    assert {name for name, member in MEMBERS.items() if member.row} == set(TAKES_TRAIN)
 
 
 @pytest.mark.parametrize("name", TAKES_TRAIN)
@@ -180,102 +175,6 @@ def test_errors_name_the_function_and_the_argument(name):
     for call, error, text in cases:
         with pytest.raises(error, match="^" + re.escape(text)):
             call()
-
-
-# ------------------------------------------------------------------------------------ README
-
-
-def snippets():
-    text = (ROOT / "README.md").read_text()
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
-def imported(code):
-    """Return the libraries that a snippet imports."""
-    nodes = [n for n in ast.walk(ast.parse(code)) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
-    return {n.split(".")[0] for n in [*names, *(n.module for n in nodes if isinstance(n, ast.ImportFrom))]}
-
-
-@pytest.mark.parametrize("number", range(len(snippets())))
-def test_readme_snippets_run(number, need):
-    """As written, and with the import that the comment "before" gives."""
-    code = snippets()[number]
-    before = re.sub(r"^from jdrop\.adapters\..* import .*  # before: ", "", code, flags=re.MULTILINE)
-    peers = imported(before) & {"flax", "equinox", "haiku"}
-    for library in peers:
-        need(library)
-    for text in dict.fromkeys([code, before]):
-        promotion = "standard" if peers else "strict"
-        with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion(promotion):
-            exec(compile(text, f"README snippet {number}", "exec"), {"__name__": "readme"})
-
-
-def test_readme_has_a_before_and_after_for_every_library():
-    text = (ROOT / "README.md").read_text()
-    for module, name in (("linen", "Dropout"), ("nnx", "Dropout"), ("equinox", "Dropout"), ("haiku", "dropout")):
-        assert re.search(rf"^from jdrop.adapters.{module} import {name}  # before: from .* import {name}$", text, re.M)
-
-
-def test_the_family_table_of_the_readme_matches_the_members():
-    text = (ROOT / "README.md").read_text().split("| function | what shares a decision |")[1].split("\n\n")[0]
-    assert text.splitlines()[2:] == [readme_line(name) for name, member in MEMBERS.items() if member.readme]
-
-
-@pytest.mark.parametrize("name", [name for name, member in MEMBERS.items() if member.readme])
-def test_papers_and_peers_in_the_readme_match_docstring_and_benchmark(name):
-    member, references = MEMBERS[name], inspect.getdoc(PUBLIC[name]).split("References:")[1]
-    for author, year in re.findall(r"(\w+)[^,]* (\d{4})", member.readme.paper):
-        assert author in references and f"({year})" in references
-    if isinstance(member.bench, Bench):
-        for library, field in (("PyTorch", "torch"), ("timm", "timm"), ("Keras", "keras"), ("Flax", "linen_broadcast")):
-            assert getattr(member.bench, field) is None or library in member.readme.also_in
-
-
-def names_table():
-    """Return the code in the columns PyTorch, Keras, and jdrop of each row of the table of names."""
-    text = (ROOT / "README.md").read_text().split("### What you called it there")[1].split("\n## ")[0]
-    rows = [line.split("|")[1:4] for line in text.splitlines() if line.startswith("|")][2:]
-    return [[re.findall(r"`([^`]*)`", cell) for cell in row] for row in rows]
-
-
-@pytest.mark.parametrize("row", names_table(), ids=lambda row: row[2][0].split("(")[0])
-def test_readme_table_of_names_runs(row):
-    x = jnp.linspace(1, 2, 8 * 8 * 8 * 16).reshape(8, 8, 8, 16)
-    names = {**vars(jdrop), "jax": jax, "key": jax.random.key(0), "x": x, "s": x[:, 0]}
-    (call,) = row[2]
-    on = jax.tree.leaves(eval(call, names))[0]
-    off = jax.tree.leaves(eval(call.replace("train=True", "train=False"), names))[0]
-    same = on.shape == off.shape and bool((on == off).all())
-    assert same == ("train=True" not in call)
-
-
-def test_names_of_other_libraries_in_the_readme_exist(need):
-    """Names of timm and torchvision have no prefix, so they are not checked."""
-    need("torch")
-    need("keras")
-    import keras
-    import torch
-
-    roots = {"nn": torch.nn, "F": torch.nn.functional, "torch": torch, "layers": keras.layers, "random": keras.random}
-    count = 0
-    for in_torch, in_keras, _ in names_table():
-        for name in (*in_torch, *in_keras):
-            root, _, rest = name.partition(".")
-            if root in roots:
-                operator.attrgetter(rest)(roots[root])
-                count += 1
-    assert count >= 25
-
-
-def test_paths_and_functions_in_the_readme_exist():
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"`((?:scripts|examples|jdrop|tests)/[\w./]+)`", text):
-        assert (ROOT / path.split(" ")[0]).exists(), path
-    for command in ("scripts/demo", "scripts/test"):
-        assert command in text and (ROOT / command).exists()
-    for name in PUBLIC:
-        assert name.split(".")[-1] in text, f"the README does not mention {name}"
 
 
 def test_files_stay_small():

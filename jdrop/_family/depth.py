@@ -36,8 +36,9 @@ def stochastic_depth(
     """Add a residual branch, or skip its computation, with one decision for the whole array.
 
     ``y = x + fn(x) * m / (1 - rate)`` with ``m ~ Bernoulli(1 - rate)``. If m is 0, ``fn`` is computed neither in the
-    forward nor in the backward pass (``lax.cond``). In a scan over layers with one rate per layer, this is LayerDrop.
-    Under ``jax.vmap`` over keys, the conditional becomes a select, so both branches are computed.
+    forward nor in the backward pass (``lax.cond``). In a scan over layers with one rate per layer, this is LayerDrop,
+    except that LayerDrop does not divide by the keep probability. Under ``jax.vmap`` over keys, the conditional becomes
+    a select, so both branches are computed.
 
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is a Python or NumPy 0.
