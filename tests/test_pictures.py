@@ -52,6 +52,7 @@ def test_pictures_are_small_and_show_their_text_everywhere(theme):
     for file in FOLDER.glob(f"*-{theme}.svg"):
         text = file.read_text(encoding="utf-8")
         assert len(text) < 150_000, file.name
+        assert "Matplotlib v" in text, f"{file.name} was not drawn by scripts/plot_docs.py"
         assert "<text" not in text, f"{file.name} has text that another font would move"
 
 
