@@ -34,6 +34,10 @@ def test_r_drop_of_masked_classes():
     assert all(np.isfinite(g).all() and (g[:, 2] == 0).all() for g in gradients)
 
 
+def test_r_drop_of_a_class_that_one_prediction_excludes_is_infinite():
+    assert np.isposinf(r_drop_loss(A.at[1, 2].set(-jnp.inf), B)).tolist() == [False, True, False, False, False, False]
+
+
 def test_r_drop_of_examples_whose_classes_are_all_masked():
     a, b = A.at[1].set(-jnp.inf), B.at[1].set(-jnp.inf)
     value, gradients = jax.value_and_grad(lambda a, b: r_drop_loss(a, b).sum(), argnums=(0, 1))(a, b)

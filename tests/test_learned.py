@@ -1,6 +1,7 @@
 """Concrete and variational dropout against NumPy, quadrature, and optima that can be computed."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.test_util import check_grads
 
 import jdrop
 from jdrop.learned import concrete_dropout, concrete_regularizer, variational_dense, variational_keep, variational_kl
+from jdrop.learned._parts import ADD_LOGISTIC
 
 KEY = jax.random.key(5)
 X = jax.random.normal(jax.random.key(0), (4, 200))
@@ -36,6 +38,12 @@ def test_concrete_dropout_is_its_formula(shape, shared_axes):
         z = sigmoid((logit - np.log(u / (1 - u))) / 0.1)
         y = concrete_dropout(KEY, x, logit, train=True, shared_axes=shared_axes)
         np.testing.assert_allclose(y, np.asarray(x) * (1 - z) / (1 - sigmoid(logit)), rtol=2e-4, atol=1e-6)
+
+
+def test_logistic_noise_of_the_lowest_and_the_highest_word_is_finite_and_symmetric():
+    words = types.SimpleNamespace(word=lambda: jnp.array([0, 2**32 - 1], jnp.uint32))
+    noise = ADD_LOGISTIC.value(words, jnp.zeros(2))
+    np.testing.assert_allclose(noise, [-33 * np.log(2), 33 * np.log(2)], rtol=1e-6)
 
 
 def test_at_a_low_temperature_it_is_dropout():
@@ -104,6 +112,13 @@ def test_the_regularizer_is_its_formula(shape, logit):
     np.testing.assert_allclose(same, ours, rtol=1e-5)
 
 
+def test_the_regularizer_of_low_precision_and_its_default():
+    kernel = (jax.random.normal(KEY, (8, 4)) / 300).astype(jnp.float16)  # squares are below float16
+    ours = concrete_regularizer(-2.0, kernel, num_examples=1, length_scale=1e3)
+    assert ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, regularizer_by_hand(-2.0, kernel, 1, 1e3, 1.0), rtol=1e-5)
+
+
 def test_the_learned_rate_is_the_optimum():
     """Of the mean of ``(factor w)^2 / 2`` plus the regularizer, whose expectation is computed by quadrature."""
     w, options = jnp.full((16, 1), 0.4), {"num_examples": 40, "length_scale": 0.5}
@@ -138,7 +153,7 @@ def test_the_learned_rate_is_the_optimum():
 
 def test_variational_outputs_have_the_mean_and_variance_of_noisy_weights():
     x, kernel = X[:2, :6], jax.random.normal(KEY, (6, 3))
-    log_alpha = jnp.linspace(-4.0, 1.0, 18).reshape(6, 3)
+    log_alpha = jnp.linspace(-4.0, 5.0, 18).reshape(6, 3)  # training also uses weights that evaluation drops
     n = 20_000
     mean, variance = jdrop.uncertainty.mc_moments(
         lambda key: variational_dense(key, x, kernel, log_alpha, train=True), KEY, n, chunk_size=1000
@@ -146,6 +161,14 @@ def test_variational_outputs_have_the_mean_and_variance_of_noisy_weights():
     exact = np.asarray(x, np.float64) ** 2 @ (np.exp(np.asarray(log_alpha)) * np.asarray(kernel, np.float64) ** 2)
     assert (abs(mean - np.asarray(x) @ np.asarray(kernel)) < 5 * np.sqrt(exact / n)).all()
     assert (abs(variance / exact - 1) < 5 * np.sqrt(2 / n)).all()
+
+
+def test_variational_variance_of_low_precision_is_computed_in_float32():
+    x, kernel = jnp.full((1, 4), 300, jnp.float16), jnp.full((4, 500), 0.01, jnp.float16)  # 300^2 is above float16
+    y = variational_dense(KEY, x, kernel, 0.0, train=True)
+    exact = variational_dense(KEY, x.astype(jnp.float32), kernel.astype(jnp.float32), 0.0, train=True)
+    assert y.dtype == jnp.float16
+    np.testing.assert_allclose(y, exact, rtol=2**-10, atol=12 * 2**-11)  # the mean, 12, is rounded too
 
 
 def test_variational_dense_is_pruned_in_evaluation():
@@ -156,6 +179,22 @@ def test_variational_dense_is_pruned_in_evaluation():
     np.testing.assert_allclose(y, X[:, :6] @ jnp.where(keep, kernel, 0), rtol=1e-5)
     all_kept = variational_dense(None, X[:, :6], kernel, log_alpha, train=False, threshold=10.0)
     np.testing.assert_allclose(all_kept, X[:, :6] @ kernel, rtol=1e-5, atol=1e-6)
+
+
+def test_the_threshold_itself_is_dropped():
+    """As the authors' code does, which keeps ``log_alpha`` below the threshold."""
+    assert variational_keep(jnp.array([2.9, 3.0, 3.1])).tolist() == [True, False, False]
+
+
+def test_variational_kl_is_its_formula():
+    log_alpha = np.linspace(-10, 10, 41)
+    exact = np.log1p(np.exp(-log_alpha)) / 2 + 0.63576 * (1 - sigmoid(1.87320 + 1.48695 * log_alpha))
+    for i, x in enumerate(log_alpha):
+        np.testing.assert_allclose(variational_kl(jnp.float32(x)), exact[i], rtol=2e-5)
+    np.testing.assert_allclose(variational_kl(jnp.asarray(log_alpha, jnp.float32)), exact.sum(), rtol=1e-5)
+    halves = variational_kl(jnp.zeros(5000, jnp.float16))
+    assert halves.dtype == jnp.float32
+    np.testing.assert_allclose(halves, 5000 * exact[20], rtol=1e-4)
 
 
 def test_variational_kl_is_close_to_the_integral():
