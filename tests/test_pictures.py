@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from members import MEMBERS
 
@@ -65,4 +66,12 @@ def test_pictures_are_what_the_script_draws(tmp_path):
     for name in files:
         expected = (FOLDER / name).read_text(encoding="utf-8")
         if f"Matplotlib v{matplotlib.__version__}," in expected:  # another version may place text elsewhere
-            assert (tmp_path / name).read_text(encoding="utf-8") == expected, f"draw {name} again"
+            assert_same_drawing((tmp_path / name).read_text(encoding="utf-8"), expected, name)
+
+
+def assert_same_drawing(drawn, expected, name):
+    """Compare two pictures; another version of JAX may round their numbers in another way."""
+    number = r"(?<![\w#.])-?\d+(?:\.\d+)?(?![\w.])"
+    assert re.sub(number, "", drawn) == re.sub(number, "", expected), f"draw {name} again"
+    numbers = [np.array(re.findall(number, text), float) for text in (drawn, expected)]
+    np.testing.assert_allclose(*numbers, atol=1e-3, err_msg=f"draw {name} again")
