@@ -10,17 +10,17 @@ Expect, after 6 minutes (2-core CPU with other work on it, Python 3.11, jax 0.10
 evaluated without dropout: training and held-out loss after the last step, and the lowest held-out loss during training:
 
     arm        | train | last  | lowest | at step
-    no dropout | 0.158 | 3.063 |  2.302 | 400
-    dropout    | 0.848 | 2.132 |  2.129 | 1300
+    no dropout | 0.161 | 3.076 |  2.290 | 300
+    dropout    | 0.851 | 2.137 |  2.135 | 1300
 
 Each arm has one seed, so there is no standard error. Sizes and learning rate were chosen in shorter runs with
-``--seed 1``; the drop rates were not tuned. Without dropout, the network memorizes the text, and step 400 is the best
-time to stop. With dropout, the held-out loss lags for 300 steps, then falls 0.17 below that minimum and stays there.
+``--seed 1``; the drop rates were not tuned. Without dropout, the network memorizes the text, and step 300 is the best
+time to stop. With dropout, the held-out loss lags for 300 steps, then falls 0.16 below that minimum and stays there.
 
 A sample at temperature 0.7 has the vocabulary and layout of the topics, but makes no sense:
 
-    The presents, the target is compurent of the ble object is a single
-           instance attributes exception of the primary as different is not occursing the targets
+    subscript and side name of the same target "object.__getattr__()" is a dictionary but reals,
+    reference attribute accesssion of the same to a single built-ivalue.
 """
 
 import argparse
