@@ -163,6 +163,14 @@ def as_number(function: str, argument: str, value: Any, low: float, high: float)
     return number
 
 
+def as_positive(function: str, argument: str, value: Any) -> float:
+    """Require a finite Python or NumPy number above 0."""
+    number = as_number(function, argument, value, 0, np.inf)
+    if not number:
+        raise ValueError(f"{function}: {argument} must be above 0, got {describe(value)}; pass a positive number")
+    return number
+
+
 def _as_float(value: Any) -> float:
     """Return ``float(value)``, and infinity for an int that is too large for a float."""
     try:

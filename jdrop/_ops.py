@@ -1,4 +1,4 @@
-"""Multiplication by a mask: the ops that several members share."""
+"""The ops that several functions share: multiplication by a mask, and the identity."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -27,9 +27,16 @@ def _one_or_nan(view: MaskView, x: Array) -> Array:
     return jnp.where(jnp.isnan(keep_probability), keep_probability, jnp.ones_like(keep_probability))
 
 
+def _identity(view: MaskView, x: Array) -> Array:
+    del view
+    return x
+
+
 SCALE = MaskedOp(_scale)
 """Divide kept values by the keep probability; 0 where dropped."""
 SELECT = MaskedOp(_select)
 """Leave kept values as they are; 0 where dropped."""
 SELECT_DROPPED = MaskedOp(_select_dropped)
 """Leave dropped values as they are; 0 where kept."""
+IDENTITY = MaskedOp(_identity)
+"""The derivative of adding noise."""

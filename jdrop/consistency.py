@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from jdrop._checks import as_number, check_array
+from jdrop._checks import as_positive, check_array
 from jdrop._errors import describe
 from jdrop._sharding import explicit_sharding
 from jdrop._types import FLOATS, real_dtype
@@ -42,7 +42,7 @@ def r_drop_loss(logits_a: Array, logits_b: Array) -> Array:
       >>> float(jdrop.consistency.r_drop_loss(a, a)), round(float(jdrop.consistency.r_drop_loss(a, b)), 4)
       (0.0, 0.1155)
     """
-    _check_pair("r_drop_loss", ("logits_a", "logits_b"), (logits_a, logits_b), min_ndim=1, axes="[..., classes]")
+    _check_pair("r_drop_loss", ("logits_a", "logits_b"), (logits_a, logits_b), "[..., classes]")
     a, b = (x.astype(real_dtype(x)) for x in map(jnp.asarray, (logits_a, logits_b)))
     both_never = jnp.isneginf(a) & jnp.isneginf(b)
     lowest = jnp.finfo(a.dtype).min  # has gradients of 0 even if all classes are masked
@@ -84,11 +84,9 @@ def simcse_loss(a: Array, b: Array, temperature: float | Array = 0.05) -> Array:
       >>> bool((jdrop.consistency.simcse_loss(drop(0), drop(1)) < 0.01).all())
       True
     """
-    _check_pair("simcse_loss", ("a", "b"), (a, b), min_ndim=2, max_ndim=2, axes="[batch, feature]")
+    _check_pair("simcse_loss", ("a", "b"), (a, b), "[batch, feature]", ndim=2)
     if not isinstance(temperature, jax.Array) or temperature.ndim:
-        temperature = as_number("simcse_loss", "temperature", temperature, 0, float("inf"))
-        if not temperature:
-            raise ValueError("simcse_loss: temperature must be above 0, got 0; pass a number such as 0.05")
+        temperature = as_positive("simcse_loss", "temperature", temperature)
     else:
         check_array("simcse_loss", "temperature", temperature, FLOATS, cast="convert it to float32")
     a, b = (_unit(x.astype(real_dtype(x))) for x in map(jnp.asarray, (a, b)))
@@ -102,13 +100,13 @@ def simcse_loss(a: Array, b: Array, temperature: float | Array = 0.05) -> Array:
 
 
 def _check_pair(
-    function: str, names: tuple[str, str], values: tuple[Any, Any], *, min_ndim: int, max_ndim: int = 99, axes: str
+    function: str, names: tuple[str, str], values: tuple[Any, Any], axes: str, *, ndim: int | None = None
 ) -> None:
-    """Require two real arrays of one shape and dtype."""
+    """Require two real arrays of one shape and dtype, with the number of axes, or with at least one."""
     for name, value in zip(names, values):
         check_array(function, name, value, FLOATS, cast="convert it to float32")
     first, second = values
-    if not min_ndim <= first.ndim <= max_ndim:
+    if first.ndim != (ndim or max(first.ndim, 1)):
         raise ValueError(f"{function}: {names[0]} must have axes {axes}, got {describe(first)}; reshape it")
     if first.shape != second.shape or first.dtype != second.dtype:
         raise ValueError(

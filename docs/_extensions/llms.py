@@ -36,7 +36,7 @@ def pages(env: BuildEnvironment, page: str) -> Iterator[str]:
 
 
 def write(app: Sphinx, error: Exception | None) -> None:
-    """Write ``llms.txt`` beside the pages."""
+    """Write ``llms.txt`` into the folder of the pages."""
     if error is not None or app.builder.format != "html":
         return
     env, root, objects = app.env, app.config.root_doc, app.env.domains.python_domain.objects

@@ -179,7 +179,7 @@ def pivot(
       down: keys whose values name the lines, in the order of the rows.
       across: keys whose values name the columns.
       values: what to show.
-      base: for each value, what to show in parentheses beside it for the first contender; may be empty.
+      base: for each value, what to show in parentheses after it for the first contender; may be empty.
     """
     if base and len(base) != len(values):
         raise ResultError(f"{rows[0]['file']}: {len(base)} bases for {len(values)} values")

@@ -8,6 +8,7 @@ from jax import Array
 
 from jdrop._checks import check_array
 from jdrop._errors import describe
+from jdrop._ops import IDENTITY
 from jdrop._prepare import check_arguments, prepare
 from jdrop._primitive import MaskedOp, MaskView, masked_op
 from jdrop._types import REAL, RateLike, Shard, real_dtype
@@ -145,10 +146,5 @@ def _add(view: MaskView, x: Array) -> Array:
     return (x.astype(real) + stddev * view.normal(real)).astype(x.dtype)
 
 
-def _identity(view: MaskView, x: Array) -> Array:
-    del view
-    return x
-
-
 _MULTIPLY = MaskedOp(_multiply)
-_ADD = MaskedOp(_add, (MaskedOp(_identity),))
+_ADD = MaskedOp(_add, (IDENTITY,))

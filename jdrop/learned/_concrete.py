@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdrop._axes import as_axes, as_axis
-from jdrop._checks import as_count, check_array
+from jdrop._checks import as_count, as_positive, check_array
 from jdrop._prepare import shared_shape
 from jdrop._primitive import masked_op
 from jdrop._types import FLOATS, REAL, Shard, real_dtype
-from jdrop.learned._parts import ADD_LOGISTIC, as_parameter, as_positive, draw_noise
+from jdrop.learned._parts import ADD_LOGISTIC, as_parameter, draw_noise
 
 
 def concrete_dropout(

@@ -7,19 +7,11 @@ import numpy as np
 from jax import Array
 
 from jdrop._checks import as_bool, as_number, check_array, check_broadcastable, expand_rank, is_integer
-from jdrop._errors import describe
 from jdrop._mask import Mask
+from jdrop._ops import IDENTITY
 from jdrop._prepare import prepare
 from jdrop._primitive import MaskedOp, MaskView
 from jdrop._types import FLOATS, Shard
-
-
-def as_positive(function: str, argument: str, value: Any) -> float:
-    """Require a finite Python or NumPy number above 0."""
-    number = as_number(function, argument, value, 0, np.inf)
-    if not number:
-        raise ValueError(f"{function}: {argument} must be above 0, got {describe(value)}; pass a positive number")
-    return number
 
 
 def as_parameter(function: str, argument: str, value: Any, shape: tuple[int, ...]) -> Array:
@@ -40,11 +32,6 @@ def draw_noise(
     return prepare(function, key, data, 0.5, train=train, shared_axes=shared_axes, shard=shard)
 
 
-def _identity(view: MaskView, x: Array) -> Array:
-    del view
-    return x
-
-
 def _add_logistic(view: MaskView, x: Array) -> Array:
     """Add ``log(u / (1 - u))``: with words ``w``, ``u = (w + 0.5) / 2^32``, and ``~w`` for ``1 - u``."""
     word, half = view.word(), np.float32(0.5)
@@ -56,5 +43,5 @@ def _add_normal(view: MaskView, x: Array) -> Array:
     return x + view.normal(x.dtype)
 
 
-ADD_LOGISTIC = MaskedOp(_add_logistic, (MaskedOp(_identity),))
-ADD_NORMAL = MaskedOp(_add_normal, (MaskedOp(_identity),))
+ADD_LOGISTIC = MaskedOp(_add_logistic, (IDENTITY,))
+ADD_NORMAL = MaskedOp(_add_normal, (IDENTITY,))
