@@ -211,6 +211,18 @@ def test_moments_in_shard_map():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_samples, chunk_size, traces", [(6, 2, 1), (7, 2, 2), (6, None, 1)])
+def test_moments_trace_the_network_once_for_each_size_of_chunks(num_samples, chunk_size, traces):
+    traced = []
+
+    def fn(key):
+        traced.append(key)
+        return jax.random.uniform(key, (3,))
+
+    mc_moments(fn, KEY, num_samples, chunk_size=chunk_size)
+    assert len(traced) == traces
+
+
 @pytest.mark.compiled
 def test_memory_of_moments_does_not_grow_with_the_number_of_samples():
     x, w = data(batch=256)

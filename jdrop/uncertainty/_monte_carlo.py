@@ -41,6 +41,8 @@ def mc_samples(fn: Callable[..., Any], key: Array, num_samples: int, *args: Any,
       Under ``jax.vmap``, ``jax.random`` and ``generator="jax"`` draw other bits from ``rbg`` keys. With them, samples
       depend on ``chunk_size``.
 
+      Outside of ``jax.jit``, every call with chunks compiles ``fn`` again.
+
     Example:
       >>> import jax, jax.numpy as jnp, jdrop
       >>> def network(key, w, x):
@@ -85,6 +87,9 @@ def mc_moments(
       Gal, Ghahramani (2016), Dropout as a Bayesian Approximation, ICML.
       Chan, Golub, LeVeque (1983), Algorithms for Computing the Sample Variance, The American Statistician.
 
+    Limits:
+      As for :func:`mc_samples`.
+
     Example:
       >>> import jax, jax.numpy as jnp, jdrop
       >>> drop = lambda key, x: jdrop.dropout(key, x, 0.5, train=True)
@@ -93,8 +98,8 @@ def mc_moments(
       True
     """
     keys, chunk = _sample_keys("mc_moments", fn, key, num_samples, chunk_size)
+    num_samples = keys.shape[0]
 
-    @jax.jit  # traced once for all chunks
     def of_chunk(keys: Array) -> _Moments:
         outputs = jax.vmap(lambda key: fn(key, *args))(keys)
         outputs = jax.tree.map(_widened, outputs)
@@ -102,10 +107,12 @@ def mc_moments(
         squares = jax.tree.map(lambda y, m: _square(y - m[None]).sum(0), outputs, mean)
         return _Moments(jnp.int32(keys.shape[0]), mean, squares)
 
+    if chunk < num_samples:
+        of_chunk = jax.jit(of_chunk)  # traced once for all chunks
+
     def merge(total: _Moments, keys: Array) -> tuple[_Moments, None]:
         return _merged(total, of_chunk(keys)), None
 
-    num_samples = keys.shape[0]
     num_chunks = num_samples // chunk
     total = of_chunk(keys[:chunk])
     if num_chunks > 1:
