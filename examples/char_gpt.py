@@ -212,8 +212,7 @@ def main() -> None:
     ids = jax.jit(sample, static_argnums=3)(params, derive(key, "sample"), jnp.array([code[c] for c in PROMPT]), dtype)
     print("\nA sample of the last arm:\n\n" + "".join(characters[i] for i in ids.tolist()))
     args.out.mkdir(parents=True, exist_ok=True)
-    data = {"jax": jax.__version__, "steps": steps, "loss": curves}
-    (args.out / "char_gpt.json").write_text(json.dumps(data))
+    (args.out / "char_gpt.json").write_text(json.dumps({"jax": jax.__version__, "steps": steps, "loss": curves}))
     plot(args.out / "char_gpt.png", steps, curves)
 
 

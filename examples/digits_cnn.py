@@ -182,11 +182,7 @@ def main() -> None:
     train_ids, test_ids = splits[:, :NUM_TRAIN], splits[:, NUM_TRAIN:]
     optimizer = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, args.steps))
 
-    @jax.jit
-    @jax.vmap
-    def start(key: Array) -> tuple[Params, optax.OptState]:
-        params = init(derive(key, "init"))
-        return params, optimizer.init(params)
+    start = jax.jit(jax.vmap(lambda key: (params := init(derive(key, "init")), optimizer.init(params))))
 
     @jax.jit
     def evaluate(params: Params, i: Array) -> Array:  # per seed: unbatched convolutions are faster on CPU

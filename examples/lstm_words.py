@@ -195,9 +195,7 @@ def main() -> None:
     bar = tqdm(total=args.steps * len(METHODS))
     for name, method in METHODS.items():
         bar.set_description(name)
-        params, opt_state = start(keys)
-        rates = Rates(*map(jnp.float32, method))
-        losses = []
+        (params, opt_state), rates, losses = start(keys), Rates(*map(jnp.float32, method)), []
         for t in range(args.steps):
             params, opt_state = train_step(params, opt_state, keys, rates, jnp.uint32(t))
             bar.update()
@@ -208,8 +206,7 @@ def main() -> None:
 
     print(f"{'method':18}| loss  | error | perplexity | difference | error | lowest")
     for name, values in curves.items():
-        mean, error = mean_and_error(values[-1])
-        difference, paired = mean_and_error(values[-1] - curves[REFERENCE][-1])
+        (mean, error), (difference, paired) = map(mean_and_error, (values[-1], values[-1] - curves[REFERENCE][-1]))
         columns = f"{mean:.3f} | {error:.3f} | {np.exp(mean):10.1f} | {difference:+10.3f} | {paired:.3f}"
         print(f"{name:18}| {columns} | {values.min(0).mean():.3f}")
 

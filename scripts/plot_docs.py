@@ -54,7 +54,7 @@ def tiles(theme: Theme) -> Canvas:
 
 
 def forward_backward(theme: Theme) -> Canvas:
-    """Draw dropout and its gradient: both multiply by one mask, and only the seed is stored in between."""
+    """Draw dropout and its gradient: both multiply by one mask, and only the key is stored in between."""
     key, x = _pictures.key_of("forward_backward"), _pictures.pattern(8, 12)
     mask = jdrop.dropout_mask(key, x.shape, 0.3)
     y, backward = jax.vjp(lambda x: jdrop.dropout(key, x, 0.3, train=True), x)
@@ -75,7 +75,7 @@ def forward_backward(theme: Theme) -> Canvas:
     c.soft_text(18, top + 36, "forward  →", rotation=90)
     c.soft_text(18, bottom + 36, "←  backward", rotation=90)
     c.box(182, 119, 160, 24, edgecolor=theme.lines[0], linewidth=1.4)
-    c.text(262, 131, "stored: the key's seed, 8 bytes")
+    c.text(262, 131, "stored: the key, 8 bytes")
     c.arrow((262, 101), (262, 118), theme.lines[0])
     c.arrow((262, 144), (262, 161), theme.lines[0])
     c.soft_text(352, 131, "no mask, and no copy of x", ha="left")
