@@ -1,6 +1,5 @@
 """Dropout of tokens: replace them with another id, or remove them from the sequence."""
 
-import dataclasses
 import functools
 import math
 from fractions import Fraction
@@ -21,6 +20,7 @@ from jdrop._platform import Target
 from jdrop._prepare import check_arguments
 from jdrop._primitive import MaskView
 from jdrop._sharding import broadcast_spec, check_sharded_as, explicit_sharding
+from jdrop._subsets import draw_subset
 from jdrop._types import Generator, RateLike, Shard
 
 
@@ -184,8 +184,8 @@ def patch_dropout(
         return x, _positions(x, axis, x.shape[axis])
     keep = max(1, math.floor(n * (1 - Fraction(str(share))) + Fraction(1, 2)))  # exact for the decimal rate
     x = jnp.asarray(x)
-    words = _Words(_token_shape(axis, prefix, x.shape), _token_sharding(x, axis))
-    indices = _kept_tokens(arguments.draw(), _positions(x, axis, prefix), words=words, keep=keep)
+    size, sharding = _token_shape(axis, prefix, x.shape), _token_sharding(x, axis)
+    indices = _with_prefix(draw_subset(arguments.draw(), size, keep, sharding), _positions(x, axis, prefix))
     wide = indices.reshape(indices.shape + (1,) * (x.ndim - axis - 1))
     return jnp.take_along_axis(x, wide, axis=axis, mode="promise_in_bounds"), indices
 
@@ -205,20 +205,6 @@ def _positions(x: Array, axis: int, number: int) -> Array:
     return lax.broadcasted_iota(jnp.int32, (*x.shape[:axis], number), axis, out_sharding=_token_sharding(x, axis))
 
 
-@functools.partial(jax.jit, static_argnames=("words", "keep"))
-def _kept_tokens(mask: Mask, prefix: Array, *, words: "_Words", keep: int) -> Array:
-    """Return the indices of the prefix, and of the tokens with the largest random words."""
-    word = at_lowering(words, mask)
-    kept = jnp.sort(jnp.argsort(word, axis=-1)[..., -keep:], axis=-1).astype(jnp.int32)
+@jax.jit
+def _with_prefix(kept: Array, prefix: Array) -> Array:
     return jnp.concatenate([prefix, kept + np.int32(prefix.shape[-1])], axis=-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Words:
-    """The function that computes the random word of each token."""
-
-    size: tuple[int, ...]
-    sharding: NamedSharding | None
-
-    def __call__(self, target: Target, mask: Mask) -> Array:
-        return mask.word_at(mask.index(self.size, self.sharding), platform=target.platform)

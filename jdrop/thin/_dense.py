@@ -1,0 +1,87 @@
+"""Dense layers, and the part of them that kept units need."""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from jdrop._checks import check_array
+from jdrop._errors import describe
+from jdrop._sharding import explicit_sharding
+from jdrop._types import real_dtype
+from jdrop.thin._units import Kept
+from jdrop.thin._weights import take_blocks
+
+Layer = Array | tuple[Array, Array | None]  # a kernel, or a kernel and its bias
+Layout = Literal["in_out", "out_in"]
+LAYOUTS = ("in_out", "out_in")
+
+
+class Dense(NamedTuple):
+    """The weights of one layer."""
+
+    kernel: Array
+    bias: Array | None
+    axes: tuple[int, int]
+    """The axes of inputs and of outputs of the kernel."""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The numbers of inputs and of outputs."""
+        return self.kernel.shape[self.axes[0]], self.kernel.shape[self.axes[1]]
+
+    def __call__(self, x: Array, inputs: Kept | None, outputs: Kept | None) -> Array:
+        """Map kept inputs ``[..., inputs]`` to kept outputs ``[..., outputs]``; ``None`` stands for all of them."""
+        kernel, bias = self.kernel, self.bias
+        for kept, axis in zip((inputs, outputs), self.axes):
+            if kept is not None:
+                kernel = take_blocks(kernel, kept.units, axis, kept.blocks)
+        if bias is not None and outputs is not None:
+            bias = take_blocks(bias, outputs.units, 0, outputs.blocks)
+        y = _contract(x, kernel if self.axes == (0, 1) else kernel.T)
+        return y if bias is None else y + bias
+
+
+def as_dense(function: str, argument: str, layer: Any, layout: str, x: Array) -> Dense:
+    """Require a kernel, or a pair of a kernel and a bias, of the dtype of x."""
+    kernel, bias = layer if isinstance(layer, (tuple, list)) and len(layer) == 2 else (layer, None)
+    check_array(function, argument, kernel, (x.dtype.name,), cast="convert it to the dtype of x")
+    if kernel.ndim != 2:
+        raise ValueError(
+            f"{function}: {argument} must be a kernel [inputs, outputs], or a pair of a kernel and a bias, "
+            f"got {describe(kernel)}; reshape it"
+        )
+    axes = (0, 1) if layout == "in_out" else (1, 0)
+    if bias is not None:
+        check_array(function, argument, bias, (x.dtype.name,), cast="convert it to the dtype of x")
+        if bias.shape != (kernel.shape[axes[1]],):
+            raise ValueError(
+                f"{function}: {argument} must have a bias of shape {(kernel.shape[axes[1]],)}, got {describe(bias)}; "
+                "reshape it"
+            )
+        bias = jnp.asarray(bias)
+    return Dense(jnp.asarray(kernel), bias, axes)
+
+
+def _contract(x: Array, kernel: Array) -> Array:
+    """Return ``x @ kernel``, summed over the devices that share the features on an explicit mesh."""
+    sharding = explicit_sharding(jax.typeof(kernel).sharding)
+    if sharding is not None:
+        sharding = sharding.update(spec=PartitionSpec(*jax.typeof(x).sharding.spec[:-1], sharding.spec[1]))
+    return jnp.einsum("...i,io->...o", x, kernel, out_sharding=sharding)
+
+
+def check_size(function: str, argument: str, layer: Dense, size: int, source: str) -> None:
+    """Require a layer with as many inputs as its source has outputs."""
+    if layer.sizes[0] != size:
+        raise ValueError(
+            f"{function}: {argument} must have {size} inputs, for {source}, got {layer.sizes[0]}; "
+            'reshape it, or set layouts="out_in" if its kernel is [outputs, inputs]'
+        )
+
+
+def scaled(x: Array, kept: Kept | None) -> Array:
+    """Divide by the keep probability, in float32 for floats of 16 bits."""
+    return x if kept is None else (x.astype(real_dtype(x)) * (1 / kept.keep_probability)).astype(x.dtype)
