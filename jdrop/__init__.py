@@ -4,6 +4,7 @@ from jdrop import consistency as consistency
 from jdrop import keys as keys
 from jdrop import learned as learned
 from jdrop import schedules as schedules
+from jdrop import thin as thin
 from jdrop import uncertainty as uncertainty
 from jdrop._family.blocks import drop_block as drop_block
 from jdrop._family.blocks import drop_block_mask as drop_block_mask
@@ -19,6 +20,7 @@ from jdrop._family.recurrent import zoneout as zoneout
 from jdrop._family.shared import channel_dropout as channel_dropout
 from jdrop._family.shared import drop_path as drop_path
 from jdrop._family.shared import locked_dropout as locked_dropout
+from jdrop._family.skip import skip_path as skip_path
 from jdrop._family.tokens import patch_dropout as patch_dropout
 from jdrop._family.tokens import token_dropout as token_dropout
 from jdrop._family.weights import drop_connect as drop_connect

@@ -5,40 +5,62 @@ import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from jdrop._checks import as_number
+from jdrop._checks import as_count, as_number
 from jdrop._errors import describe
 from jdrop._lowering import at_lowering
 from jdrop._mask import Mask
 from jdrop._platform import Target
+from jdrop._prepare import Arguments
 
 
-def subset_size(function: str, rate: Any, number: int, items: str, shards: int = 1) -> int:
-    """Require a rate that drops a whole number of items, and return how many of them are kept, in each shard.
+class Blocks(NamedTuple):
+    """Units in equal shards, each of equal blocks of adjacent units."""
 
-    Args:
-      function: the caller, for errors.
-      rate: the fraction to drop, a Python or NumPy number. 1e-6 off a whole number is close enough.
-      number: number of all items.
-      items: what they are, for errors.
-      shards: number of parts of equal size, of which each keeps as many.
-    """
-    share = as_number(function, "rate", rate, 0.0, 1.0)
-    check_divides(function, "num_shards", shards, number, items)
-    size = number // shards
-    kept = round(size * (1 - share))
-    if abs(size * (1 - share) - kept) > 1e-6 or not kept:
-        where = f" in each of the {shards} shards" if shards > 1 else ""
-        below = min(math.floor(size * share), size - 1)
-        nearest = [str(Fraction(dropped, size)) for dropped in range(below, min(below + 2, size))]
+    shards: int
+    per_shard: int
+    """Number of blocks in each shard."""
+    size: int
+    """Number of units in each block."""
+    noun: str
+    """What the units are, for errors."""
+
+    @property
+    def units(self) -> int:
+        """The number of units."""
+        return self.shards * self.per_shard * self.size
+
+    def __str__(self) -> str:
+        return f"blocks of {self.size} {self.noun}" if self.size > 1 else self.noun
+
+
+def as_blocks(function: str, number: int, noun: str, *, block_size: int = 1, num_shards: int = 1) -> Blocks:
+    """Require sizes that divide a number of units."""
+    size = as_count(function, "block_size", block_size)
+    shards = as_count(function, "num_shards", num_shards)
+    check_divides(function, "block_size", size, number, noun)
+    blocks = Blocks(shards, number // size // shards, size, noun)
+    check_divides(function, "num_shards", shards, number // size, str(blocks))
+    return blocks
+
+
+def num_kept(function: str, rate: Any, blocks: Blocks) -> int:
+    """Require a rate that drops a whole number of blocks in each shard, up to 1e-6; return how many it keeps there."""
+    share, number = as_number(function, "rate", rate, 0.0, 1.0), blocks.per_shard
+    kept = round(number * (1 - share))
+    if abs(number * (1 - share) - kept) > 1e-6 or (number and not kept):
+        where = f" in each of {blocks.shards} shards" if blocks.shards > 1 else ""
+        below = min(math.floor(number * share), number - 1)
+        nearest = [str(Fraction(dropped, number)) for dropped in range(below, min(below + 2, number))]
         raise ValueError(
-            f"{function}: rate must drop a whole number of the {size} {items}{where} and keep at least one, "
+            f"{function}: rate must drop a whole number of the {number} {blocks}{where}, and keep at least one, "
             f"got {describe(rate)}; pass {' or '.join(nearest)}"
         )
     return kept
@@ -53,6 +75,23 @@ def check_divides(function: str, argument: str, value: int, number: int, items: 
         raise ValueError(
             f"{function}: {argument} must divide the number of {items}, {number}, got {value}; pass {nearest}"
         )
+
+
+def rounded_kept(rate: float, number: int) -> int:
+    """Return how many items a rate keeps: rounded, halves up, exact for the decimal rate, and at least one."""
+    return max(1, math.floor(number * (1 - Fraction(str(rate))) + Fraction(1, 2)))
+
+
+def draw_units(arguments: Arguments, blocks: Blocks, kept: int) -> Array:
+    """Consume the key, and return the kept units, int32 ``[*groups, units]``, ascending.
+
+    The shape of the data in the arguments is ``[*groups, shards, blocks]``; ``kept`` blocks remain in each shard.
+    """
+    local = draw_subset(arguments.draw(), arguments.shape, kept)
+    size = (*local.shape, blocks.size)
+    shard, within = (lax.broadcasted_iota(jnp.int32, size, len(size) + axis) for axis in (-3, -1))
+    units = (local[..., None] + shard * np.int32(blocks.per_shard)) * np.int32(blocks.size) + within
+    return units.reshape(*arguments.shape[:-2], -1)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "kept", "sharding"))

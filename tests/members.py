@@ -133,6 +133,7 @@ HAS_SLOPE, ON_ONE_DEVICE = "the derivative is not 0", "the result equals that of
 NO_COMPLEX = Exempt("integers stay integers", SAME_TYPE)
 FEWER_TOKENS = Exempt("the number of tokens changes", SAME_TYPE)
 STATIC = Exempt("the rate sets a shape", "patch_dropout: rate must be", TypeError)
+SKIP_STATIC = Exempt("the rate sets a shape", "skip_path: rate must be", TypeError)
 NOTHING_DROPPED = Exempt("noise drops nothing", DROPPED_IS_ZERO)
 
 MEMBERS = {
@@ -204,6 +205,24 @@ MEMBERS = {
             shares="everything; a dropped branch is not computed",
             equation="`x + fn(x) m / q`",
             paper="Huang et al. 2016, Fan et al. 2020",
+        ),
+    ),
+    "skip_path": Member(
+        call=lambda key, x, rate, **o: jdrop.skip_path(key, x, rate, lambda v: v * v, **o),
+        generator=False,
+        exempt={
+            "identity": Exempt("evaluation adds the branch", X_ITSELF),
+            "traced": SKIP_STATIC,
+            "traced at one": SKIP_STATIC,
+            "contained": Exempt("a dropped branch leaves x", DROPPED_IS_ZERO),
+            "residuals": Exempt("the branch keeps the residuals of its own derivative", SEED_AND_RATE),
+        },
+        bench="its cost depends on the branch: see scripts/bench_thin.py",
+        row=Row(
+            shares="an example; dropped branches are not computed",
+            equation="`x + fn(x) m / q`",
+            paper="Oquab et al. 2024",
+            also_in="DINOv2",
         ),
     ),
     "locked_dropout": Member(
@@ -425,7 +444,7 @@ PUBLIC = FUNCTIONS | {
     "schedules.depth_rates": jdrop.schedules.depth_rates,
     **{
         f"{module.__name__.removeprefix('jdrop.')}.{name}": getattr(module, name)
-        for module in (jdrop.consistency, jdrop.learned, jdrop.uncertainty)
+        for module in (jdrop.consistency, jdrop.learned, jdrop.thin, jdrop.uncertainty)
         for name in module.__all__
     },
 }

@@ -101,7 +101,7 @@ def dtypes(name):
     with jax.enable_x64(True):
         for dtype in ("float16", "bfloat16", "float32", "float64"):
             for rate in (0.5, jnp.float32(0.5), jnp.bfloat16(0.5), np.float64(0.5)):
-                rate = float(rate) if name == "patch_dropout" else rate
+                rate = float(rate) if name in ("patch_dropout", "skip_path") else rate
                 y = jax.eval_shape(lambda x, r=rate: train(name)(KEY, x, r), jax.ShapeDtypeStruct(SHAPE, dtype))
                 assert (y.dtype, y.shape) == (dtype, SHAPE), SAME_TYPE
 

@@ -27,11 +27,15 @@ LAYERS = [
     ["_bits", "_lowering"],
     ["_mask", "keys"],
     ["_prepare", "_primitive", "attention._spec", "uncertainty._monte_carlo"],
-    ["_ops", "attention._checks", "attention._blocking"],
+    ["_branch", "_ops", "_subsets", "attention._checks", "attention._blocking"],
+    ["_gather"],
+    ["thin._units", "thin._weights"],
+    ["thin._dense", "thin._groups"],
+    ["thin._mlp", "thin._attention"],
     ["attention._reference", "attention._blockwise", "learned._parts"],
     ["learned._concrete", "learned._variational"],
     ["attention._registry"],
-    ["attention", "learned", "uncertainty", *(f"_family.{name}" for name in FAMILY)],
+    ["attention", "learned", "thin", "uncertainty", *(f"_family.{name}" for name in FAMILY)],
     ["", "_family", "_random", "adapters"],
     ["adapters._layer", "adapters._attention"],
     ["adapters._depth"],
@@ -43,7 +47,7 @@ LIBRARY_OF = {
     "adapters.equinox": ["equinox"],
     "adapters.haiku": ["haiku"],
 }
-MODULES = ("consistency", "learned", "uncertainty")
+MODULES = ("consistency", "learned", "thin", "uncertainty")
 NO_MODE = {  # public functions outside of the family, and where their rules are tested
     "dropout_mask": "test_masks, test_sharding",
     "drop_block_mask": "test_blocks",
@@ -89,7 +93,7 @@ def test_names_of_modules_say_public_or_private():
         module_of(path) for path in (ROOT / "jdrop").glob("**/*.py") if "/_" not in str(path).replace("__init__", "")
     ]
     assert sorted(public) == ["", "adapters", "adapters.equinox", "adapters.haiku", "adapters.linen", "adapters.nnx",
-                              "attention", "consistency", "keys", "learned", "schedules", "uncertainty"]  # fmt: skip
+                              "attention", "consistency", "keys", "learned", "schedules", "thin", "uncertainty"]  # fmt: skip
     assert jdrop.keys.__all__ == ["derive", "per_example"] and jdrop.attention.__all__ == ["dot_product_attention"]
 
 

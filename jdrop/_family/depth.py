@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import jet
 
-from jdrop._checks import check_array, is_array
+from jdrop._branch import add_branch
+from jdrop._checks import check_array
 from jdrop._errors import describe
 from jdrop._lowering import at_lowering
 from jdrop._mask import Mask
 from jdrop._platform import Target
-from jdrop._platform.generic import multiply
 from jdrop._prepare import Arguments, Shape, check_arguments
-from jdrop._sharding import check_sharded_as, vary_like, vary_together
+from jdrop._sharding import vary_like, vary_together
 from jdrop._types import Generator, RateLike, Shard, real_dtype
 
 T = TypeVar("T")
@@ -122,20 +122,6 @@ def decide(arguments: Arguments, x: Array) -> tuple[Array, Array, Array]:
     mask = dataclasses.replace(mask, rate=lax.stop_gradient(mask.rate))
     x, kept, keep_probability = vary_together(x, *_decide(mask, dtype=real_dtype(x)))
     return x, kept, keep_probability
-
-
-def add_branch(function: str, argument: str, x: Array, y: Array, keep_probability: Array | None = None) -> Array:
-    """Return ``x + y / keep_probability``, or ``x + y``; require a y like x. ``argument`` names what returned y."""
-    if not is_array(y) or (y.shape, y.dtype) != (x.shape, x.dtype):
-        raise ValueError(
-            f"{function}: {argument} must return {describe(x)}, like x, got {describe(y)}; "
-            "add a projection to the branch"
-        )
-    check_sharded_as(function, f"the result of {argument}", y, x, "x")
-    y = jnp.asarray(y)
-    if keep_probability is not None:
-        y = multiply(y, 1 / keep_probability, where=jnp.ones_like(keep_probability, dtype=bool))
-    return x + y
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -1,8 +1,6 @@
 """Dropout of tokens: replace them with another id, or remove them from the sequence."""
 
 import functools
-import math
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -20,7 +18,7 @@ from jdrop._platform import Target
 from jdrop._prepare import check_arguments
 from jdrop._primitive import MaskView
 from jdrop._sharding import broadcast_spec, check_sharded_as, explicit_sharding
-from jdrop._subsets import draw_subset
+from jdrop._subsets import draw_subset, rounded_kept
 from jdrop._types import Generator, RateLike, Shard
 
 
@@ -182,10 +180,11 @@ def patch_dropout(
         raise NotImplementedError(f"{name}: shard must not split token_axis, got {shard}; gather the tokens")
     if arguments.is_identity:
         return x, _positions(x, axis, x.shape[axis])
-    keep = max(1, math.floor(n * (1 - Fraction(str(share))) + Fraction(1, 2)))  # exact for the decimal rate
     x = jnp.asarray(x)
     size, sharding = _token_shape(axis, prefix, x.shape), _token_sharding(x, axis)
-    indices = _with_prefix(draw_subset(arguments.draw(), size, keep, sharding), _positions(x, axis, prefix))
+    indices = _with_prefix(
+        draw_subset(arguments.draw(), size, rounded_kept(share, n), sharding), _positions(x, axis, prefix)
+    )
     wide = indices.reshape(indices.shape + (1,) * (x.ndim - axis - 1))
     return jnp.take_along_axis(x, wide, axis=axis, mode="promise_in_bounds"), indices
 

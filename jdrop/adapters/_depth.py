@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jdrop._branch import add_branch
 from jdrop._checks import check_array
 from jdrop._errors import describe
-from jdrop._family.depth import add_branch, decide, one_decision
+from jdrop._family.depth import decide, one_decision
 from jdrop._types import Generator, RateLike, Shard
 from jdrop.adapters._layer import Names, check_layer, is_one, take_key
 

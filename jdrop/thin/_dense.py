@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jdrop._checks import check_array
+from jdrop._checks import check_array, expand_rank
 from jdrop._errors import describe
+from jdrop._gather import take_blocks
 from jdrop._sharding import explicit_sharding
 from jdrop._types import real_dtype
 from jdrop.thin._units import Kept
-from jdrop.thin._weights import take_blocks
 
 Layer = Array | tuple[Array, Array | None]  # a kernel, or a kernel and its bias
 Layout = Literal["in_out", "out_in"]
@@ -41,12 +41,12 @@ class Dense(NamedTuple):
         if bias is not None and outputs is not None:
             bias = take_blocks(bias, outputs.units, 0, outputs.blocks)
         y = _contract(x, kernel if self.axes == (0, 1) else kernel.T)
-        return y if bias is None else y + bias
+        return y if bias is None else y + expand_rank(bias, y.ndim)
 
 
 def as_dense(function: str, argument: str, layer: Any, layout: str, x: Array) -> Dense:
     """Require a kernel, or a pair of a kernel and a bias, of the dtype of x."""
-    kernel, bias = layer if isinstance(layer, (tuple, list)) and len(layer) == 2 else (layer, None)
+    kernel, bias = as_pair(layer)
     check_array(function, argument, kernel, (x.dtype.name,), cast="convert it to the dtype of x")
     if kernel.ndim != 2:
         raise ValueError(
@@ -54,15 +54,23 @@ def as_dense(function: str, argument: str, layer: Any, layout: str, x: Array) ->
             f"got {describe(kernel)}; reshape it"
         )
     axes = (0, 1) if layout == "in_out" else (1, 0)
-    if bias is not None:
-        check_array(function, argument, bias, (x.dtype.name,), cast="convert it to the dtype of x")
-        if bias.shape != (kernel.shape[axes[1]],):
-            raise ValueError(
-                f"{function}: {argument} must have a bias of shape {(kernel.shape[axes[1]],)}, got {describe(bias)}; "
-                "reshape it"
-            )
-        bias = jnp.asarray(bias)
+    bias = as_bias(function, argument, bias, (kernel.shape[axes[1]],), x)
     return Dense(jnp.asarray(kernel), bias, axes)
+
+
+def as_pair(layer: Any) -> Any:
+    """Return the kernel of a layer, and its bias or ``None``."""
+    return layer if isinstance(layer, (tuple, list)) and len(layer) == 2 else (layer, None)
+
+
+def as_bias(function: str, argument: str, bias: Any, shape: tuple[int, ...], x: Array) -> Array | None:
+    """Require a bias of a shape, and of the dtype of x, or ``None``."""
+    if bias is None:
+        return None
+    check_array(function, argument, bias, (x.dtype.name,), cast="convert it to the dtype of x")
+    if bias.shape != shape:
+        raise ValueError(f"{function}: {argument} must have a bias of shape {shape}, got {describe(bias)}; reshape it")
+    return jnp.asarray(bias)
 
 
 def _contract(x: Array, kernel: Array) -> Array:

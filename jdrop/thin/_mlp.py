@@ -11,11 +11,12 @@ from jdrop._checks import check_array, check_choice
 from jdrop._errors import describe
 from jdrop._prepare import require_key
 from jdrop._random.key_words import mark_used
+from jdrop._subsets import Blocks, as_blocks
 from jdrop._types import FLOATS, Shard
 from jdrop.keys import derive
 from jdrop.thin._dense import LAYOUTS, Dense, Layer, Layout, as_dense, check_size, scaled
 from jdrop.thin._groups import as_groups, run_groups
-from jdrop.thin._units import Blocks, as_blocks, as_kept, check_subset, draw_units, splits_units
+from jdrop.thin._units import as_kept, check_subset, draw_kept, splits_units
 
 Activation = Callable[[Array], Array]
 
@@ -89,7 +90,9 @@ def mlp(
             f"{name}: rate must be one number, or one for each of {len(stack) - 1} hidden layers, got {rate}; "
             "leave out those of inputs and outputs"
         )
-    hidden = [as_blocks(name, layer.sizes[1], block_size, num_shards) for layer in stack[:-1]]
+    hidden = [
+        as_blocks(name, layer.sizes[1], "units", block_size=block_size, num_shards=num_shards) for layer in stack[:-1]
+    ]
     groups = as_groups(name, groups, x)
     units = _draw(name, key, x, rates, hidden, groups, stack[-1], train=train, shard=shard)
 
@@ -174,7 +177,7 @@ def gated_mlp(
     if ups.sizes[1] != gates.sizes[1]:
         raise ValueError(f"{name}: up must have the units of gate, {gates.sizes[1]}, got {ups.sizes[1]}; reshape it")
     check_size(name, "down", downs, ups.sizes[1], "up")
-    blocks = as_blocks(name, ups.sizes[1], block_size, num_shards)
+    blocks = as_blocks(name, ups.sizes[1], "units", block_size=block_size, num_shards=num_shards)
     groups = as_groups(name, groups, x)
     units = _draw(name, key, x, [rate], [blocks], groups, downs, train=train, shard=shard)
 
@@ -234,6 +237,6 @@ def _draw(
         return [None] * len(checked)
     base_key = mark_used(require_key(function, key))
     return [
-        None if arguments.is_identity else draw_units(arguments._replace(key=derive(base_key, function, i)), blocks)
+        None if arguments.is_identity else draw_kept(arguments._replace(key=derive(base_key, function, i)), blocks)
         for i, (arguments, blocks) in enumerate(zip(checked, hidden))
     ]

@@ -1,6 +1,5 @@
 """Which units a group of examples keeps: a random subset of blocks, of static size."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,27 +7,8 @@ from jax import Array
 
 from jdrop._checks import as_count
 from jdrop._prepare import Arguments, check_arguments
-from jdrop._subsets import check_divides, draw_subset, subset_size
+from jdrop._subsets import Blocks, as_blocks, draw_units, num_kept
 from jdrop._types import Shard
-
-
-@dataclasses.dataclass(frozen=True)
-class Blocks:
-    """Units in equal shards, each of equal blocks of adjacent units."""
-
-    shards: int
-    per_shard: int
-    size: int
-
-    @property
-    def units(self) -> int:
-        """The number of units."""
-        return self.shards * self.per_shard * self.size
-
-    @property
-    def items(self) -> str:
-        """What is kept or dropped, for errors."""
-        return f"blocks of {self.size} units" if self.size > 1 else "units"
 
 
 class Kept(NamedTuple):
@@ -43,15 +23,11 @@ class Kept(NamedTuple):
         """The fraction of kept units."""
         return self.units.shape[0] / self.blocks.units
 
-
-def as_blocks(function: str, num_units: int, block_size: int, num_shards: int) -> Blocks:
-    """Require numbers that divide the units."""
-    size = as_count(function, "block_size", block_size)
-    shards = as_count(function, "num_shards", num_shards)
-    check_divides(function, "block_size", size, num_units, "units")
-    blocks = Blocks(shards, num_units // size // shards, size)
-    check_divides(function, "num_shards", shards, num_units // size, blocks.items)
-    return blocks
+    def of_parts(self, number: int) -> "Kept":
+        """Return the kept parts, if each unit consists of a number of adjacent parts."""
+        blocks = self.blocks._replace(size=self.blocks.size * number)
+        parts = self.units[:, None] * np.int32(number) + np.arange(number, dtype=np.int32)
+        return Kept(parts.reshape(-1), blocks)
 
 
 def kept_units(
@@ -103,10 +79,11 @@ def kept_units(
       (32, 256)
     """
     name = "kept_units"
-    blocks = as_blocks(name, as_count(name, "num_units", num_units), block_size, num_shards)
-    number = 1 if groups is None else as_count(name, "groups", groups)
-    arguments = check_subset(name, key, (), rate, blocks, number, train=True, shard=shard)
-    units = draw_units(arguments, blocks)
+    number = as_count(name, "num_units", num_units)
+    blocks = as_blocks(name, number, "units", block_size=block_size, num_shards=num_shards)
+    num_groups = 1 if groups is None else as_count(name, "groups", groups)
+    arguments = check_subset(name, key, (), rate, blocks, num_groups, train=True, shard=shard)
+    units = draw_kept(arguments, blocks)
     return units[0] if groups is None else units
 
 
@@ -114,7 +91,7 @@ def check_subset(
     function: str, key: Array | None, data: Any, rate: float, blocks: Blocks, groups: int, *, train: bool, shard: Shard
 ) -> Arguments:
     """Check the arguments of random subsets of blocks, one per group of the examples of ``data``."""
-    subset_size(function, rate, blocks.shards * blocks.per_shard, blocks.items, blocks.shards)
+    num_kept(function, rate, blocks)
     shape = (groups, blocks.shards, blocks.per_shard)
     arguments = check_arguments(function, key, data, rate, shape=shape, train=train, shard=shard)
     if len(arguments.tile_axes) > 2:
@@ -122,13 +99,9 @@ def check_subset(
     return arguments
 
 
-def draw_units(arguments: Arguments, blocks: Blocks) -> Array:
-    """Consume the key, and return the kept units of each group, int32 ``[groups, kept]``."""
-    kept = subset_size(arguments.function, float(arguments.rate), blocks.per_shard, blocks.items)
-    local = draw_subset(arguments.draw(), arguments.shape, kept)
-    first = np.arange(blocks.shards, dtype=np.int32)[:, None] * np.int32(blocks.per_shard)
-    units = (local + first)[..., None] * np.int32(blocks.size) + np.arange(blocks.size, dtype=np.int32)
-    return units.reshape(arguments.shape[0], -1)
+def draw_kept(arguments: Arguments, blocks: Blocks) -> Array:
+    """Consume the key of checked arguments, and return the kept units, int32 ``[groups, kept]``."""
+    return draw_units(arguments, blocks, num_kept(arguments.function, float(arguments.rate), blocks))
 
 
 def as_kept(units: Array | None, blocks: Blocks) -> Kept | None:

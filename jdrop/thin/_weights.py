@@ -1,20 +1,13 @@
 """The weights of kept units: taken from full arrays, and put back."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec
 
 from jdrop._axes import as_axis
 from jdrop._checks import check_array, check_integers, is_array
 from jdrop._errors import describe
-from jdrop._sharding import explicit_sharding
-from jdrop.thin._units import Blocks, as_blocks
+from jdrop._gather import put_blocks, take_blocks
+from jdrop._subsets import Blocks, as_blocks
 
 
 def take(weights: Array, units: Array, axis: int = 0, *, block_size: int = 1, num_shards: int = 1) -> Array:
@@ -93,13 +86,7 @@ def put(weights: Array, units: Array, kept: Array, axis: int = 0, *, block_size:
     if kept.shape != shape:
         raise ValueError(f"{name}: kept must have shape {shape}, got {describe(kept)}; take it from weights first")
     weights, kept = jnp.asarray(weights), jnp.asarray(kept)
-    return _in_shards(_put, axis, weights, blocks, jnp.asarray(units), kept).reshape(weights.shape)
-
-
-def take_blocks(weights: Array, units: Array, axis: int, blocks: Blocks) -> Array:
-    """Return the result of :func:`take` for checked arguments."""
-    parts = _in_shards(_take, axis, weights, blocks, units)
-    return parts.reshape(*weights.shape[:axis], units.shape[0], *weights.shape[axis + 1 :])
+    return put_blocks(weights, jnp.asarray(units), kept, axis, blocks)
 
 
 def _check(
@@ -108,54 +95,11 @@ def _check(
     if not is_array(weights):
         raise TypeError(f"{function}: weights must be an array, got {describe(weights)}; use jax.tree.map for a pytree")
     axis = as_axis(function, "axis", axis, weights.ndim)
-    blocks = as_blocks(function, weights.shape[axis], block_size, num_shards)
+    blocks = as_blocks(function, weights.shape[axis], "units", block_size=block_size, num_shards=num_shards)
     check_integers(function, "units", units)
     if units.ndim != 1 or units.shape[0] % (blocks.shards * blocks.size) or units.shape[0] > weights.shape[axis]:
         raise ValueError(
-            f"{function}: units must be [kept] in {blocks.items}, as many in each of {blocks.shards} shards, "
+            f"{function}: units must be [kept] in {blocks}, as many in each of {blocks.shards} shards, "
             f"got {describe(units)}; pass the result of kept_units, and use jax.vmap over groups"
         )
     return axis, blocks
-
-
-_Operation = Callable[..., Array]  # (array [..., blocks, size, ...], blocks, ...) at an axis -> such an array
-_HOW: Any = {"unique_indices": True, "indices_are_sorted": True, "mode": "promise_in_bounds"}
-
-
-def _take(axis: int, weights: Array, chosen: Array) -> Array:
-    sharding = explicit_sharding(jax.typeof(weights).sharding)  # that of the result, too
-    return weights.at[(slice(None),) * axis + (chosen,)].get(out_sharding=sharding, **_HOW)
-
-
-def _put(axis: int, weights: Array, chosen: Array, parts: Array) -> Array:
-    sharding = explicit_sharding(jax.typeof(weights).sharding)
-    return weights.at[(slice(None),) * axis + (chosen,)].set(parts, out_sharding=sharding, **_HOW)
-
-
-def _in_shards(operation: _Operation, axis: int, weights: Array, blocks: Blocks, units: Array, *parts: Array) -> Array:
-    """Map an operation over shards as a batch axis, so that the compiler knows that none needs data of another."""
-    whole, chosen, *new = (
-        _split(weights, axis, blocks),
-        _local(units, blocks),
-        *(_split(p, axis, blocks) for p in parts),
-    )
-    operation = functools.partial(operation, axis)
-    if blocks.shards == 1:
-        return operation(whole, chosen[0], *new)
-    sharding = explicit_sharding(jax.typeof(whole).sharding)
-    if sharding is not None:
-        chosen = jax.sharding.reshard(chosen, sharding.update(spec=PartitionSpec(sharding.spec[axis], None)))
-    return jax.vmap(operation, (axis, 0, *[axis] * len(new)), axis)(whole, chosen, *new)
-
-
-def _split(weights: Array, axis: int, blocks: Blocks) -> Array:
-    """Split an axis of units into ``[shards, blocks, size]``, or ``[blocks, size]`` if there is one shard."""
-    shards = (blocks.shards,) if blocks.shards > 1 else ()
-    per_shard = weights.shape[axis] // blocks.size // blocks.shards
-    return weights.reshape(*weights.shape[:axis], *shards, per_shard, blocks.size, *weights.shape[axis + 1 :])
-
-
-def _local(units: Array, blocks: Blocks) -> Array:
-    """Return the numbers of the kept blocks within their shards, int32 ``[shards, blocks]``."""
-    chosen = units.reshape(blocks.shards, -1, blocks.size)[..., 0] // np.int32(blocks.size)
-    return chosen - np.arange(blocks.shards, dtype=np.int32)[:, None] * np.int32(blocks.per_shard)
