@@ -7,8 +7,8 @@ order of their predictive entropy or of their mutual information (MI), where unk
 are also rotated.
 
 The networks of a method train at once under vmap. The methods of a seed share the split, the initial weights, and the
-minibatches, so differences are paired. Rates, the prior length scale, and the number of steps were chosen with
-``--seed 1``.
+minibatches, so differences are paired. Rates and the prior length scale were chosen with ``--seed 1``. There
+is no weight decay.
 
     python examples/digits_uncertain.py
 
