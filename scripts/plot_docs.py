@@ -334,6 +334,60 @@ def ensemble_of_subnets(theme: Theme, data: Any) -> Figure:
     return figure
 
 
+def mc_regression(theme: Theme, data: Any) -> Figure:
+    figure, (left, right) = plots(265, 1.15, 1)
+    along = {name: np.asarray(values) for name, values in data["view"].items() if name != "spread"}
+    x, mean, blue = along["x"], along["mean"], theme.lines[0]
+    for name, label, alpha in (("sd", "network and noise", 0.2), ("sd of the network", "network", 0.4)):
+        low, high = (mean + sign * 2 * along[name] for sign in (-1, 1))
+        left.fill_between(x, low, high, color=blue, alpha=alpha, linewidth=0, label=f"2 sd, {label}")
+    left.plot(x, mean, color=blue, linewidth=1.5)
+    left.plot(*along["patients"], ".", color=theme.ink, markersize=3, markeredgewidth=0, label="patients")
+    left.plot(*along["left out"], "x", color=theme.lines[1], markersize=3.5, label="left out")
+    left.set(xlabel="body mass index (sd)", ylabel="progression (sd)", ylim=(-4.5, 9))
+    left.legend(loc="upper left", borderaxespad=0)
+    right.plot([0, 1], [0, 1], color=theme.soft, linewidth=0.8)
+    styles = ("-", "--", "-", "--", ":", "-")
+    colors = (theme.lines[1], theme.lines[3], theme.lines[5], theme.lines[2], theme.lines[4], blue)
+    for (name, scores), style, color in zip(data["scores"].items(), styles, colors, strict=True):
+        coverage = np.mean(scores["coverage"], axis=0)
+        right.plot(data["levels"], coverage, style, color=color, linewidth=1.6, label=name)
+    right.set(xlabel="probability of the interval", title="share of test patients in it", ylim=(0, 1))
+    right.legend(loc="upper left", borderaxespad=0, labelspacing=0.2, fontsize=8)
+    return figure
+
+
+def uncertainty_samples(theme: Theme) -> Figure:
+    """Plot samples of one regression network: the same network for all inputs, and a mask per input."""
+    along = read("curves_mc_regression")["view"]
+    figure, (left, right) = plots(215, 1, 1, sharey=True)
+    for axes, name, style in ((left, "one network", "-"), (right, "a mask per input", ".")):
+        for values, color in zip(along[name], theme.lines, strict=False):
+            axes.plot(along["x"], values, style, color=color, linewidth=1.6, markersize=4, markeredgewidth=0)
+        axes.set(xlabel="body mass index (sd)")
+    left.set(title="one sampled network for all inputs: shared_axes=0", ylabel="prediction")
+    right.set(title="a mask per input: shared_axes=()")
+    return figure
+
+
+def digits_uncertain(theme: Theme, data: Any) -> Figure:
+    figure, (left, middle, right) = plots(250, 1.15, 1.15, 0.9)
+    colors = (theme.lines[5], theme.lines[2], theme.lines[1], theme.lines[0])
+    for (name, scores), color in zip(data["scores"].items(), colors, strict=True):
+        left.plot(data["rejected"], np.mean(scores["rejected by entropy"], axis=0), color=color, label=name)
+        accuracy, confidence = np.mean(scores["rotated"], axis=0)
+        middle.plot(data["angles"], accuracy, "o-", markersize=3.5, color=color)
+        middle.plot(data["angles"], confidence, "^--", markersize=3.5, color=color)
+    left.set(xlabel="rejected by entropy (%)", title="accuracy of accepted (%)")
+    left.legend(loc="lower right", borderaxespad=0)
+    middle.set(xlabel="rotation (degrees)", ylim=(0, 100), title="accuracy (dots), confidence (triangles)")
+    middle.set_xticks(data["angles"])
+    right.plot(np.transpose(data["learned rates"]), "o-", color=theme.lines[0], markersize=3.5, linewidth=1)
+    right.set(xlim=(-0.3, 2.3), ylim=(0, None), title="learned rates")
+    right.set_xticks(range(3), ["inputs", "hidden 1", "hidden 2"])
+    return figure
+
+
 def simcse(theme: Theme, data: Any) -> Figure:
     figure, (left, right) = plots(225, 1, 1)
     colors = [theme.ink, *theme.lines]
@@ -385,7 +439,10 @@ MEMBERS = (
     *("gaussian_noise", "multi_sample_dropout", "bias_dropout_add", "dot_product_attention", "dropout_mask"),
     "drop_block_mask",
 )
-EXAMPLES = (digits_mlp, one_mask_or_many, ensemble_of_subnets, simcse, digits_cnn, lstm_words, char_gpt)
+EXAMPLES = (
+    *(digits_mlp, one_mask_or_many, ensemble_of_subnets, mc_regression, digits_uncertain, simcse, digits_cnn),
+    *(lstm_words, char_gpt),
+)
 
 
 def training(draw: Callable[[Theme, Any], Figure]) -> Draw:
@@ -400,6 +457,7 @@ PICTURES: dict[str, Draw] = {
     "schedules": rates,
     "time_and_memory": time_and_memory,
     "attention_memory": attention_memory,
+    "uncertainty_samples": uncertainty_samples,
     **{f"mask_{name}": getattr(_pictures, name) for name in MEMBERS},
     **{f"training_{draw.__name__}": training(draw) for draw in EXAMPLES},
 }

@@ -90,6 +90,24 @@ def test_bench_attention(need, tmp_path):
             assert row["to_none"] > 0 and row["to_full"] > 0 and row["temporary_bytes"] > 0
 
 
+def test_bench_uncertainty(need, tmp_path):
+    need("torch")
+    path = tmp_path / "uncertainty.json"
+    options = ("--sizes", "8", "16", "4", "--batch", "4", "--samples", "5", "--numbers", "20", "200", "--rounds", "1")
+    printed, report = run("bench_uncertainty.py", *options, "--json", str(path), out=path)
+    assert report["claim"] in printed and report["claim"].startswith("Claim: ")
+    timed = {r["contender"]: r for r in report["rows"] if "ratio" in r}
+    assert list(timed) == [
+        *("no dropout", "jdrop, mc_samples", "jdrop, a loop", "PyTorch, a loop", "PyTorch, vmap"),
+    ]
+    assert all(r["ratio"] > 0 for r in timed.values()) and timed["no dropout"]["ratio"] == 1
+    memory = {(r["contender"], r["samples"]): r for r in report["rows"] if "temporary_bytes" in r}
+    few, many = (memory["mc_moments, in chunks", n]["temporary_bytes"] for n in (20, 200))
+    assert many - few < 200 * 4 * 4 * 4  # only the keys of samples grow, not the samples
+    assert memory["mc_samples", 200]["temporary_bytes"] > 5 * memory["mc_samples", 20]["temporary_bytes"]
+    assert memory["mc_samples", 200]["output_bytes"] == 200 * 4 * 4 * 4
+
+
 def test_bench_compile(tmp_path):
     path = tmp_path / "compile.json"
     options = ("--layers", "1", "--size", "2x16x32", "--heads", "2", "--rounds", "1", "--json", str(path))
