@@ -77,7 +77,7 @@ def names_of(dtypes: Sequence[str]) -> str:
         "float8" if name in FLOAT8 else name.rstrip("0123456789") if "complex" in name else name for name in dtypes
     )
     *first, last = dict.fromkeys(kinds)
-    return f"{', '.join(first)} or {last}"
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def check_byte_order(function: str, argument: str, value: Any) -> None:

@@ -107,6 +107,46 @@ def curriculum(rate: float, gamma: float) -> Schedule:
     return lambda step: -jnp.float32(rate) * jnp.expm1(-jnp.float32(gamma) * jnp.asarray(step, jnp.float32))
 
 
+def plateau_decay(rate: float, plateau: int, decay: int) -> Schedule:
+    """Return the schedule of layer dropout: ``rate`` on a plateau, a linear decay to 0, and recovery without dropout.
+
+    Args:
+      rate: drop rate on the plateau, from 0 to 1.
+      plateau: number of steps at ``rate``, at least 0.
+      decay: number of steps of the decay, at least 0. With 0, the plateau ends at once, as in :func:`early`.
+
+    Returns:
+      A schedule, from a step (an int or an integer array) to a float32 rate. Steps after plateau and decay recover: the
+      network trains with all of its layers, as it will be used.
+
+    Raises:
+      ValueError: an argument is out of range.
+      TypeError: ``rate`` is not a number, or a number of steps is not an int.
+
+    References:
+      Elhoushi, Pretko, Dey, Zhang, Gray, Gosal, Mahmoud, Bergsma, Hestness (2026), Don't Drop Dropout: Optimizing Layer
+      Sparsity for Efficient LLM Training and Inference, ICML.
+
+    Example:
+      >>> from jdrop import schedules
+      >>> [float(schedules.plateau_decay(0.5, 100, 50)(step)) for step in (0, 100, 125, 150, 200)]
+      [0.5, 0.5, 0.25, 0.0, 0.0]
+    """
+    as_number("plateau_decay", "rate", rate, 0, 1)
+    plateau = as_count("plateau_decay", "plateau", plateau, low=0)
+    decay = as_count("plateau_decay", "decay", decay, low=0)
+
+    def schedule(step: Any) -> Array:
+        step = jnp.asarray(step)
+        if jnp.issubdtype(step.dtype, jnp.integer) and plateau > jnp.iinfo(step.dtype).max:
+            return jnp.full_like(step, rate, jnp.float32)
+        first = np.asarray(plateau).astype(step.dtype)
+        fallen = (jnp.maximum(step, first) - first).astype(jnp.float32) / np.float32(max(decay, 1))
+        return jnp.where(_before(step, plateau + decay), jnp.float32(rate) * jnp.maximum(1 - fallen, 0), jnp.float32(0))
+
+    return schedule
+
+
 def depth_rates(rate: float, num_layers: int, convention: Convention) -> tuple[float, ...]:
     """Return one drop rate per layer, increasing linearly with depth, for stochastic depth.
 

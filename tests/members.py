@@ -441,6 +441,7 @@ PUBLIC = FUNCTIONS | {
     "schedules.early": jdrop.schedules.early,
     "schedules.late": jdrop.schedules.late,
     "schedules.curriculum": jdrop.schedules.curriculum,
+    "schedules.plateau_decay": jdrop.schedules.plateau_decay,
     "schedules.depth_rates": jdrop.schedules.depth_rates,
     **{
         f"{module.__name__.removeprefix('jdrop.')}.{name}": getattr(module, name)

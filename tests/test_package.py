@@ -57,6 +57,7 @@ NO_MODE = {  # public functions outside of the family, and where their rules are
     "schedules.early": "test_schedules",
     "schedules.late": "test_schedules",
     "schedules.curriculum": "test_schedules",
+    "schedules.plateau_decay": "test_schedules",
     "schedules.depth_rates": "test_schedules",
 }
 

@@ -15,6 +15,19 @@ def test_early_and_late_switch_at_the_step():
     np.testing.assert_array_equal(schedules.late(0.5, 3)(steps), np.float32([0, 0, 0, 0.5, 0.5]))
 
 
+def test_plateau_decay_holds_falls_linearly_and_recovers():
+    schedule = schedules.plateau_decay(0.4, 10, 4)
+    rates = np.float32([0.4, 0.4, 0.4, 0.3, 0.2, 0.1, 0, 0])
+    for dtype in ("int32", "uint32", "float32"):
+        steps = jnp.array([0, 9, 10, 11, 12, 13, 14, 10**9], dtype)
+        np.testing.assert_allclose(schedule(steps), rates, atol=1e-7)
+    np.testing.assert_array_equal(schedules.plateau_decay(0.4, 10, 0)(jnp.array([9, 10])), np.float32([0.4, 0]))
+    long = schedules.plateau_decay(0.5, 2**28, 4)  # float32 cannot tell these steps apart
+    np.testing.assert_allclose(long(jnp.array([2**28 - 1, 2**28 + 1, 2**28 + 3])), [0.5, 0.375, 0.125])
+    assert schedules.plateau_decay(0.5, 2**40, 4)(jnp.uint32(7)) == 0.5
+    assert schedules.plateau_decay(0.5, 2, 4)(3) == 0.375
+
+
 def test_curriculum_is_the_formula():
     steps = np.array([0, 1, 10, 1000, 10**7])
     rates = schedules.curriculum(0.4, 0.01)(steps)
@@ -25,7 +38,7 @@ def test_curriculum_is_the_formula():
 
 
 @pytest.mark.parametrize(
-    "schedule", [schedules.early(0.5, 3), schedules.late(0.5, 3), schedules.curriculum(0.5, 0.1), optax.linear_schedule(0, 0.5, 5)]
+    "schedule", [schedules.early(0.5, 3), schedules.late(0.5, 3), schedules.curriculum(0.5, 0.1), schedules.plateau_decay(0.5, 2, 4), optax.linear_schedule(0, 0.5, 5)]
 )  # fmt: skip
 def test_a_traced_step_drives_dropout_without_recompiling(schedule):
     traces = 0
@@ -66,6 +79,9 @@ def test_depth_rates(convention, rates):
         (lambda: schedules.early(0.5, -1), ValueError, "early: until must be at least 0, got -1"),
         (lambda: schedules.late("a", 1), TypeError, "late: rate must be a number, got 'a'"),
         (lambda: schedules.early(0.5, 3.5), TypeError, "early: until must be an integer, got 3.5"),
+        (lambda: schedules.plateau_decay(1.5, 3, 3), ValueError, r"plateau_decay: rate must lie in \[0, 1\]"),
+        (lambda: schedules.plateau_decay(0.5, -1, 3), ValueError, "plateau_decay: plateau must be at least 0, got -1"),
+        (lambda: schedules.plateau_decay(0.5, 3, 0.5), TypeError, "plateau_decay: decay must be an integer, got 0.5"),
         (lambda: schedules.late(0.5, -1), ValueError, "late: start must be at least 0"),
         (lambda: schedules.curriculum(0.5, -0.1), ValueError, "curriculum: gamma must be finite and at least 0"),
         (lambda: schedules.curriculum(0.5, float("inf")), ValueError, "curriculum: gamma must be finite"),

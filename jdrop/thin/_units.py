@@ -26,7 +26,7 @@ class Kept(NamedTuple):
     def of_parts(self, number: int) -> "Kept":
         """Return the kept parts, if each unit consists of a number of adjacent parts."""
         blocks = self.blocks._replace(size=self.blocks.size * number)
-        parts = self.units[:, None] * np.int32(number) + np.arange(number, dtype=np.int32)
+        parts = self.units[:, None] * np.int32(number) + np.arange(number, dtype=np.int32)[None]
         return Kept(parts.reshape(-1), blocks)
 
 
