@@ -249,6 +249,28 @@ def stochastic_depth(theme: Theme) -> Canvas:
     return strip(theme, panels, Group(0, 0, 0, 1, 1), pitch=14, rows="step", legend="one decision for the whole batch")
 
 
+def skip_path(theme: Theme) -> Canvas:
+    steps, batch = 8, 30
+    keys = per_example(key_of("skip_path"), jnp.arange(steps))
+    drop = functools.partial(jdrop.skip_path, train=True, num_shards=3)
+    ran = jax.vmap(lambda key: drop(key, jnp.ones([batch]), 0.4, lambda x: x) != 1)(keys)
+    assert (ran.reshape(steps, 3, 10).sum(-1) == 6).all()
+    panels = [Panel("examples 0 to 29, on three devices: those for which the branch is computed", ran, "example")]
+    return strip(theme, panels, Group(0, 0, 0, 1, 10), pitch=14, rows="step", legend="six of ten on each device")
+
+
+def thin(theme: Theme) -> Canvas:
+    steps, units = 8, 24
+    keys = per_example(key_of("thin"), jnp.arange(steps))
+
+    def kept(block_size: int) -> jax.Array:
+        draw = functools.partial(jdrop.thin.kept_units, num_units=units, rate=0.5, block_size=block_size)
+        return jax.vmap(lambda key: jnp.zeros(units, bool).at[draw(key)].set(True))(keys)
+
+    panels = [Panel("units, block_size=1", kept(1), "unit"), Panel("units, block_size=4", kept(4), "unit")]
+    return strip(theme, panels, Group(1, 0, 0, 1, 4), pitch=10, rows="step", legend="a block, for the whole minibatch")
+
+
 def locked_dropout(theme: Theme) -> Canvas:
     x = jnp.stack([pattern(8, 12)] * 3)
     y = jdrop.locked_dropout(key_of("locked_dropout", 0), x, RATE, train=True, time_axis=1)

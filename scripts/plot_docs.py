@@ -151,14 +151,15 @@ def rates(theme: Theme) -> Figure:
         ("early(0.3, 400)", schedules.early(0.3, 400), "-"),
         ("late(0.3, 600)", schedules.late(0.3, 600), "--"),
         ("curriculum(0.3, 0.01)", schedules.curriculum(0.3, 0.01), ":"),
+        ("plateau_decay(0.2, 300, 200)", schedules.plateau_decay(0.2, 300, 200), "-."),
     ):
         left.plot(step, np.asarray(schedule(step)), style, linewidth=2, label=name)
-    left.set(xlabel="step", ylabel="rate", ylim=(-0.01, 0.45), title="over steps")
+    left.set(xlabel="step", ylabel="rate", ylim=(-0.01, 0.55), title="over steps")
     left.legend(loc="upper left", borderaxespad=0)
     for convention, marker in (("i/(n-1)", "o"), ("i/n", "s"), ("(i+1)/n", "^")):
         values = schedules.depth_rates(0.3, 6, convention)
         right.plot(values, marker=marker, markersize=5, label=f'"{convention}"')
-    right.set(xlabel="layer", ylim=(-0.01, 0.45), title="over layers: depth_rates(0.3, 6, …)")
+    right.set(xlabel="layer", ylim=(-0.01, 0.55), title="over layers: depth_rates(0.3, 6, …)")
     right.legend(loc="upper left", borderaxespad=0)
     return figure
 
@@ -434,10 +435,10 @@ def char_gpt(theme: Theme, data: Any) -> Figure:
 
 Draw = Callable[[Theme], Canvas | Figure]
 MEMBERS = (
-    *("dropout", "channel_dropout", "drop_block", "drop_path", "stochastic_depth", "locked_dropout", "zoneout"),
+    *("dropout", "channel_dropout", "drop_block", "drop_path", "stochastic_depth", "skip_path", "locked_dropout"),
     *("embedding_dropout", "token_dropout", "patch_dropout", "drop_connect", "alpha_dropout", "gaussian_dropout"),
     *("gaussian_noise", "multi_sample_dropout", "bias_dropout_add", "dot_product_attention", "dropout_mask"),
-    "drop_block_mask",
+    *("drop_block_mask", "zoneout", "thin"),
 )
 EXAMPLES = (
     *(digits_mlp, one_mask_or_many, ensemble_of_subnets, mc_regression, digits_uncertain, simcse, digits_cnn),
