@@ -20,6 +20,7 @@ import _bench
 import _examples
 import _machine_code
 import check_compiled
+import check_thin
 
 pytestmark = [pytest.mark.accelerators, pytest.mark.usefixtures("usual_promotion")]
 WORDS = check_compiled.WORDS
@@ -160,3 +161,19 @@ def test_devices_exchange_nothing_for_attention(target, implementation):
     attend = functools.partial(jdrop.dot_product_attention, train=True, implementation=implementation)
     facts = check_compiled.attention_facts(_aot.mesh(target, 4), attend, 0.1, (4, 512, 8, 64), jnp.dtype("bfloat16"))
     assert facts.collectives == 0
+
+
+# ---------------------------------------------------------------------------------- layers that skip units
+
+
+def test_thin_layers_do_half_of_the_operations_in_less_memory():
+    of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    arrays = of((8192, 1024)), of((1024, 4096)), of((4096, 1024))
+    full, thinned = (
+        check_thin.row(name, _aot.mesh("h100"), check_thin.BLOCKS[name][0], *arrays)
+        for name in ("no dropout", "thin.mlp, blocks of 64")
+    )
+    assert thinned["gflops"] < 0.51 * full["gflops"]
+    assert thinned["moved_mb"] < 0.7 * full["moved_mb"]
+    assert thinned["temporary_mb"] < full["temporary_mb"]
+    assert thinned["launches"] <= full["launches"] + 10

@@ -8,7 +8,16 @@ from test_docs_results import load_extension
 import jdrop
 
 public = load_extension("public")
-CORE = [jdrop, jdrop.attention, jdrop.consistency, jdrop.keys, jdrop.learned, jdrop.schedules, jdrop.thin, jdrop.uncertainty]
+CORE = [
+    jdrop,
+    jdrop.attention,
+    jdrop.consistency,
+    jdrop.keys,
+    jdrop.learned,
+    jdrop.schedules,
+    jdrop.thin,
+    jdrop.uncertainty,
+]
 
 
 def test_public_names_are_those_of_the_tests():
