@@ -205,6 +205,12 @@ def as_bool(function: str, argument: str, value: Any, rate_argument: str | None 
     raise TypeError(f"{function}: {argument} must be a bool, got {describe(value)}; pass {argument}=True or False")
 
 
+def check_function(function: str, argument: str, value: Any, fix: str) -> None:
+    """Require something that can be called."""
+    if not callable(value):
+        raise TypeError(f"{function}: {argument} must be a function, got {describe(value)}; {fix}")
+
+
 def check_choice(function: str, argument: str, value: Any, choices: Sequence[str]) -> None:
     """Require one of a few strings."""
     if not isinstance(value, str) or value not in choices:

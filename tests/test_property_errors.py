@@ -36,6 +36,25 @@ CALLS = {
     ),
     "drop_block_mask": (jdrop.drop_block_mask, (jnp.zeros((3, 3), bool), 2), {}),
     "stochastic_depth": (jdrop.stochastic_depth, (KEY, X, 0.5, jnp.sin), dict(train=True, generator="fast")),
+    "skip_path": (jdrop.skip_path, (KEY, X, 0.5, jnp.sin), dict(train=True, operands=(), num_shards=1, shard=None)),
+    "kept_units": (jdrop.thin.kept_units, (KEY, 8, 0.5), dict(block_size=2, groups=None, num_shards=1, shard=None)),
+    "take": (jdrop.thin.take, (X, jnp.arange(2)), dict(axis=1, block_size=1, num_shards=1)),
+    "put": (jdrop.thin.put, (X, jnp.arange(2), X[:, :2]), dict(axis=1, block_size=1, num_shards=1)),
+    "mlp": (
+        jdrop.thin.mlp,
+        (KEY, X, 0.5, [jnp.ones((3, 8)), jnp.ones((8, 3))]),
+        dict(train=True, activation=jnp.sin, block_size=1, groups=1, num_shards=1, layouts="in_out", shard=None),
+    ),
+    "gated_mlp": (
+        jdrop.thin.gated_mlp,
+        (KEY, X, 0.5, jnp.ones((3, 8)), jnp.ones((3, 8)), jnp.ones((8, 3))),
+        dict(train=True, activation=jnp.sin, block_size=1, groups=1, num_shards=1, layouts="in_out", shard=None),
+    ),
+    "multi_head_attention": (
+        jdrop.thin.multi_head_attention,
+        (KEY, X, 0.5, *[jnp.ones((3, 4, 8))] * 3, jnp.ones((4, 8, 3))),
+        dict(train=True, context=None, groups=1, num_shards=1, shard=None),
+    ),
     "zoneout": (jdrop.zoneout, (KEY, X, 0.5, X), dict(train=True)),
     "embedding_dropout": (jdrop.embedding_dropout, (KEY, X, 0.5), dict(train=True, ids=IDS, vocab_size=9)),
     "token_dropout": (jdrop.token_dropout, (KEY, IDS, 0.5, 1), dict(train=True, protect=IDS == 2)),
@@ -59,6 +78,7 @@ CALLS = {
     "early": (jdrop.schedules.early, (0.5, 3), {}),
     "late": (jdrop.schedules.late, (0.5, 3), {}),
     "curriculum": (jdrop.schedules.curriculum, (0.5, 0.1), {}),
+    "plateau_decay": (jdrop.schedules.plateau_decay, (0.5, 3, 4), {}),
     "depth_rates": (jdrop.schedules.depth_rates, (0.5, 3, "i/n"), {}),
 }  # fmt: skip
 
@@ -91,7 +111,7 @@ BAD = [
 
 
 def described(name, error):
-    return re.match(rf"^{name}: [\w ]+ .*\bgot .*; .+$", str(error), re.DOTALL)
+    return re.match(rf"^{name}: [\w \[\]]+ .*\bgot .*; .+$", str(error), re.DOTALL)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jdrop._checks import as_count, check_array, check_broadcastable, expand_rank, is_array
+from jdrop._checks import as_count, check_array, check_broadcastable, check_function, expand_rank, is_array
 from jdrop._errors import describe
 from jdrop._mask import Mask
 from jdrop._ops import SCALE
@@ -151,8 +151,7 @@ def multi_sample_dropout(
     """
     name = "multi_sample_dropout"
     check_array(name, "x", x)
-    if not callable(head):
-        raise TypeError(f"{name}: head must be a function, got {describe(head)}; pass the head")
+    check_function(name, "head", head, "pass the head")
     number = as_count(name, "num_samples", num_samples)
     arguments = check_arguments(name, key, x, rate, train=train, generator=generator, shard=shard)
     if arguments.is_identity:

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import jet
 
 from jdrop._branch import add_branch
-from jdrop._checks import check_array
+from jdrop._checks import check_array, check_function
 from jdrop._errors import describe
 from jdrop._lowering import at_lowering
 from jdrop._mask import Mask
@@ -76,8 +76,7 @@ def stochastic_depth(
     """
     name = "stochastic_depth"
     check_array(name, "x", x)
-    if not callable(fn):
-        raise TypeError(f"{name}: fn must be a function, got {describe(fn)}; pass the branch")
+    check_function(name, "fn", fn, "pass the branch")
     arguments = check_arguments(
         name, key, x, rate, train=train, mask_shape=one_decision, generator=generator, shard=shard
     )

@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jdrop._branch import add_branch, scaled_branch
-from jdrop._checks import as_number, check_array, is_array
+from jdrop._checks import as_number, check_array, check_function, is_array
 from jdrop._errors import describe
 from jdrop._gather import add_blocks, take_blocks
 from jdrop._prepare import check_arguments
@@ -75,8 +75,7 @@ def skip_path(
     """
     name = "skip_path"
     check_array(name, "x", x)
-    if not callable(fn):
-        raise TypeError(f"{name}: fn must be a function, got {describe(fn)}; pass the branch")
+    check_function(name, "fn", fn, "pass the branch")
     if not x.ndim:
         raise ValueError(f"{name}: x must be [batch, ...], got {describe(x)}; add an axis of examples")
     if not isinstance(operands, tuple):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jdrop._checks import check_array, is_array
+from jdrop._checks import check_array, check_function, is_array
 from jdrop._errors import describe
 from jdrop._subsets import as_blocks
-from jdrop._types import FLOATS, Shard
-from jdrop.thin._dense import Dense, Layer, as_bias, as_pair, scaled
+from jdrop._types import Shard
+from jdrop.thin._dense import Dense, Layer, as_bias, as_data, as_pair, scaled
 from jdrop.thin._groups import as_groups, run_groups
 from jdrop.thin._units import Kept, as_kept, check_subset, draw_kept, splits_units
 
@@ -90,8 +90,8 @@ def multi_head_attention(
       ((2, 5, 16), 1.0)
     """
     name = "multi_head_attention"
-    check_array(name, "x", x, FLOATS)
-    x = jnp.asarray(x)
+    x = as_data(name, x)
+    check_function(name, "attend", attend, "pass attention")
     if x.ndim != 3:
         raise ValueError(f"{name}: x must be [batch, time, features], got {describe(x)}; reshape it, or use jax.vmap")
     source = x if context is None else _as_context(name, context, x)
@@ -138,11 +138,16 @@ class _Projection(NamedTuple):
     def to_heads(self, x: Array, kept: Kept | None) -> Array:
         """Map ``[batch, time, features]`` to the kept heads ``[batch, time, heads, width]``."""
         y = self.dense(x, None, None if kept is None else kept.of_parts(self.shape[1]))
-        return y.reshape(*y.shape[:-1], -1, self.shape[1])
+        heads = self.shape[0] if kept is None else kept.units.shape[0]
+        return y.reshape(*y.shape[:-1], heads, self.shape[1])
 
     def from_heads(self, x: Array, kept: Kept | None) -> Array:
         """Map the kept heads ``[batch, time, heads, width]`` to ``[batch, time, outputs]``."""
-        return self.dense(x.reshape(*x.shape[:-2], -1), None if kept is None else kept.of_parts(self.shape[1]), None)
+        return self.dense(
+            x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]),
+            None if kept is None else kept.of_parts(self.shape[1]),
+            None,
+        )
 
 
 def _as_context(function: str, context: Array, x: Array) -> Array:
@@ -166,7 +171,7 @@ def _as_projection(function: str, argument: str, layer: Any, x: Array) -> _Proje
         )
     shape = kernel.shape[1:]
     bias = as_bias(function, argument, bias, shape, x)
-    kernel = jnp.asarray(kernel).reshape(kernel.shape[0], -1)
+    kernel = jnp.asarray(kernel).reshape(kernel.shape[0], shape[0] * shape[1])
     return _Projection(Dense(kernel, None if bias is None else bias.reshape(-1), (0, 1)), shape)
 
 
@@ -180,7 +185,10 @@ def _as_output(function: str, layer: Any, x: Array) -> _Projection:
             f"got {describe(kernel)}; reshape it"
         )
     bias = as_bias(function, "out", bias, kernel.shape[2:], x)
-    return _Projection(Dense(jnp.asarray(kernel).reshape(-1, kernel.shape[2]), bias, (0, 1)), kernel.shape[:2])
+    return _Projection(
+        Dense(jnp.asarray(kernel).reshape(kernel.shape[0] * kernel.shape[1], kernel.shape[2]), bias, (0, 1)),
+        kernel.shape[:2],
+    )
 
 
 def _check_heads(

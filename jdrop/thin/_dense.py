@@ -11,7 +11,7 @@ from jdrop._checks import check_array, expand_rank
 from jdrop._errors import describe
 from jdrop._gather import take_blocks
 from jdrop._sharding import explicit_sharding
-from jdrop._types import real_dtype
+from jdrop._types import FLOATS, real_dtype
 from jdrop.thin._units import Kept
 
 Layer = Array | tuple[Array, Array | None]  # a kernel, or a kernel and its bias
@@ -42,6 +42,14 @@ class Dense(NamedTuple):
             bias = take_blocks(bias, outputs.units, 0, outputs.blocks)
         y = _contract(x, kernel if self.axes == (0, 1) else kernel.T)
         return y if bias is None else y + expand_rank(bias, y.ndim)
+
+
+def as_data(function: str, x: Any) -> Array:
+    """Require real floating data with an axis of features."""
+    check_array(function, "x", x, FLOATS)
+    if not x.ndim:
+        raise ValueError(f"{function}: x must be [batch, ..., features], got {describe(x)}; add axes")
+    return jnp.asarray(x)
 
 
 def as_dense(function: str, argument: str, layer: Any, layout: str, x: Array) -> Dense:

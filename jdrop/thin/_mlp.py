@@ -4,17 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
-from jdrop._checks import check_array, check_choice
+from jdrop._checks import check_choice, check_function
 from jdrop._errors import describe
 from jdrop._prepare import require_key
 from jdrop._random.key_words import mark_used
 from jdrop._subsets import Blocks, as_blocks
-from jdrop._types import FLOATS, Shard
+from jdrop._types import Shard
 from jdrop.keys import derive
-from jdrop.thin._dense import LAYOUTS, Dense, Layer, Layout, as_dense, check_size, scaled
+from jdrop.thin._dense import LAYOUTS, Dense, Layer, Layout, as_data, as_dense, check_size, scaled
 from jdrop.thin._groups import as_groups, run_groups
 from jdrop.thin._units import as_kept, check_subset, draw_kept, splits_units
 
@@ -81,8 +80,8 @@ def mlp(
       ((8, 16), 1024.0)
     """
     name = "mlp"
-    check_array(name, "x", x, FLOATS)
-    x = jnp.asarray(x)
+    x = as_data(name, x)
+    check_function(name, "activation", activation, "pass one of jax.nn")
     stack = _as_stack(name, x, layers, layouts)
     rates: list[Any] = list(rate) if isinstance(rate, (tuple, list)) else [rate] * (len(stack) - 1)
     if len(rates) != len(stack) - 1:
@@ -165,8 +164,8 @@ def gated_mlp(
       (8, 16)
     """
     name = "gated_mlp"
-    check_array(name, "x", x, FLOATS)
-    x = jnp.asarray(x)
+    x = as_data(name, x)
+    check_function(name, "activation", activation, "pass one of jax.nn")
     how = _as_layouts(name, layouts, 3)
     gates, ups, downs = (
         as_dense(name, argument, layer, layout, x)
@@ -203,7 +202,7 @@ def _as_stack(function: str, x: Array, layers: Any, layouts: Any) -> list[Dense]
 
 def _as_layouts(function: str, layouts: Any, number: int) -> list[str]:
     """Return one layout per layer."""
-    how = [layouts] * number if isinstance(layouts, str) else list(layouts)
+    how = list(layouts) if isinstance(layouts, (tuple, list)) else [layouts] * number
     if len(how) != number:
         raise ValueError(f"{function}: layouts must be one, or one for each of {number} layers, got {layouts}; pass it")
     for layout in how:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jdrop._axes import as_axis
-from jdrop._checks import check_array, check_integers, is_array
+from jdrop._checks import check_array, check_integers
 from jdrop._errors import describe
 from jdrop._gather import put_blocks, take_blocks
 from jdrop._subsets import Blocks, as_blocks
@@ -92,8 +92,7 @@ def put(weights: Array, units: Array, kept: Array, axis: int = 0, *, block_size:
 def _check(
     function: str, weights: Array, units: Array, axis: int, block_size: int, num_shards: int
 ) -> tuple[int, Blocks]:
-    if not is_array(weights):
-        raise TypeError(f"{function}: weights must be an array, got {describe(weights)}; use jax.tree.map for a pytree")
+    check_array(function, "weights", weights, cast="use jax.tree.map for a pytree, and leave out integers")
     axis = as_axis(function, "axis", axis, weights.ndim)
     blocks = as_blocks(function, weights.shape[axis], "units", block_size=block_size, num_shards=num_shards)
     check_integers(function, "units", units)
