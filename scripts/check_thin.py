@@ -28,67 +28,12 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 import _aot
 import _bench
 import _machine_code
+import _thin
 import jax
 import jax.numpy as jnp
 
-import jdrop
-from jdrop import thin
-from jdrop.keys import derive
-
-FEATURES, UNITS, RATE = 1024, 4096, 0.5
-SKIP_RATE, BRANCHES = 0.4, 4
 WORDS = jax.ShapeDtypeStruct((2,), jnp.uint32)  # of a key, because a key cannot be described for a device
 FLOPS, GAP = 500e12, 2e-6  # of the model of the time: operations per second, and seconds for each launch
-IN_OUT, UNITS_FIRST = ("in_out", "in_out"), ("out_in", "in_out")
-Block = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # (key, x, up, down) -> y
-
-
-def dense(shared_axes: tuple[int, ...] | None) -> Block:
-    """Return the block that computes all units: without dropout, or with masks that are shared along axes."""
-
-    def block(key: jax.Array, x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        h = jax.nn.gelu(x @ up)
-        if shared_axes is not None:
-            h = jdrop.dropout(key, h, RATE, train=True, shared_axes=shared_axes)
-        return h @ down
-
-    return block
-
-
-def thinned(layouts: tuple[str, str], **options: Any) -> Block:
-    """Return the block that computes the kept units."""
-
-    def block(key: jax.Array, x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-        return thin.mlp(key, x, RATE, [up, down], train=True, layouts=layouts, **options)
-
-    return block
-
-
-BLOCKS: dict[str, tuple[Block, bool]] = {  # and whether the units of the first layer are first
-    "no dropout": (dense(None), False),
-    "dropout": (dense(()), False),
-    "dropout, shared": (dense((0,)), False),
-    **{f"thin.mlp, blocks of {n}": (thinned(IN_OUT, block_size=n), False) for n in (1, 64, 128)},
-    **{f"thin.mlp, units first, blocks of {n}": (thinned(UNITS_FIRST, block_size=n), True) for n in (1, 64, 128)},
-    "thin.mlp, blocks of 128, 4 groups": (thinned(IN_OUT, block_size=128, groups=4), False),
-}
-
-
-def residual(form: str) -> Callable[..., jax.Array]:
-    """Return a model of residual branches under a form of stochastic depth per example."""
-
-    def model(key: jax.Array, x: jax.Array, *weights: jax.Array) -> jax.Array:
-        for i in range(BRANCHES):
-            branch = functools.partial(dense(None), key, up=weights[2 * i], down=weights[2 * i + 1])
-            if form == "skip_path":
-                x = jdrop.skip_path(derive(key, i), x, SKIP_RATE, branch, train=True)
-            elif form == "drop_path":
-                x = x + jdrop.drop_path(derive(key, i), branch(x), SKIP_RATE, train=True)
-            else:
-                x = x + branch(x)
-        return x
-
-    return model
 
 
 def row(name: str, mesh: Any, f: Callable[..., jax.Array], *arrays: jax.ShapeDtypeStruct) -> dict[str, Any]:
@@ -115,17 +60,17 @@ def row(name: str, mesh: Any, f: Callable[..., jax.Array], *arrays: jax.ShapeDty
 def tables(options: Any) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Return the title and the rows of each table."""
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-    up, down = of((FEATURES, UNITS)), of((UNITS, FEATURES))
+    up, down = of((_thin.FEATURES, _thin.UNITS)), of((_thin.UNITS, _thin.FEATURES))
     for target in options.target:
         mesh = _aot.mesh(target)
         for tokens in options.tokens:
-            x = of((tokens, FEATURES))
-            rows = [row(name, mesh, f, x, down if first else up, down) for name, (f, first) in BLOCKS.items()]
-            yield f"{target}, block of {FEATURES} -> {UNITS} -> {FEATURES}, {tokens} tokens", rows
-            x = of((tokens // 256, 256, FEATURES))
+            x = of((tokens, _thin.FEATURES))
+            rows = [row(name, mesh, f, x, down if first else up, down) for name, (f, first) in _thin.BLOCKS.items()]
+            yield f"{target}, block of {_thin.FEATURES} -> {_thin.UNITS} -> {_thin.FEATURES}, {tokens} tokens", rows
+            x = of((tokens // 256, 256, _thin.FEATURES))
             forms = ("no dropout", "drop_path", "skip_path")
-            rows = [row(form, mesh, residual(form), x, *[up, down] * BRANCHES) for form in forms]
-            yield f"{target}, {BRANCHES} residual branches, {tokens} tokens", rows
+            rows = [row(form, mesh, _thin.residual(form), x, *[up, down] * _thin.BRANCHES) for form in forms]
+            yield f"{target}, {_thin.BRANCHES} residual branches, {tokens} tokens", rows
 
 
 def main() -> None:
@@ -142,7 +87,7 @@ def main() -> None:
         columns = [column for column in rows[0] if column not in ("name", "table")]
         _bench.table(title, ("", *columns), [[r["name"], *map(r.get, columns)] for r in rows])
         results += rows
-    _bench.write_json(options.json, {**head, "rate": RATE, "skip_rate": SKIP_RATE, "rows": results})
+    _bench.write_json(options.json, {**head, "rate": _thin.RATE, "skip_rate": _thin.SKIP_RATE, "rows": results})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 One command for the first minutes on a new device: ``python scripts/device_report.py --json report.json``. The parts,
 the most important first: known answers, the checks of ``check_reproducibility.py``, dropout and the other members
-beside a copy, the gradient of a transformer, attention, a core of the tests, and a trainer. ``--only`` selects parts,
+beside a copy, the gradient of a transformer, blocks that skip units, attention, a core of the tests, and a trainer. ``--only`` selects parts,
 and ``--small`` rehearses them on tiny sizes.
 
 A part or a case that fails ends nothing else, and the file is written after each row. A case that would start after
@@ -26,6 +26,7 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch and the tests use the same device
 
 import _report
+import _thin
 
 sys.path.insert(0, str(_report.ROOT))
 
@@ -50,9 +51,15 @@ SHAPES = {"flat": (2**16, 1024), "steps": (2**10, 64, 1024), "image": (2**9, 32,
 LAYERS, MODEL, HEADS = 4, (8, 512, 768), 12  # of the transformer, as in check_compiled.py
 LENGTHS, WIDTHS, TOKENS = (1024, 4096, 8192), (64, 128), 16384  # of attention; tokens are batch x length
 LIMIT = 20e9  # largest temporary bytes to run
-RESERVED = {"members": 0.45, "transformer": 0.3, "attention": 0.15}  # shares of the time, for the parts that follow
+RESERVED = {
+    "members": 0.45,
+    "transformer": 0.3,
+    "thin": 0.25,
+    "attention": 0.15,
+}  # shares of the time, for the parts that follow
 TESTS = ("tests/test_known_answers.py", "tests/test_elementwise.py", "tests/test_masks.py")
 TEST_WORKERS, TRAINER_STEPS = 8, 1000
+TOKENS = 8192  # of the blocks that skip units
 
 # ---------------------------------------------------------------------------------- the same bits as on CPU
 
@@ -262,6 +269,26 @@ def transformer(plan: Plan) -> Iterator[Row]:
     yield from time_block(plan, makers, _bench.NONE)
 
 
+def thin(plan: Plan) -> Iterator[Row]:
+    """Time blocks that skip dropped units, forward and backward, in bfloat16."""
+    tokens, scale = (32, 16) if plan.small else (TOKENS, 1)
+    features, units = _thin.FEATURES // scale, _thin.UNITS // scale
+    x, up, down = (
+        device_data((tokens, features), "bfloat16")[0],
+        *(
+            0.02 * jax.random.normal(jax.random.key(i), shape, "bfloat16")
+            for i, shape in enumerate([(features, units), (units, features)])
+        ),
+    )
+
+    def make(name: str) -> Timed:
+        block, units_first = _thin.BLOCKS[name]
+        loss = lambda x, up, down, key: block(key, x, up, down).astype("float32").sum()
+        return compiled_clock(jax.grad(loss, (0, 1, 2)), (x, down if units_first else up, down, jax.random.key(1)))
+
+    yield from time_block(plan, {name: functools.partial(make, name) for name in _thin.BLOCKS}, _bench.NONE)
+
+
 def attention(plan: Plan) -> Iterator[Row]:
     """Time forward+backward of attention, in bfloat16, beside dense Flax, cuDNN without dropout, and fused PyTorch."""
     lengths, widths = ((32,), (16,)) if plan.small else (LENGTHS, WIDTHS)
@@ -353,7 +380,7 @@ def outcome(code: int | None, output: str) -> Row:
     return {"ok": code == 0, "exit_code": code, "detail": (output.strip().splitlines() or [""])[-1][:200]}
 
 
-PARTS = (known_answers, reproducibility, dropout, members, transformer, attention, tests, trainer)
+PARTS = (known_answers, reproducibility, dropout, members, transformer, thin, attention, tests, trainer)
 
 
 def commit() -> str:

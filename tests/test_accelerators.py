@@ -19,6 +19,7 @@ import _aot
 import _bench
 import _examples
 import _machine_code
+import _thin
 import check_compiled
 import check_thin
 
@@ -170,7 +171,7 @@ def test_thin_layers_do_half_of_the_operations_in_less_memory():
     of = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     arrays = of((8192, 1024)), of((1024, 4096)), of((4096, 1024))
     full, thinned = (
-        check_thin.row(name, _aot.mesh("h100"), check_thin.BLOCKS[name][0], *arrays)
+        check_thin.row(name, _aot.mesh("h100"), _thin.BLOCKS[name][0], *arrays)
         for name in ("no dropout", "thin.mlp, blocks of 64")
     )
     assert thinned["gflops"] < 0.51 * full["gflops"]

@@ -177,7 +177,17 @@ def test_device_report(tmp_path):
     printed, report = run("device_report.py", "--small", "--json", str(path), out=path)
     assert report["claim"] in printed and {"commit", "device", "platform"} <= set(report["machine"])
     assert {part["part"]: part["status"] for part in report["parts"]} == dict.fromkeys(
-        ("known_answers", "reproducibility", "dropout", "members", "transformer", "attention", "tests", "trainer"),
+        (
+            "known_answers",
+            "reproducibility",
+            "dropout",
+            "members",
+            "transformer",
+            "thin",
+            "attention",
+            "tests",
+            "trainer",
+        ),
         "passed",
     )
     rows = {part["part"]: part["rows"] for part in report["parts"]}
