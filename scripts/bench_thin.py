@@ -6,7 +6,7 @@ the time without dropout by that of the contender in the same round; the tables 
 are the temporary bytes, and the total: temporary bytes, arguments, and results, without the arguments whose memory
 results reuse, as reported by XLA. ``x none`` compares the total with that of no dropout.
 
-- ``blocks``: two dense layers with dropout between them, and all gradients. ``out_in`` stores the first kernel as
+- ``blocks``: two dense layers with dropout between them, and all gradients. ``transposed`` stores the first kernel as
   [outputs, inputs], so that the weights of a unit are contiguous in both kernels.
 - ``branches``: residual blocks, with whole branches dropped for some examples. The time of ``stochastic_depth``, which
   drops branches for all examples at once, depends on the key, and the keys differ from round to round.
@@ -32,6 +32,7 @@ from jdrop import thin
 from jdrop.keys import derive
 
 NONE, EACH, SHARED = _bench.NONE, "jdrop, a mask per example", "jdrop, one shared mask"
+TRANSPOSED = ", transposed"
 OUT_IN = ("out_in", "in_out")
 RATE, LOW_RATE, SKIP_RATE = 0.5, 0.25, 0.4
 Block = Callable[[Any, dict[str, Array], Array], Array]  # (key, weights, x) -> y
@@ -75,7 +76,7 @@ def thin_block(rate: float, **how: Any) -> Block:
 
 
 def block_contenders(options: argparse.Namespace) -> Contenders:
-    """Return the contenders with their rates; names that end in ``out_in`` get that layout."""
+    """Return the contenders with their rates; names with ``transposed`` get that layout."""
     drops: dict[str, _bench.Drop | None] = {
         SHARED: lambda key, h: jdrop.dropout(key, h, RATE, train=True, shared_axes=(0,)),
         EACH: lambda key, h: jdrop.dropout(key, h, RATE, train=True),
@@ -83,10 +84,10 @@ def block_contenders(options: argparse.Namespace) -> Contenders:
     drops |= _bench.peers(options.peers, RATE)
     contenders: Contenders = {(NONE, 0.0): dense(lambda key, h: h)}
     contenders |= {(name, RATE): dense(drop) for name, drop in drops.items() if drop}
-    for rate, size, layout in itertools.product((RATE, LOW_RATE), options.block_sizes, ("in_out", "out_in")):
-        contenders[f"thin, blocks of {size}, {layout}", rate] = thin_block(rate, block_size=size)
+    for rate, size, layout in itertools.product((RATE, LOW_RATE), options.block_sizes, ("", TRANSPOSED)):
+        contenders[f"thin, blocks of {size}{layout}", rate] = thin_block(rate, block_size=size)
     size, groups = options.block_sizes[-1], options.groups
-    contenders[f"thin, blocks of {size}, {groups} groups, out_in", RATE] = thin_block(
+    contenders[f"thin, blocks of {size}{TRANSPOSED}, {groups} groups", RATE] = thin_block(
         RATE, block_size=size, groups=groups
     )
     return contenders
@@ -254,7 +255,7 @@ def measure_gradients(
     """Compile and time the gradients of blocks or models."""
     clocks, sizes = {}, {}
     for (name, rate), block in contenders.items():
-        w = used(weights, name.endswith("out_in"))
+        w = used(weights, TRANSPOSED in name)
         key, x, dy = next(data)
         compiled = compiled_gradient(block, key, w, x, dy)
         inputs = map(lambda item, w=w: (item[0], w, *item[1:]), data)

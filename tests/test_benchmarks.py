@@ -105,9 +105,9 @@ def test_bench_thin(need, tmp_path):
     assert report["claim"] in printed and report["claim"].startswith("Claim: ")
     cases = {part: {(r["contender"], r["rate"]) for r in report["rows"] if r["part"] == part} for part in PARTS_OF_THIN}
     for rate in (0.5, 0.25):
-        names = {f"thin, blocks of {size}, {layout}" for size in (1, 4) for layout in ("in_out", "out_in")}
+        names = {f"thin, blocks of {size}{layout}" for size in (1, 4) for layout in ("", ", transposed")}
         assert {(name, rate) for name in names} <= cases["blocks"]
-    assert cases["blocks"] >= {("no dropout", 0.0), ("linen", 0.5), ("thin, blocks of 4, 2 groups, out_in", 0.5)}
+    assert cases["blocks"] >= {("no dropout", 0.0), ("linen", 0.5), ("thin, blocks of 4, transposed, 2 groups", 0.5)}
     assert {name for name, _ in cases["branches"]} == {"no dropout", "drop_path", "skip_path", "stochastic_depth"}
     assert {"no dropout", "thin, blocks of 1", "thin, blocks of 1, lazy update"} <= {name for name, _ in cases["steps"]}
     assert {r.get("optimizer") for r in report["rows"]} == {None, "SGD", "Adam"}
