@@ -313,6 +313,28 @@ def one_mask_or_many(theme: Theme, data: Any) -> Figure:
     return figure
 
 
+def thin_mlp(theme: Theme, data: Any) -> Figure:
+    figure, (left, right) = plots(270, 1.3, 1, sharey=True)
+    seconds = {name: np.median(values) for name, values in data["seconds"].items()}
+    styles = zip(
+        data["accuracy"].items(), (*theme.lines, theme.ink, theme.soft, theme.faint), "os^Dv<>PX", strict=False
+    )
+    for (name, values), color, marker in styles:
+        at = seconds[name] * np.arange(1, len(values) + 1) / len(values)
+        style = {"color": color, "marker": marker, "markersize": 4}
+        left.plot(at, np.mean(values, axis=-1), linewidth=1.4, label=name, **style)
+        ends = np.array(values[-1])
+        right.errorbar(at[-1], ends.mean(), yerr=error_of(ends), capsize=3, linestyle="", **style)
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_xticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+        axes.minorticks_off()
+    left.set(xlabel="seconds of training", ylabel="test accuracy (%)", ylim=(84, None), title="along the training")
+    right.set(xlabel="seconds of training", title="at the end, two standard errors")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
 def ensemble_of_subnets(theme: Theme, data: Any) -> Figure:
     figure, (left, right) = plots(250, 1, 1.15)
     left.plot([0, 1], [0, 1], color=theme.soft, linewidth=0.8)
@@ -441,7 +463,7 @@ MEMBERS = (
     *("drop_block_mask", "zoneout", "thin"),
 )
 EXAMPLES = (
-    *(digits_mlp, one_mask_or_many, ensemble_of_subnets, mc_regression, digits_uncertain, simcse, digits_cnn),
+    *(digits_mlp, one_mask_or_many, thin_mlp, ensemble_of_subnets, mc_regression, digits_uncertain, simcse, digits_cnn),
     *(lstm_words, char_gpt),
 )
 

@@ -7,14 +7,20 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import peers
 import pytest
 from members import MEMBERS, Bench
 from xla_flags import QUICK
 
+from jdrop import thin
+
 SCRIPTS = pathlib.Path(__file__).parent.parent / "scripts"
 VARIANTS = ("unrolled, plain, one key", "scan, plain, one key", "scan, checkpoint, per-example keys")
 OUR_ATTENTION = {"jdrop chunked", "jdrop chunked, causal", "jdrop reference"}
+PARTS_OF_THIN = ("blocks", "branches", "steps")
 DEPTH = "stochastic_depth 0.5"  # which has its own measurement
 OURS = {"scale", "jdrop fast", "jdrop jax", "where(bernoulli)"}
 pytestmark = pytest.mark.benchmarks
@@ -88,6 +94,40 @@ def test_bench_attention(need, tmp_path):
         for name in OUR_ATTENTION:
             row = rows[direction, name, 0.1]
             assert row["to_none"] > 0 and row["to_full"] > 0 and row["temporary_bytes"] > 0
+
+
+def test_bench_thin(need, tmp_path):
+    need("flax")
+    path = tmp_path / "thin.json"
+    options = ("--sizes", "8x16", "--batches", "4", "--block-sizes", "1", "4", "--groups", "2", "--step-batches", "4")
+    options = (*options, "--branches", "2", "--branch-size", "8x16", "--branch-batch", "5", "--rounds", "1")
+    printed, report = run("bench_thin.py", *options, "--json", str(path), out=path)
+    assert report["claim"] in printed and report["claim"].startswith("Claim: ")
+    cases = {part: {(r["contender"], r["rate"]) for r in report["rows"] if r["part"] == part} for part in PARTS_OF_THIN}
+    for rate in (0.5, 0.25):
+        names = {f"thin, blocks of {size}{layout}" for size in (1, 4) for layout in ("", ", transposed")}
+        assert {(name, rate) for name in names} <= cases["blocks"]
+    assert cases["blocks"] >= {("no dropout", 0.0), ("linen", 0.5), ("thin, blocks of 4, transposed, 2 groups", 0.5)}
+    assert {name for name, _ in cases["branches"]} == {"no dropout", "drop_path", "skip_path", "stochastic_depth"}
+    assert {"no dropout", "thin, blocks of 1", "thin, blocks of 1, lazy update"} <= {name for name, _ in cases["steps"]}
+    assert {r.get("optimizer") for r in report["rows"]} == {None, "SGD", "Adam"}
+    assert all(r["speedup"] > 0 and r["total_bytes"] >= r["temporary_bytes"] > 0 for r in report["rows"])
+
+
+def test_the_lazy_update_of_bench_thin_is_the_dense_one_for_kept_units(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    bench = importlib.import_module("bench_thin")
+    w = bench.used(bench.weights_of(8, 16), out_in=True)
+    key, x, target = next(bench.random_data(4, 8, 1))
+    for update, parts in bench.OPTIMIZERS.values():
+        state = (w, *(jax.tree.map(jnp.zeros_like, w) for _ in range(parts - 1)))
+        units = thin.kept_units(key, 16, 0.5, block_size=4)
+        kept = jnp.zeros(16).at[units].set(2.0)
+        masked = bench.dense(lambda key, h, kept=kept: h * kept)
+        with jax.numpy_rank_promotion("allow"):
+            dense = bench.dense_step(masked, update)(state, key, x, target, 1.0)
+            lazy = bench.lazy_step(update, 4)(state, key, x, target, 1.0)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), dense, lazy)
 
 
 def test_bench_uncertainty(need, tmp_path):

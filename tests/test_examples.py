@@ -29,6 +29,7 @@ SMALL = {
     "mc_regression": {"NUM_SEEDS": 2, "SAMPLES": 4, "NUM_TRAIN": 400},
     "one_mask_or_many": {"NUM_SEEDS": 2, "NUM_TRAIN": 4900},
     "simcse": {"NUM_SEEDS": 2},
+    "thin_mlp": {"NUM_SEEDS": 2, "NUM_TEST": 200},
 }
 RUN_SMALL = """
 import importlib.util, json, sys
