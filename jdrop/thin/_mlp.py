@@ -68,8 +68,7 @@ def mlp(
       TypeError: an argument has the wrong type, ``key`` is missing, or ``train`` is traced.
 
     References:
-      Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural Networks
-      from Overfitting, JMLR.
+      Graham, Reizenstein, Robinson (2015), Efficient Batchwise Dropout Training Using Submatrices, arXiv:1502.02478.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -152,8 +151,8 @@ def gated_mlp(
       TypeError: an argument has the wrong type, ``key`` is missing, or ``train`` is traced.
 
     References:
-      Shazeer (2020), GLU Variants Improve Transformer, arXiv:2002.05202; Srivastava, Hinton, Krizhevsky, Sutskever,
-      Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural Networks from Overfitting, JMLR.
+      Shazeer (2020), GLU Variants Improve Transformer, arXiv:2002.05202; Graham, Reizenstein, Robinson (2015),
+      Efficient Batchwise Dropout Training Using Submatrices, arXiv:1502.02478.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -67,8 +67,7 @@ def kept_units(
       TypeError: an argument has the wrong type.
 
     References:
-      Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural Networks
-      from Overfitting, JMLR, section 2 (thinned networks).
+      Graham, Reizenstein, Robinson (2015), Efficient Batchwise Dropout Training Using Submatrices, arXiv:1502.02478.
 
     Example:
       >>> import jax, jax.numpy as jnp

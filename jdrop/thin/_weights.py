@@ -34,8 +34,7 @@ def take(weights: Array, units: Array, axis: int = 0, *, block_size: int = 1, nu
       TypeError: an argument has the wrong type.
 
     References:
-      Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural Networks
-      from Overfitting, JMLR, section 2 (thinned networks).
+      Graham, Reizenstein, Robinson (2015), Efficient Batchwise Dropout Training Using Submatrices, arXiv:1502.02478.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -70,8 +69,7 @@ def put(weights: Array, units: Array, kept: Array, axis: int = 0, *, block_size:
       TypeError: an argument has the wrong type.
 
     References:
-      Srivastava, Hinton, Krizhevsky, Sutskever, Salakhutdinov (2014), Dropout: A Simple Way to Prevent Neural Networks
-      from Overfitting, JMLR, section 2 (thinned networks).
+      Graham, Reizenstein, Robinson (2015), Efficient Batchwise Dropout Training Using Submatrices, arXiv:1502.02478.
 
     Example:
       >>> import jax.numpy as jnp
