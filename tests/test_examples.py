@@ -13,10 +13,7 @@ from xla_flags import QUICK
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 RESULTS = Path(__file__).parents[1] / "scripts" / "results"  # curves_NAME.json is what an example once wrote
 PACKAGES = ("matplotlib", "mlxtend", "optax", "orbax.checkpoint", "scoringrules", "sklearn", "tqdm")
-LINES = {
-    "distributed_lm": 350,  # with its checkpoints and its launcher, which would not work apart
-    **dict.fromkeys(("digits_uncertain", "mc_regression"), 260),  # with their scores, and long tables
-}
+LINES = {"distributed_lm": 350}  # with its checkpoints and its launcher, which would not work apart
 OPTIONS = {path: [()] for path in EXAMPLES}
 OPTIONS |= {path: [(), ("--bf16",)] for path in EXAMPLES if path.stem == "char_gpt"}
 # What only repeats the same program, as of seeds, of test images (all but NUM_TRAIN), or of sampled characters.
