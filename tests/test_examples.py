@@ -22,6 +22,7 @@ SMALL = {
     "digits_cnn": {"NUM_SEEDS": 2, "NUM_TRAIN": 4900},
     "digits_uncertain": {"NUM_SEEDS": 2, "SAMPLES": 3, "NUM_TEST": 300},
     "ensemble_of_subnets": {"NUM_SEEDS": 2, "NUM_TRAIN": 330},
+    "layer_dropout": {"NUM_SEEDS": 2, "NUM_EVAL": 8},
     "lstm_words": {"NUM_SEEDS": 2, "VOCABULARY": 100},
     "mc_regression": {"NUM_SEEDS": 2, "SAMPLES": 4, "NUM_TRAIN": 400},
     "one_mask_or_many": {"NUM_SEEDS": 2, "NUM_TRAIN": 4900},
