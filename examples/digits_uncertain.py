@@ -1,14 +1,10 @@
 """Does a network with Monte Carlo dropout know which digits it does not know?
 
-Trains MLPs on 500 of scikit-learn's 1,797 digits. Each of 10 seeds leaves another digit out of the training: images of
-this class are the unknown ones. Compared are no dropout, an ensemble of 5 such networks, and Monte Carlo dropout with
-50 samples: at fixed rates, and at rates that concrete dropout learned, one per layer. Test images are rejected in the
-order of their predictive entropy or of their mutual information (MI), where unknown images count as errors. Known ones
-are also rotated.
-
-The networks of a method train at once under vmap. The methods of a seed share the split, the initial weights, and the
-minibatches, so differences are paired. Rates and the prior length scale were chosen with ``--seed 1``. There
-is no weight decay.
+Trains MLPs on 500 of scikit-learn's 1,797 digits. Each of 10 seeds leaves out another digit: its images are the unknown
+ones. Compared are no dropout, an ensemble of 5 networks, and Monte Carlo dropout with 50 samples, at fixed rates and at
+rates that concrete dropout learned. Test images are rejected in the order of predictive entropy or mutual information
+(MI), where unknown images count as errors. Known ones are also rotated. The methods of a seed share the split, initial
+weights, and minibatches, so differences are paired. Rates and the prior length scale were chosen with ``--seed 1``.
 
     python examples/digits_uncertain.py
 
@@ -28,18 +24,14 @@ standard error. AUROC is that of unknown against known images. A single network 
     30 degrees: confid.  | 80.769  +0.000 ±0.000 | 76.643  -4.127 ±0.565 | 71.415  -9.355 ±0.272 | 68.432 -12.337 ±0.331
     rates of layers      | 0.059 ±0.001 | 0.181 ±0.003 | 0.214 ±0.002
 
-Monte Carlo dropout rejects better than no dropout, but is less calibrated: it is not confident enough. An ensemble
-rejects about as well, and is as calibrated as no dropout.
+Monte Carlo dropout rejects better than no dropout, as an ensemble does, but unlike these it is not confident enough.
 
-References:
-  Gal, Ghahramani (2016), Dropout as a Bayesian Approximation, ICML.
-  Gal, Hron, Kendall (2017), Concrete Dropout, NeurIPS.
+Reference: Gal, Hron, Kendall (2017), Concrete Dropout, NeurIPS. For Monte Carlo dropout, see mc_regression.py.
 """
 
 import argparse
 import json
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +43,6 @@ import optax
 from jax import Array
 from scipy.ndimage import rotate
 from scipy.stats import sem
-from sklearn.calibration import calibration_curve
 from sklearn.datasets import load_digits
 from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
 from tqdm import tqdm
@@ -66,50 +57,42 @@ import matplotlib.pyplot as plt
 
 NUM_SEEDS = 10  # one per class that is left out
 NUM_TRAIN, NUM_TEST, NUM_UNKNOWN, NUM_ROTATED = 500, 800, 170, 200  # images; some of the test set are rotated
-SIZES = (64, 128, 128, 10)
-LENGTH_SCALE = 0.1  # of the prior of concrete dropout
-BATCH = 50
-LEARNING_RATE = 3e-3  # Adam with cosine decay to 0
-STEPS = 800
-SAMPLES, MEMBERS, BINS = 50, 5, 15
-ANGLES = (15, 30, 45, 60, 75, 90)
-REJECTED = np.arange(31)  # percent
+SIZES, LENGTH_SCALE = (64, 128, 128, 10), 0.1  # of the layers, and of the prior of concrete dropout
+BATCH, LEARNING_RATE, STEPS = 50, 3e-3, 800  # Adam with cosine decay to 0, and no weight decay
+SAMPLES, MEMBERS, BINS = 50, 5, 15  # of Monte Carlo dropout, of the ensemble, and of ECE
+ANGLES, REJECTED = (15, 30, 45, 60, 75, 90), np.arange(31)  # degrees, percent
 
 
 class Method(NamedTuple):
-    """How the networks of a method are trained, and which of them predict."""
+    """How many networks a method trains, and how. Networks with rates are sampled."""
 
     rates: tuple[float, ...] = (0.0, 0.0, 0.0)  # of the inputs of the three layers; where concrete dropout starts
     learned: bool = False
     members: int = 1
-    sampled: bool = False
 
 
-REFERENCE = "no dropout"
 METHODS = {
-    REFERENCE: Method(),
+    "no dropout": Method(),
     "ensemble of 5": Method(members=MEMBERS),
-    "fixed rates": Method((0.05, 0.1, 0.1), sampled=True),
-    "learned rates": Method((0.1, 0.1, 0.1), learned=True, sampled=True),
+    "fixed rates": Method((0.05, 0.1, 0.1)),
+    "learned rates": Method((0.1, 0.1, 0.1), learned=True),
 }
 
 
-def forward(params: Any, x: Array, key: Array | None, rates: Any, learned: bool) -> Array:
+def forward(method: Method, params: Any, x: Array, key: Array | None) -> Array:
     """Map images [batch, 64] to log probabilities [batch, 10]; without a key, nothing is dropped."""
-    for i, (w, b) in enumerate(params["layers"]):
-        drop = (
-            partial(concrete_dropout, logit=params["logits"][i]) if learned else partial(jdrop.dropout, rate=rates[i])
-        )
+    for i, ((w, b, logit), rate) in enumerate(zip(params, method.rates, strict=True)):
+        drop = partial(concrete_dropout, logit=logit) if method.learned else partial(jdrop.dropout, rate=rate)
         x = drop(derive(key, i), x, train=key is not None) @ w + b
-        x = jax.nn.relu(x) if i < len(params["layers"]) - 1 else jax.nn.log_softmax(x)
+        x = jax.nn.relu(x) if i < len(params) - 1 else jax.nn.log_softmax(x)
     return x
 
 
-def loss_fn(params: Any, key: Array, x: Array, y: Array, rates: Any, learned: bool) -> Array:
+def loss_fn(method: Method, params: Any, key: Array, ids: Array, x: Array, y: Array) -> Array:
     """Return the cross-entropy, and with learned rates also the divergence from the prior."""
-    loss = -jnp.take_along_axis(forward(params, x, key, rates, learned), y[:, None], axis=1).mean()
-    for (w, _), logit in zip(params["layers"], params["logits"], strict=True):
-        if learned:
+    loss = -jnp.take_along_axis(forward(method, params, x[ids], key), y[ids, None], axis=1).mean()
+    for w, _, logit in params:
+        if method.learned:
             loss += concrete_regularizer(logit, w, num_examples=NUM_TRAIN, length_scale=LENGTH_SCALE)
     return loss
 
@@ -117,24 +100,21 @@ def loss_fn(params: Any, key: Array, x: Array, y: Array, rates: Any, learned: bo
 def train(method: Method, key: Array, x: Array, y: Array, steps: int) -> Any:
     """Train all members and seeds at once, on x [seed, n, 64] and y [seed, n]; return params [member, seed, ...]."""
     shape, optimizer = (method.members, len(x)), optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
-
-    def gradient(params: Any, key: Array, ids: Array, x: Array, y: Array) -> Any:
-        return jax.grad(loss_fn)(params, key, x[ids], y[ids], method.rates, method.learned)
+    gradient = jax.vmap(jax.vmap(jax.grad(partial(loss_fn, method))), in_axes=(0, None, 0, None, None))
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: Any, key: Array, x: Array, y: Array, t: Array) -> Any:
         params, opt_state = state
         ids = jax.random.randint(derive(key, "batch", t), (MEMBERS, len(x), BATCH), 0, NUM_TRAIN)[: method.members]
-        keys = per_example(derive(key, "drop", t), jnp.arange(len(x)))
-        grads = jax.vmap(jax.vmap(gradient), in_axes=(0, None, 0, None, None))(params, keys, ids, x, y)
+        grads = gradient(params, per_example(derive(key, "drop", t), jnp.arange(len(x))), ids, x, y)
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
-    start = [jnp.full(shape, np.log(rate / (1 - rate))) for rate in method.rates] if method.learned else [0.0] * 3
-    params: Any = {"layers": [], "logits": [jnp.broadcast_to(jnp.float32(logit), shape) for logit in start]}
-    for i, (m, n) in enumerate(pairwise(SIZES)):
+    params = []
+    for i, (m, n, rate) in enumerate(zip(SIZES[:-1], SIZES[1:], method.rates, strict=True)):
         w = jax.random.normal(derive(key, "init", i), (MEMBERS, len(x), m, n)) * (2 / m) ** 0.5
-        params["layers"].append((w[: method.members], jnp.zeros((*shape, n))))
+        logit = np.log(rate / (1 - rate)) if method.learned else 0.0
+        params.append((w[: method.members], jnp.zeros((*shape, n)), jnp.full(shape, logit, jnp.float32)))
     state = params, optimizer.init(params)
     for t in tqdm(range(steps), desc=", ".join(f"{rate:g}" for rate in method.rates)):
         state = train_step(state, key, x, y, jnp.uint32(t))
@@ -145,12 +125,8 @@ def predict(method: Method, params: Any, key: Array, x: Array) -> tuple[np.ndarr
     """Return probabilities [seed, n, class], entropy, and mutual information [seed, n]; x is [seed, n, 64]."""
 
     def of_seed(params: Any, key: Array, x: Array) -> tuple[Array, ...]:
-        if method.sampled:
-            first = jax.tree.map(lambda leaf: leaf[0], params)
-            network = partial(forward, first, x, rates=method.rates, learned=method.learned)
-            log_probs = mc_samples(network, key, SAMPLES, chunk_size=10)
-        else:
-            log_probs = jax.vmap(lambda params: forward(params, x, None, method.rates, method.learned))(params)
+        networks = partial(jax.vmap(partial(forward, method), in_axes=(0, None, None)), params, x)  # of all members
+        log_probs = mc_samples(networks, key, SAMPLES, chunk_size=10)[:, 0] if any(method.rates) else networks(None)
         return jnp.exp(log_probs).mean(0), predictive_entropy(log_probs), mutual_information(log_probs)
 
     keys = per_example(derive(key, "sample"), jnp.arange(len(x)))
@@ -158,54 +134,44 @@ def predict(method: Method, params: Any, key: Array, x: Array) -> tuple[np.ndarr
     return tuple(np.asarray(values, float) for values in outputs)
 
 
-def calibration_error(correct: np.ndarray, confidence: np.ndarray) -> float:
-    """Return the expected calibration error: the mean gap between accuracy and confidence, over bins of confidence."""
-    accuracy, mean = calibration_curve(correct, confidence, n_bins=BINS)  # of the bins that are not empty
-    counts = np.histogram(confidence, np.linspace(0, 1, BINS + 1))[0]
-    return float(abs(accuracy - mean) @ counts[counts > 0] / len(confidence))
-
-
 def score(p: np.ndarray, entropy: np.ndarray, mi: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """Score the predictions of one seed, for known images, unknown images, and rotated images in this order."""
-    tested, is_known = NUM_TEST + NUM_UNKNOWN, slice(NUM_TEST)
-    p, unknown = p / p.sum(1, keepdims=True), np.arange(tested) >= NUM_TEST
+    tested, p = NUM_TEST + NUM_UNKNOWN, p / p.sum(1, keepdims=True)
     correct, confidence = 100.0 * (p.argmax(1) == y), 100 * p.max(1)
-    correct[:tested][unknown] = 0
+    correct[NUM_TEST:tested] = 0
+    known, unknown = (y[:NUM_TEST], p[:NUM_TEST]), np.arange(tested) >= NUM_TEST
+    errors = (correct - confidence)[:NUM_TEST]  # of calibration: their sums over bins of confidence should be 0
     mi = mi if mi.max() > 1e-5 else entropy  # one network has no mutual information
-    accepted = [tested - tested * percent // 100 for percent in REJECTED]
-    by_entropy, by_mi = (correct[:tested][np.argsort(u[:tested], kind="stable")] for u in (entropy, mi))
-    scores: dict[str, Any] = {
-        "accuracy (%)": correct[is_known].mean(),
-        "log loss": log_loss(y[is_known], p[is_known], labels=range(10)),
-        "Brier score": brier_score_loss(y[is_known], p[is_known], labels=range(10)),
-        "ECE (%)": 100 * calibration_error(correct[is_known] / 100, confidence[is_known] / 100),
+    accepted, orders = tested - tested * REJECTED // 100, (np.argsort(u[:tested], kind="stable") for u in (entropy, mi))
+    by_entropy, by_mi = (np.cumsum(correct[order])[accepted - 1] / accepted for order in orders)
+    rotated = np.stack([correct[tested:], confidence[tested:]]).reshape(2, len(ANGLES), -1).mean(-1)
+    return {
+        "accuracy (%)": correct[:NUM_TEST].mean(),
+        "log loss": log_loss(*known, labels=range(10)),
+        "Brier score": brier_score_loss(*known, labels=range(10)),
+        "ECE (%)": abs(np.histogram(confidence[:NUM_TEST], BINS, (0, 100), weights=errors)[0]).sum() / NUM_TEST,
         "AUROC by entropy": roc_auc_score(unknown, entropy[:tested]),
         "AUROC by MI": roc_auc_score(unknown, mi[:tested]),
-        "rejected by entropy": np.array([by_entropy[:n].mean() for n in accepted]),
-        "rejected by MI": np.array([by_mi[:n].mean() for n in accepted]),
-        "rotated": np.stack([correct[tested:], confidence[tested:]]).reshape(2, len(ANGLES), -1).mean(-1),
+        "20% rejected": by_entropy[20],
+        "20% rejected by MI": by_mi[20],
+        "30 degrees: accuracy": rotated[0, 1],
+        "30 degrees: confid.": rotated[1, 1],
+        "rejected by entropy": by_entropy,
+        "rejected by MI": by_mi,
+        "rotated": rotated,
     }
-    chosen = {"20% rejected": scores["rejected by entropy"][20], "20% rejected by MI": scores["rejected by MI"][20]}
-    return (
-        scores
-        | chosen
-        | dict(zip(("30 degrees: accuracy", "30 degrees: confid."), scores["rotated"][:, 1], strict=True))
-    )
 
 
 def plot(path: Path, data: dict[str, Any]) -> None:
-    """Plot accuracy after rejection, accuracy and confidence of rotated digits, and the learned rates."""
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    """Plot accuracy after rejection, and accuracy and confidence of rotated digits."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for i, (name, scores) in enumerate(data["scores"].items()):
         left.plot(REJECTED, scores["rejected by entropy"].mean(0), color=f"C{i}", label=name)
-        if METHODS[name].sampled:
-            left.plot(REJECTED, scores["rejected by MI"].mean(0), "--", color=f"C{i}", label=f"{name}, by MI")
+        left.plot(REJECTED, scores["rejected by MI"].mean(0), "--", color=f"C{i}")
         accuracy, confidence = scores["rotated"].mean(0)
-        middle.plot(ANGLES, accuracy, "-", ANGLES, confidence, "--", color=f"C{i}")
-    left.set(xlabel="rejected (%)", ylabel="accuracy of the others (%)", title="by entropy; unknown digits are errors")
-    middle.set(xlabel="rotation (degrees)", title="rotated digits: accuracy, and confidence (dashed) (%)")
-    right.plot(["inputs", "hidden 1", "hidden 2"], data["learned rates"].T, "o-", color="gray")
-    right.set(ylabel="learned rate", title="one line per seed")
+        right.plot(ANGLES, accuracy, "-", ANGLES, confidence, "--", color=f"C{i}")
+    left.set(xlabel="rejected by entropy, or by MI (dashed) (%)", ylabel="accuracy of the others (%)")
+    right.set(xlabel="rotation (degrees)", title="rotated digits: accuracy, and confidence (dashed) (%)")
     left.legend()
     fig.savefig(path, dpi=120)
 
@@ -217,31 +183,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the plot and its data")
     args = parser.parse_args()
 
-    key, digits = jax.random.key(args.seed), load_digits()
-    images, y = digits.images / 16, digits.target
-    pixels = np.stack([rotate(images, angle, (2, 1), reshape=False, order=1) for angle in (0, *ANGLES)])  # [angle, n]
-    pixels = pixels.reshape(*pixels.shape[:2], 64)
-    train_ids, at = [], []  # for each seed: ids, and (angle, id) of test images
+    key, (images, y) = jax.random.key(args.seed), load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8) / 16
+    pixels = np.stack([rotate(images, angle, (2, 1), reshape=False, order=1).reshape(-1, 64) for angle in (0, *ANGLES)])
+    train_ids, test_ids = [], []
     for seed in range(NUM_SEEDS):
         ids = np.asarray(jax.random.permutation(derive(key, "split", seed), len(y)))
         known, unknown = ids[y[ids] != seed % 10], ids[y[ids] == seed % 10][:NUM_UNKNOWN]
         train_ids.append(known[:NUM_TRAIN])
         known = known[NUM_TRAIN : NUM_TRAIN + NUM_TEST]
-        angle = [0] * (NUM_TEST + NUM_UNKNOWN) + [i + 1 for i in range(len(ANGLES)) for _ in range(NUM_ROTATED)]
-        at.append((angle, np.concatenate([known, unknown, *[known[:NUM_ROTATED]] * len(ANGLES)])))
-    train_x, test_x = (jnp.asarray(x, jnp.float32) for x in (pixels[0, train_ids], np.stack([pixels[i] for i in at])))
+        test_ids.append(np.concatenate([known, unknown, *[known[:NUM_ROTATED]] * len(ANGLES)]))
+    turned = np.repeat(range(len(pixels)), [NUM_TEST + NUM_UNKNOWN, *[NUM_ROTATED] * len(ANGLES)])
+    train_x, test_x = (jnp.asarray(pixels[at], jnp.float32) for at in ((0, train_ids), (turned, test_ids)))
 
-    results, rates = {}, np.empty(0)
+    results: dict[str, Any] = {}
     for name, method in METHODS.items():
         params = train(method, key, train_x, jnp.asarray(y[np.stack(train_ids)]), args.steps)
         outputs = predict(method, params, key, test_x)
-        scores = [score(*of_seed, y[ids]) for *of_seed, (_, ids) in zip(*outputs, at, strict=True)]
+        scores = [score(*of_seed, y[ids]) for *of_seed, ids in zip(*outputs, test_ids, strict=True)]
         results[name] = {metric: np.array([values[metric] for values in scores]) for metric in scores[0]}
-        if method.learned:
-            rates = np.asarray(jax.nn.sigmoid(jnp.stack(params["logits"], axis=-1))[0])  # [seed, layer]
-
+    rates = np.stack([np.asarray(jax.nn.sigmoid(logit[0]), float) for *_, logit in params], -1)  # learned ones
     print(" " * 21 + "| " + " | ".join(f"{name:20}" for name in METHODS))
-    for metric, reference in results[REFERENCE].items():
+    for metric, reference in results["no dropout"].items():
         if reference.ndim == 1:
             pairs = [(scores[metric], scores[metric] - reference) for scores in results.values()]
             print(f"{metric:21}| " + " | ".join(f"{v.mean():6.3f} {d.mean():+7.3f} ±{sem(d):.3f}" for v, d in pairs))
@@ -249,8 +212,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     data = {"jax": jax.__version__, "rejected": REJECTED, "angles": ANGLES, "learned rates": rates, "scores": results}
-    text = json.dumps(data, default=lambda v: np.asarray(v, float).round(4).tolist())
-    (args.out / "digits_uncertain.json").write_text(text)
+    (args.out / "digits_uncertain.json").write_text(json.dumps(data, default=lambda v: v.round(4).tolist()))
     plot(args.out / "digits_uncertain.png", data)
 
 

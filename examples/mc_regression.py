@@ -1,10 +1,9 @@
 """Does Monte Carlo dropout give better error bars than one network that learns its noise level?
 
-Trains networks on 300 of scikit-learn's 442 diabetes patients, and scores their predictive distributions on the other
-142. A network predicts a mean, and learns one standard deviation, the noise level. Monte Carlo dropout averages the
-normal distributions of 100 sampled networks, and an ensemble those of 5 networks with other initial weights and other
-minibatches. The predictors of a seed share the split, so differences are paired. The rate and the weight decay were
-chosen with ``--seed 1``, separately with and without dropout. A second training along one feature leaves a gap.
+Trains networks on 300 of scikit-learn's 442 diabetes patients, and scores their predictive distributions on the others.
+A network predicts a mean, and learns one noise level. Monte Carlo dropout averages 100 sampled networks, and an
+ensemble 5 networks with other initial weights and minibatches. The predictors of a seed share the split, so differences
+are paired. Rate and weight decays were chosen with ``--seed 1``. A second training along one feature leaves a gap.
 
     python examples/mc_regression.py
 
@@ -21,16 +20,14 @@ their paired difference from no dropout, and its standard error:
     sd: Monte Carlo dropout | data 0.078 ±0.006 | gap 0.105 ±0.005 | beyond 0.651 ±0.035
     sd: ensemble of 5       | data 0.013 ±0.001 | gap 0.019 ±0.001 | beyond 0.098 ±0.007
 
-With weight decay, dropout gains a little, with or without sampling. Without decay, dropout prevents most of the
-overfitting. An ensemble is about as good. The last rows are standard deviations along body mass index: they grow away
-from the data, but hardly in the gap.
+With weight decay, dropout gains a little, sampled or not, as an ensemble does. Without decay, it prevents most of the
+overfitting. The last rows are along body mass index: they grow away from the data, but hardly in the gap.
 
 Reference: Gal, Ghahramani (2016), Dropout as a Bayesian Approximation, ICML.
 """
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -45,7 +42,6 @@ import scoringrules
 from jax import Array
 from scipy.stats import norm, sem
 from sklearn.datasets import load_diabetes
-from sklearn.metrics import root_mean_squared_error
 from tqdm import tqdm
 
 import jdrop
@@ -55,12 +51,8 @@ from jdrop.uncertainty import mc_samples, variance_split
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-NUM_SEEDS = 16
-NUM_TRAIN = 300  # patients; the others are the test set
-HIDDEN = (50, 50)
-BATCH = 50
-LEARNING_RATE = 3e-3  # Adam with cosine decay to 0
-STEPS = 600
+NUM_SEEDS, NUM_TRAIN = 16, 300  # the other patients are the test set
+HIDDEN, BATCH, LEARNING_RATE, STEPS = (50, 50), 50, 3e-3, 600  # Adam with cosine decay to 0
 SAMPLES, MEMBERS = 100, 5  # of Monte Carlo dropout, and of the ensemble
 LEVELS = np.linspace(0.05, 0.95, 19)  # of central intervals
 BMI, PLACES = 2, {"data": (-1.5, 0.4), "gap": (0.4, 1.4), "beyond": (4.5, 6.0)}  # column, and places along it
@@ -89,13 +81,13 @@ def forward(params: Any, x: Array, key: Array | None, rate: Array, train: bool, 
     return x[..., 0]
 
 
-def loss_fn(params: Any, rate: Array, decay: Array, key: Array, x: Array, y: Array) -> Array:
+def loss_fn(params: Any, rate: Array, decay: Array, key: Array, ids: Array, x: Array, y: Array) -> Array:
     """Return the negative log-likelihood without its constant, and the penalty of weight decay."""
-    error = (y - forward(params, x, key, rate, train=True)) * jnp.exp(-params["log_sd"])
+    error = (y[ids] - forward(params, x[ids], key, rate, train=True)) * jnp.exp(-params["log_sd"])
     return (error**2).mean() / 2 + params["log_sd"] + decay * sum((w**2).sum() for w, _ in params["layers"])
 
 
-def of_arms_and_seeds(f: Callable[..., Any], axes: str) -> Callable[..., Any]:
+def of_arms_and_seeds(f: Any, axes: str) -> Any:
     """Map f; its arguments have an axis of arms ("a"), of seeds ("s"), or both ("b")."""
     arms, seeds = ([0 if axis in both else None for axis in axes] for both in ("ab", "sb"))
     return jax.vmap(jax.vmap(f, in_axes=seeds), in_axes=arms)
@@ -110,11 +102,8 @@ def train(arms: Any, key: Array, x: Array, y: Array, steps: int) -> Any:
     def train_step(state: Any, key: Array, x: Array, y: Array, t: Array) -> Any:
         params, opt_state = state
         ids = jax.random.randint(derive(key, "batch", t), (MEMBERS, seeds, BATCH), 0, n)[members]
-        batch = (
-            jax.vmap(jax.vmap(lambda values, ids: values[ids]), in_axes=(None, 0))(values, ids) for values in (x, y)
-        )
         keys = per_example(derive(key, "drop", t), jnp.arange(seeds))
-        grads = of_arms_and_seeds(jax.grad(loss_fn), "baasbb")(params, rates, decays, keys, *batch)
+        grads = of_arms_and_seeds(jax.grad(loss_fn), "baasbss")(params, rates, decays, keys, ids, x, y)
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state
 
@@ -148,7 +137,7 @@ def score(y: np.ndarray, means: np.ndarray, sds: np.ndarray) -> dict[str, Any]:
     return {
         "log-likelihood": -scoringrules.logs_mixnorm(y, m, s).mean(),
         "CRPS": scoringrules.crps_mixnorm(y, m, s).mean(),
-        "RMSE": root_mean_squared_error(y, m.mean(1)),
+        "RMSE": ((y - m.mean(1)) ** 2).mean() ** 0.5,
         "coverage": (abs(2 * place - 1) <= LEVELS[:, None]).mean(1),
     }
 
@@ -181,35 +170,25 @@ def view(key: Array, steps: int) -> dict[str, Any]:
     plain, one_network, mask_per_input = predict(VIEW, params, key, at)
     curves = jnp.asarray(one_network[-1, 0], jnp.float32)
     aleatoric, epistemic = variance_split(curves, jnp.full(curves.shape, jnp.exp(2 * params["log_sd"][-1, 0])))
-    sds = {SAMPLED: one_network[-1].std(1), ENSEMBLE: plain[:-1].std(0)}  # [seed, n]
+    spreads = {SAMPLED: one_network[-1].std(1), ENSEMBLE: plain[:-1].std(0)}  # [seed, n]
     parts = {place: (grid >= low) & (grid <= high) for place, (low, high) in PLACES.items()}
-    return {
-        "x": grid,
-        "patients": patients[~gap].T,
-        "left out": patients[gap].T,
-        "mean": curves.mean(0),
-        "sd of the network": jnp.sqrt(epistemic),
-        "sd": jnp.sqrt(aleatoric + epistemic),
-        "one network": one_network[-1, 0, :4],
-        "a mask per input": mask_per_input[-1, 0, :4],
-        "spread": {name: {p: sd[:, part].mean(1) for p, part in parts.items()} for name, sd in sds.items()},
-    }
+    spread = {name: {place: sd[:, part].mean(1) for place, part in parts.items()} for name, sd in spreads.items()}
+    sds = {"sd of the network": jnp.sqrt(epistemic), "sd": jnp.sqrt(aleatoric + epistemic)}
+    samples = {"one network": one_network[-1, 0, :4], "a mask per input": mask_per_input[-1, 0, :4]}
+    data = {"x": grid, "patients": patients[~gap].T, "left out": patients[gap].T, "mean": curves.mean(0)}
+    return data | sds | samples | {"spread": spread}
 
 
 def plot(path: Path, along: dict[str, Any], results: dict[str, Any]) -> None:
-    """Plot bands along one feature, two kinds of samples, and the coverage of central intervals."""
-    fig, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    x, mean = along["x"], along["mean"]
+    """Plot bands along one feature, and the coverage of central intervals."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for sd in (along["sd"], along["sd of the network"]):
-        axes[0].fill_between(x, mean - 2 * sd, mean + 2 * sd, alpha=0.3, color="C0")
-    axes[0].plot(*along["patients"], ".", *along["left out"], "x", color="gray", markersize=4)
-    axes[0].set(xlabel="body mass index (standardized)", title="two sds: of the network, and with the noise")
-    axes[1].plot(x, along["one network"].T, x, along["a mask per input"].T, ".", markersize=3)
-    axes[1].set(xlabel="body mass index (standardized)", title="lines: one network; dots: a mask per input")
-    for name, scores in results.items():
-        axes[2].plot(LEVELS, scores["coverage"].mean(0), label=name)
-    axes[2].set(xlabel="probability of the interval", ylabel="test patients in it")
-    axes[2].legend()
+        left.fill_between(along["x"], along["mean"] - 2 * sd, along["mean"] + 2 * sd, alpha=0.3, color="C0")
+    left.plot(*along["patients"], ".", *along["left out"], "x", color="gray", markersize=4)
+    left.set(xlabel="body mass index (sd)", title="two sds: of the network, and with the noise")
+    right.plot(LEVELS, np.mean([scores["coverage"] for scores in results.values()], axis=1).T, label=list(results))
+    right.set(xlabel="probability of the interval", ylabel="test patients in it")
+    right.legend()
     fig.savefig(path, dpi=120)
 
 
@@ -227,9 +206,8 @@ def main() -> None:
     for name, scores in results.items():
         pairs = [(scores[metric], scores[metric] - results[REFERENCE][metric]) for metric in metrics]
         print(f"{name:20}| " + " | ".join(f"{v.mean():6.3f}  {d.mean():+.3f} ±{sem(d):.3f}" for v, d in pairs))
-    for name, spread in along["spread"].items():
-        cells = (f"{place} {sd.mean():.3f} ±{sem(sd):.3f}" for place, sd in spread.items())
-        print(f"{'sd: ' + name:23} | " + " | ".join(cells))
+    for name, sds in along["spread"].items():
+        print(f"{'sd: ' + name:23} | " + " | ".join(f"{at} {sd.mean():.3f} ±{sem(sd):.3f}" for at, sd in sds.items()))
 
     args.out.mkdir(parents=True, exist_ok=True)
     data = {"jax": jax.__version__, "levels": LEVELS, "scores": results, "view": along}

@@ -453,6 +453,15 @@ def char_gpt(theme: Theme, data: Any) -> Figure:
     return figure
 
 
+def layer_dropout(theme: Theme, data: Any) -> Figure:
+    figure, axes = plots(250, 1)
+    for (arm, of), color in zip(data["results"].items(), (theme.lines[1], theme.lines[5], theme.lines[0]), strict=True):
+        band(axes, np.mean(of["blocks"], axis=0), np.transpose(of["held out"]), label=arm, color=color, marker="o")
+    axes.set(xlabel="computed blocks, relative to no dropout", ylabel="held-out loss (nats per character)")
+    axes.legend()
+    return figure
+
+
 # ---------------------------------------------------------------------------------- all
 
 Draw = Callable[[Theme], Canvas | Figure]
@@ -463,8 +472,13 @@ MEMBERS = (
     *("drop_block_mask", "zoneout", "thin"),
 )
 EXAMPLES = (
+<<<<<<< HEAD
     *(digits_mlp, one_mask_or_many, thin_mlp, ensemble_of_subnets, mc_regression, digits_uncertain, simcse, digits_cnn),
     *(lstm_words, char_gpt),
+=======
+    *(digits_mlp, one_mask_or_many, ensemble_of_subnets, mc_regression, digits_uncertain, simcse, digits_cnn),
+    *(lstm_words, char_gpt, layer_dropout),
+>>>>>>> layers
 )
 
 

@@ -13,10 +13,7 @@ from xla_flags import QUICK
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 RESULTS = Path(__file__).parents[1] / "scripts" / "results"  # curves_NAME.json is what an example once wrote
 PACKAGES = ("matplotlib", "mlxtend", "optax", "orbax.checkpoint", "scoringrules", "sklearn", "tqdm")
-LINES = {
-    "distributed_lm": 350,  # with its checkpoints and its launcher, which would not work apart
-    **dict.fromkeys(("digits_uncertain", "mc_regression"), 260),  # with their scores, and long tables
-}
+LINES = {"distributed_lm": 350}  # with its checkpoints and its launcher, which would not work apart
 OPTIONS = {path: [()] for path in EXAMPLES}
 OPTIONS |= {path: [(), ("--bf16",)] for path in EXAMPLES if path.stem == "char_gpt"}
 # What only repeats the same program, as of seeds, of test images (all but NUM_TRAIN), or of sampled characters.
@@ -25,6 +22,7 @@ SMALL = {
     "digits_cnn": {"NUM_SEEDS": 2, "NUM_TRAIN": 4900},
     "digits_uncertain": {"NUM_SEEDS": 2, "SAMPLES": 3, "NUM_TEST": 300},
     "ensemble_of_subnets": {"NUM_SEEDS": 2, "NUM_TRAIN": 330},
+    "layer_dropout": {"NUM_SEEDS": 2, "NUM_EVAL": 8},
     "lstm_words": {"NUM_SEEDS": 2, "VOCABULARY": 100},
     "mc_regression": {"NUM_SEEDS": 2, "SAMPLES": 4, "NUM_TRAIN": 400},
     "one_mask_or_many": {"NUM_SEEDS": 2, "NUM_TRAIN": 4900},
