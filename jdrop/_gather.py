@@ -30,7 +30,12 @@ def add_blocks(x: Array, units: Array, parts: Array, axis: int, blocks: Blocks) 
 
 
 _Operation = Callable[..., Array]  # (array [..., blocks, size, ...], blocks, ...) at an axis -> such an array
-_HOW: Any = {"unique_indices": True, "indices_are_sorted": True, "mode": "promise_in_bounds"}
+_HOW: Any = {
+    "unique_indices": True,
+    "indices_are_sorted": True,
+    "mode": "promise_in_bounds",
+    "wrap_negative_indices": False,
+}
 
 
 def _take(axis: int, x: Array, chosen: Array) -> Array:

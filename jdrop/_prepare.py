@@ -78,15 +78,16 @@ def check_arguments(
     rate_argument: str = "rate",
     highest_rate: float = 1.0,
     key_argument: str = "key",
+    static_rate: bool = False,
 ) -> Arguments:
     """Check the arguments that members share.
 
     ``data`` is an array, or a pytree of arrays with ``shape``. The shape of the decisions is that of the data with 1 on
     shared axes, unless ``mask_shape`` returns another one. ``rate_argument``, ``highest_rate`` and ``key_argument`` are
-    for members whose arguments have other names.
+    for members whose arguments have other names. ``static_rate`` is for rates that determine a shape.
     """
     shape = data.shape if shape is None else shape
-    train = as_bool(function, "train", train, rate_argument)
+    train = as_bool(function, "train", train, None if static_rate else rate_argument)
     check_choice(function, "generator", generator, GENERATORS)
     if mask_shape is None:
         mask_shape = shared_shape(as_axes(function, "shared_axes", shared_axes, len(shape)))
@@ -111,6 +112,7 @@ class Options(TypedDict, total=False):
     rate_argument: str
     highest_rate: float
     key_argument: str
+    static_rate: bool
 
 
 def prepare(function: str, key: Array | None, data: Any, rate: RateLike, **options: Unpack[Options]) -> Mask | None:

@@ -19,6 +19,7 @@ from jdrop._lowering import at_lowering
 from jdrop._mask import Mask
 from jdrop._platform import Target
 from jdrop._prepare import Arguments
+from jdrop._sharding import vary_like
 
 
 class Blocks(NamedTuple):
@@ -52,10 +53,13 @@ def as_blocks(function: str, number: int, noun: str, *, block_size: int = 1, num
 
 
 def num_kept(function: str, rate: Any, blocks: Blocks) -> int:
-    """Require a rate that drops a whole number of blocks in each shard, up to 1e-6; return how many it keeps there."""
+    """Require a rate that drops a whole number of blocks in each shard; return how many it keeps there.
+
+    The rate may differ from the exact fraction by 1e-6, or by a hundredth of a block if that is less.
+    """
     share, number = as_number(function, "rate", rate, 0.0, 1.0), blocks.per_shard
     kept = round(number * (1 - share))
-    if abs(number * (1 - share) - kept) > 1e-6 or (number and not kept):
+    if abs(number * (1 - share) - kept) > min(1e-6 * number, 0.01) or not kept:
         where = f" in each of {blocks.shards} shards" if blocks.shards > 1 else ""
         below = min(math.floor(number * share), number - 1)
         nearest = [str(Fraction(dropped, number)) for dropped in range(below, min(below + 2, number))]
@@ -68,6 +72,12 @@ def num_kept(function: str, rate: Any, blocks: Blocks) -> int:
 
 def check_divides(function: str, argument: str, value: int, number: int, items: str) -> None:
     """Require a divisor of the number of items; the error names the nearest ones."""
+    if not isinstance(number, int):
+        raise NotImplementedError(
+            f"{function}: the number of {items} must be static, got {number}; export with a fixed size"
+        )
+    if not number:
+        raise ValueError(f"{function}: the number of {items} must be at least 1, got 0; add some")
     if number % value:
         divisors = [n for n in range(1, number + 1) if number % n == 0]
         below, above = max(n for n in divisors if n < value) if value > 1 else 1, [n for n in divisors if n > value]
@@ -108,7 +118,8 @@ def draw_subset(mask: Mask, size: Sequence[Any], kept: int, sharding: NamedShard
       An int32 array ``[*batch, kept]``.
     """
     words = at_lowering(_Words(tuple(size), sharding), mask)
-    return jnp.sort(jnp.argsort(words, axis=-1)[..., -kept:], axis=-1).astype(jnp.int32)
+    indices = jnp.sort(jnp.argsort(words, axis=-1)[..., -kept:], axis=-1).astype(jnp.int32)
+    return vary_like(indices, jax.typeof(words))  # the result of argsort does not say over which mesh axes it varies
 
 
 @dataclasses.dataclass(frozen=True)

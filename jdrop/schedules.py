@@ -138,7 +138,9 @@ def plateau_decay(rate: float, plateau: int, decay: int) -> Schedule:
 
     def schedule(step: Any) -> Array:
         step = jnp.asarray(step)
-        if jnp.issubdtype(step.dtype, jnp.integer) and plateau > jnp.iinfo(step.dtype).max:
+        if not jnp.issubdtype(step.dtype, jnp.integer):
+            step = step.astype(jnp.float32)
+        elif plateau > jnp.iinfo(step.dtype).max:
             return jnp.full_like(step, rate, jnp.float32)
         first = np.asarray(plateau).astype(step.dtype)
         fallen = (jnp.maximum(step, first) - first).astype(jnp.float32) / np.float32(max(decay, 1))

@@ -472,13 +472,8 @@ MEMBERS = (
     *("drop_block_mask", "zoneout", "thin"),
 )
 EXAMPLES = (
-<<<<<<< HEAD
     *(digits_mlp, one_mask_or_many, thin_mlp, ensemble_of_subnets, mc_regression, digits_uncertain, simcse, digits_cnn),
-    *(lstm_words, char_gpt),
-=======
-    *(digits_mlp, one_mask_or_many, ensemble_of_subnets, mc_regression, digits_uncertain, simcse, digits_cnn),
     *(lstm_words, char_gpt, layer_dropout),
->>>>>>> layers
 )
 
 

@@ -99,11 +99,15 @@ def test_evaluation_and_a_rate_of_0_compute_the_branch_for_all():
     for y in (
         jdrop.skip_path(None, X, 0.4, branch, train=False),
         jdrop.skip_path(None, X, 0, branch, train=True),
-        jdrop.skip_path(KEY, X, 0.01, branch, train=True),  # rounds to all examples
+        jdrop.skip_path(None, X, 0.4, branch, train=False, num_shards=7),
     ):
         close(y, expected)
-    empty = jdrop.skip_path(KEY, X[:0], 0.5, branch, train=True)
-    assert empty.shape == (0, 3, 6)
+
+
+def test_evaluation_takes_a_batch_of_any_size():
+    for batch in (0, 1, 3):
+        y = jdrop.skip_path(None, X[:batch], 0.4, branch, train=False, num_shards=2)
+        np.testing.assert_array_equal(y, X[:batch] + branch(X[:batch]))
 
 
 def test_scan_and_checkpoint_give_the_values_of_a_loop():
@@ -125,9 +129,18 @@ def test_scan_and_checkpoint_give_the_values_of_a_loop():
 @pytest.mark.parametrize("devices", [2, 8])
 def test_tiles_of_shard_map_drop_as_many_each(devices):
     mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    tile = lambda x: jdrop.skip_path(KEY, x, 0.5, branch, train=True, shard=P("d"))
-    y = jax.shard_map(tile, mesh=mesh, in_specs=P("d"), out_specs=P("d"))(X)
-    close(y, jdrop.skip_path(KEY, X, 0.5, branch, train=True, num_shards=devices))
+
+    def run(x, scale, w, **options):
+        fn = lambda x, scale: branch(x, w) * scale
+        return jdrop.skip_path(KEY, x, 0.5, fn, train=True, operands=(scale,), **options)
+
+    def derivatives(f):
+        args = X, jnp.ones((16, 3, 6)), W
+        return jax.jit(jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(f(*args))), (0, 1, 2)))(*args)
+
+    tile = lambda x, scale, w: run(x, scale, w, shard=P("d", None))
+    f = jax.shard_map(tile, mesh=mesh, in_specs=(P("d"), P("d"), P()), out_specs=P("d"))
+    close(derivatives(f), derivatives(lambda *args: run(*args, num_shards=devices)))
 
 
 @pytest.mark.compiled
@@ -165,6 +178,18 @@ def test_errors():
         ),
         (lambda: call(operands=(2.0,)), ValueError, "skip_path: operands must be arrays"),
         (lambda: call(fn=lambda x: x[:, 0]), ValueError, r"skip_path: fn must return float32\[8,3,6\], like x"),
+        (
+            lambda: call(rate=0.01),
+            ValueError,
+            "rate must drop at least one of 16 examples, got 0.01; pass 0, or a larger",
+        ),
+        (lambda: call(rate=0.9, num_shards=16), ValueError, "at least one of 1 examples in each of 16 shards, got 0.9"),
+        (lambda: call(x=X[:0]), ValueError, "skip_path: the number of examples must be at least 1, got 0"),
+        (
+            lambda: jax.jit(lambda t: jdrop.skip_path(KEY, X, 0.5, branch, train=t))(True),
+            TypeError,
+            "skip_path: train must be static, got a traced value; list",
+        ),
         (lambda: call(shard=P("d")), ValueError, "skip_path: shard must name manual mesh axes"),
     ]:
         with pytest.raises(error, match=text):

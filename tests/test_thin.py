@@ -1,4 +1,7 @@
-"""Thin layers: random subsets of units against NumPy, and layers against dense ones under the same shared mask."""
+"""Thin layers: random subsets of units against NumPy, and layers against dense ones under the same shared mask.
+
+Subsets are compared bit for bit with words of the specification; frequencies only confirm what these words give.
+"""
 
 import functools
 import itertools
@@ -76,6 +79,8 @@ def test_a_rate_of_0_keeps_all_and_a_rounded_fraction_is_accepted():
     same(thin.kept_units(KEY, 6, 0), np.arange(6))
     assert thin.kept_units(KEY, 6, 0.3333333).shape == (4,)
     assert thin.kept_units(KEY, 6, np.float32(1 / 3)).shape == (4,)
+    assert thin.kept_units(KEY, 10_000, np.float32(0.1)).shape == (9000,)
+    assert thin.kept_units(KEY, 10, 0.7).shape == (3,)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
@@ -140,10 +145,15 @@ def test_mlp_is_the_dense_stack_under_shared_masks(how, groups, layouts):
     shapes = [(m, n) if layout == "in_out" else (n, m) for m, n, layout in zip(sizes, sizes[1:], each)]
     layers = [(normal(i, *s) / s[0] ** 0.5, normal(9 + i, n)) for i, (s, n) in enumerate(zip(shapes, sizes[1:]))]
     x = normal(20, BATCH, 3, FEATURES)
-    masks = [mask_of(derive(KEY, "mlp", i), groups, how, n)[:, None] for i, n in enumerate(sizes[1:3])]
+    rates = (0.25, 0.5)
+    masks = [
+        mask_of(derive(KEY, "mlp", i), groups, how, n, rate=rate)[:, None]
+        for i, (n, rate) in enumerate(zip(sizes[1:3], rates))
+    ]
 
     def thinned(x, layers):
-        return thin.mlp(KEY, x, 0.5, layers, train=True, activation=jnp.tanh, groups=groups, layouts=layouts, **how)
+        options = {"activation": jnp.tanh, "groups": groups, "layouts": layouts}
+        return thin.mlp(KEY, x, rates, layers, train=True, **options, **how)
 
     def reference(x, layers):
         for (kernel, bias), mask, layout in zip(layers, masks, each):
@@ -234,6 +244,7 @@ def test_evaluation_and_a_rate_of_0_compute_the_full_layer(name):
     same(CALLS[name](None, X, 0, train=True), full)
     assert full.shape == X.shape
     close(full, CALLS[name](KEY, X, 0.0, train=True, groups=8))
+    close(full[:3], CALLS[name](None, X[:3], train=False, groups=8))
     if name == "mlp":
         close(full, jnp.tanh(X @ LAYERS[0]) @ LAYERS[1])
 
@@ -274,6 +285,42 @@ def test_the_key_is_used_once(name):
         f(key)
         with pytest.raises(jax.errors.KeyReuseError):
             f(key)
+
+
+def test_layers_without_dropout_in_a_stack_use_no_key_and_compute_all_units():
+    layers = [normal(i, *shape) / 4 for i, shape in enumerate([(FEATURES, 32), (32, 16), (16, 4)])]
+    with jax.debug_key_reuse(True):
+        key = jax.random.clone(KEY)
+        thin.mlp(key, X, (0, 0), layers, train=True)
+        y = thin.mlp(key, X, (0, 0.5), layers, train=True, activation=jnp.tanh)
+        with pytest.raises(jax.errors.KeyReuseError):
+            jax.random.bits(key)
+    mask = mask_of(derive(KEY, "mlp", 1), 1, {}, 16, 1)
+    close(y, (jnp.tanh(jnp.tanh(X @ layers[0]) @ layers[1]) * mask[None]) @ layers[2])
+
+
+@BY_NAME
+@pytest.mark.parametrize("key", [jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")], ids=["legacy", "rbg"])
+def test_every_kind_of_key_and_float_works(name, key):
+    def dropped(call):
+        y = call()
+        assert not np.allclose(y.astype(jnp.float32), CALLS[name](None, X, train=False), atol=1e-2)
+        return y
+
+    dropped(lambda: CALLS[name](key, np.asarray(X), train=True))
+    with jax.disable_jit():
+        dropped(lambda: CALLS[name](key, X, train=True))
+    assert CALLS[name](key, X[:0], train=True).shape == (0, *X.shape[1:])
+    shapes = [(FEATURES, UNITS), (UNITS, FEATURES)]
+    for dtype in ("bfloat16", "float16"):
+        up, down = (normal(i, *shape).astype(dtype) / 8 for i, shape in enumerate(shapes))
+        layers = {"mlp": ([up, down],), "gated_mlp": (up, up, down)}.get(
+            name, (*[up.reshape(FEATURES, 8, 8)] * 3, down.reshape(8, 8, FEATURES))
+        )
+        f = functools.partial(getattr(thin, name), key)
+        loss = lambda x, layers, f=f: f(x, 0.5, *layers, train=True).sum()
+        y, grads = jax.value_and_grad(loss, (0, 1))(X.astype(dtype), layers)
+        assert {leaf.dtype for leaf in jax.tree.leaves((y, grads))} == {jnp.dtype(dtype)}
 
 
 def test_scaling_in_bfloat16_rounds_once():
@@ -349,15 +396,40 @@ def test_tiles_of_shard_map_compute_the_same_as_one_device(name, devices):
         layers = (weights,) if name == "mlp" else weights
         return getattr(thin, name)(KEY, x, 0.5, *layers, train=True, **options)
 
+    def derivatives(f):
+        loss = lambda x, weights: jnp.sum(jnp.sin(f(x, weights)))
+        return jax.jit(lambda x, weights: (f(x, weights), jax.grad(loss, (0, 1))(x, weights)))(X, weights)
+
     def tile(x, weights):
         return jax.lax.psum(run(x, weights, shard=P(None, "m")), "m")
 
     f = jax.shard_map(tile, mesh=mesh, in_specs=(P(), specs), out_specs=P())
-    close(jax.jit(f)(X, weights), run(X, weights, num_shards=devices), 1e-4)
+    close(derivatives(f), derivatives(functools.partial(run, num_shards=devices)), 1e-4)
 
     each = lambda x, weights: run(x, weights, shard=P("m"))  # a group per device
     f = jax.shard_map(each, mesh=mesh, in_specs=(P("m"), P()), out_specs=P("m"))
-    close(jax.jit(f)(X, weights), run(X, weights, groups=devices), 1e-4)
+    close(derivatives(f), derivatives(functools.partial(run, groups=devices)), 1e-4)
+
+
+@BY_NAME
+def test_weights_that_vary_over_a_mesh_need_a_key_that_does(name):
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    up, down = LAYERS
+    layers = {"mlp": lambda u: ([u, down],), "gated_mlp": lambda u: (u, u, down)}.get(
+        name, lambda u: (*[u.reshape(FEATURES, 8, 8)] * 3, down.reshape(8, 8, FEATURES))
+    )
+    call = lambda u: getattr(thin, name)(KEY, X, 0.5, *layers(u[0]), train=True)
+    with pytest.raises(ValueError, match=f"{name}: key must vary over the manual mesh axes"):
+        jax.shard_map(call, mesh=mesh, in_specs=P("m"), out_specs=P("m"))(jnp.stack([up, up]))
+
+
+def test_kept_units_of_tiles_differ_in_type_and_value():
+    mesh = jax.make_mesh((2,), ("m",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    tile = lambda: thin.kept_units(KEY, 32, 0.5, shard=P(None, "m"))
+    units = jax.shard_map(tile, mesh=mesh, in_specs=(), out_specs=P("m"))().reshape(2, 16)
+    same(units + np.array([[0], [32]]), thin.kept_units(KEY, 64, 0.5, num_shards=2).reshape(2, 16))
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.shard_map(tile, mesh=mesh, in_specs=(), out_specs=P())()
 
 
 # ---------------------------------------------------------------------------------- what is saved
@@ -403,11 +475,17 @@ def test_errors():
         (lambda: kept(0, 0.5), ValueError, "kept_units: num_units must be at least 1"),
         (lambda: kept(12, jnp.float32(0.5)), TypeError, "kept_units: rate must be a number, got float32"),
         (lambda: kept(12, 0.5, groups=0), ValueError, "kept_units: groups must be at least 1"),
-        (lambda: thin.kept_units(None, 12, 0.5), TypeError, "kept_units: key must be a PRNG key"),
+        (lambda: thin.kept_units(None, 12, 0.5), TypeError, "kept_units: key must be a PRNG key, got None; make"),
+        (lambda: thin.kept_units(None, 12, 0), TypeError, "kept_units: key must be a PRNG key, got None; make"),
         (lambda: thin.take(w, units, 2), ValueError, "take: axis must"),
         (lambda: thin.take([1.0], units), TypeError, "take: weights must be an array"),
-        (lambda: thin.take(w, units[None]), ValueError, r"take: units must be \[kept\]"),
-        (lambda: thin.take(w, units[:3], block_size=2), ValueError, r"take: units must be \[kept\] in blocks of 2"),
+        (lambda: thin.take(w, units[None]), ValueError, "take: units must be ascending indices of units"),
+        (lambda: thin.take(w, units[:3], block_size=2), ValueError, "take: units must be .* of blocks of 2 units"),
+        *(
+            (lambda u=u, o=o: thin.take(w, np.array(u), **o), ValueError, "take: units must be ascending")
+            for u, o in [([0, 9], {}), ([-1, 1], {}), ([2, 1], {}), ([1, 1], {}), ([0, 3, 4, 6], {"block_size": 2}),
+                         ([0, 1, 2, 6], {"num_shards": 2})]
+        ),
         (lambda: thin.take(w, jnp.ones(4)), TypeError, "take: units must be an integer array"),
         (lambda: thin.put(w, units, w), ValueError, r"put: kept must have shape \(4, 3\)"),
         (lambda: thin.put(w, units, w[:4].astype(int)), TypeError, "put: kept must be float32"),
@@ -424,6 +502,11 @@ def test_errors():
         (lambda: call(x=X[0, 0], groups=2), ValueError, r"mlp: x must be \[batch, ..., features\]"),
         (lambda: call(train=1), TypeError, "mlp: train must be a bool, got 1"),
         (lambda: call(x=[1.0]), TypeError, "mlp: x must be an array"),
+        (lambda: call(layers=[up[:, :0], down[:0]]), ValueError, "mlp: the number of units must be at least 1, got 0"),
+        (lambda: call(activation=3), TypeError, "mlp: activation must be a function, got 3"),
+        (lambda: call(activation=jax.nn.glu), ValueError, r"mlp: activation must return float32\[8,5,32\], got float32"),
+        (lambda: call(activation=lambda h: h.astype("bfloat16")), ValueError, "mlp: activation must return float32"),
+        (lambda: jax.jit(lambda t: call(train=t))(True), TypeError, "mlp: train must be static, got a traced value; list"),
         (lambda: call(shard=P("m")), ValueError, "mlp: shard must name manual mesh axes"),
         (lambda: thin.mlp(None, X, 0.5, LAYERS, train=True), TypeError, "mlp: key must be a PRNG key when something"),
         (lambda: thin.gated_mlp(KEY, X, 0.5, up, up[:, :8], down, train=True), ValueError, "gated_mlp: up must have the "

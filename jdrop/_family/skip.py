@@ -9,12 +9,12 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jdrop._branch import add_branch, scaled_branch
-from jdrop._checks import as_number, check_array, check_function, is_array
+from jdrop._checks import as_bool, as_count, as_number, check_array, check_function, is_array
 from jdrop._errors import describe
 from jdrop._gather import add_blocks, take_blocks
 from jdrop._prepare import check_arguments
 from jdrop._sharding import tile_axes
-from jdrop._subsets import as_blocks, draw_units, rounded_kept
+from jdrop._subsets import Blocks, as_blocks, draw_units, rounded_kept
 from jdrop._types import Shard, real_dtype
 
 
@@ -32,8 +32,9 @@ def skip_path(
     """Add a residual branch for a random part of the batch, and compute it for these examples only.
 
     ``y[b] = x[b] + fn(x)[b] * m[b] * batch / kept``, where m is 1 for a uniformly random subset of
-    ``kept = max(1, floor(batch * (1 - rate) + 1/2))`` examples and 0 for the others. :func:`jdrop.drop_path` decides
-    for each example on its own, and computes the branch for all of them.
+    ``kept = max(1, floor(batch * (1 - rate) + 1/2))`` examples and 0 for the others. With several shards, this holds
+    for each of them. :func:`jdrop.drop_path` decides for each example on its own, and computes the branch for all of
+    them.
 
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is 0.
@@ -56,8 +57,8 @@ def skip_path(
       An array with the shape and dtype of x, equal to x for the examples that skip the branch.
 
     Raises:
-      ValueError: a number is out of range, ``num_shards`` does not divide the batch, ``key`` is a batch of keys, or
-        ``fn`` or an operand has another shape.
+      ValueError: a number is out of range, the rounded ``rate`` drops no example, ``num_shards`` does not divide the
+        batch, ``key`` is a batch of keys, or ``fn`` or an operand has another shape.
       TypeError: an argument has the wrong type, ``key`` is missing, or ``train`` is traced.
 
     References:
@@ -86,8 +87,11 @@ def skip_path(
                 f"{name}: operands must be arrays [batch, ...] with the batch of x, {x.shape[0]}, "
                 f"got {describe(leaf)}; let fn close over the others"
             )
-    blocks = as_blocks(name, x.shape[0], "examples", num_shards=num_shards)
     share = as_number(name, "rate", rate, 0.0, 1.0)
+    blocks = Blocks(as_count(name, "num_shards", num_shards), x.shape[0], 1, "examples")
+    if as_bool(name, "train", train, None) and share:  # evaluation takes a batch of any size
+        blocks = as_blocks(name, x.shape[0], "examples", num_shards=num_shards)
+        _check_drops(name, rate, rounded_kept(share, blocks.per_shard), blocks)
     tile_axes(name, x.shape, shard)  # checks it
     arguments = check_arguments(
         name,
@@ -96,13 +100,24 @@ def skip_path(
         share,
         shape=(blocks.shards, blocks.per_shard),
         train=train,
+        static_rate=True,
         shard=shard if shard is None else PartitionSpec(*shard[:1]),
     )
     x, operands = jnp.asarray(x), jax.tree.map(jnp.asarray, operands)
-    if arguments.is_identity or not x.shape[0]:
+    if arguments.is_identity:
         return add_branch(name, "fn", x, fn(x, *operands))
     kept = draw_units(arguments, blocks, rounded_kept(share, blocks.per_shard))
     part, *others = (jax.tree.map(lambda a: take_blocks(a, kept, 0, blocks), data) for data in (x, *operands))
     keep_probability = jnp.asarray(kept.shape[0] / x.shape[0], real_dtype(x))
     y = scaled_branch(name, "fn", part, fn(part, *others), keep_probability)
     return add_blocks(x, kept, y, 0, blocks)
+
+
+def _check_drops(function: str, rate: float, kept: int, blocks: Blocks) -> None:
+    """Require a rate that drops at least one example of each shard."""
+    if kept == blocks.per_shard:
+        where = f" in each of {blocks.shards} shards" if blocks.shards > 1 else ""
+        raise ValueError(
+            f"{function}: rate must drop at least one of {blocks.per_shard} examples{where}, got {describe(rate)}; "
+            "pass 0, or a larger batch"
+        )

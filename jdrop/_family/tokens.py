@@ -175,7 +175,7 @@ def patch_dropout(
         )
     n = x.shape[axis] - prefix
     decided = functools.partial(_token_shape, axis, prefix)
-    arguments = check_arguments(name, key, x, share, train=train, mask_shape=decided, shard=shard)
+    arguments = check_arguments(name, key, x, share, train=train, mask_shape=decided, shard=shard, static_rate=True)
     if axis < len(arguments.tile_axes) and arguments.tile_axes[axis]:
         raise NotImplementedError(f"{name}: shard must not split token_axis, got {shard}; gather the tokens")
     if arguments.is_identity:

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jdrop._checks import check_array, check_function, is_array
+from jdrop._checks import check_array, check_function
 from jdrop._errors import describe
 from jdrop._subsets import as_blocks
 from jdrop._types import Shard
-from jdrop.thin._dense import Dense, Layer, as_bias, as_data, as_pair, scaled
+from jdrop.thin._dense import Dense, Layer, as_bias, as_data, as_pair, check_result, scaled
 from jdrop.thin._groups import as_groups, run_groups
 from jdrop.thin._units import Kept, as_kept, check_subset, draw_kept, splits_units
 
@@ -46,7 +46,7 @@ def multi_head_attention(
     projections nor in attention. Where several query heads share keys and values, they are kept or dropped together.
 
     Args:
-      key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is 0.
+      key: one PRNG key, used once, that of :func:`kept_units`; may be ``None`` if ``train`` is false or ``rate`` is 0.
       x: real floating array ``[batch, time, features]``.
       rate: fraction of the heads of keys to drop. It determines a shape, so it must be a Python or NumPy number, and
         drop a whole number of heads.
@@ -59,9 +59,10 @@ def multi_head_attention(
       train: ``True`` draws the heads to keep; ``False`` computes all of them.
       context: array ``[batch, context time, context features]`` of the dtype of x for keys and values (cross
         attention); ``None`` takes x.
-      attend: attention, ``(query, key, value, heads) -> array [batch, time, query heads, value width]``, on arrays
-        ``[batch, time, heads, width]`` of the kept heads. ``heads``, int32 ``[query heads]``, are the indices of the
-        kept query heads, for example to select biases. The default is ``jax.nn.dot_product_attention``.
+      attend: attention, ``(query, key, value, heads) -> array [batch, time, query heads, value width]`` of the dtype of
+        x, on arrays ``[batch, time, heads, width]`` of the kept heads. ``heads``, int32 ``[query heads]``, are the
+        indices of the kept query heads, for example to select biases; inside ``jax.shard_map``, of those of this
+        device. The default is ``jax.nn.dot_product_attention``.
       groups: as in :func:`mlp`.
       num_shards: as in :func:`kept_units`, for the heads of keys.
       shard: inside ``jax.shard_map``, the PartitionSpec of an array ``[groups, heads]``, as in :func:`kept_units`. If
@@ -100,9 +101,10 @@ def multi_head_attention(
     output = _as_output(name, out, x)
     shapes = [projection.shape for projection in projections]
     _check_heads(name, shapes[0], shapes[1], shapes[2], output.shape)
-    groups = as_groups(name, groups, x)
+    groups = as_groups(name, groups, x, train)
     heads = as_blocks(name, shapes[1][0], "heads", num_shards=num_shards)
-    arguments = check_subset(name, key, x, rate, heads, groups, train=train, shard=shard)
+    data = [x, source, *(array for layer in (*projections, output) for array in layer.dense.arrays)]
+    arguments = check_subset(name, key, data, rate, heads, groups, train=train, shard=shard)
     if splits_units(arguments) and output.dense.bias is not None:
         raise NotImplementedError(
             f"{name}: shard must not split heads if out has a bias, got {shard}; "
@@ -119,10 +121,7 @@ def multi_head_attention(
             for projection, x, kept_heads in zip(projections, (data[0], data[-1], data[-1]), (kept_queries, kept, kept))
         )
         indices = jnp.arange(shapes[0][0], dtype=jnp.int32) if kept_queries is None else kept_queries.units
-        y = attend(q, k, v, indices)
-        expected = (*q.shape[:-1], v.shape[-1])
-        if not is_array(y) or y.shape != expected:
-            raise ValueError(f"{name}: attend must return shape {expected}, got {describe(y)}; keep the kept heads")
+        y = check_result(name, "attend", attend(q, k, v, indices), (*q.shape[:-1], v.shape[-1]), x.dtype)
         return output.from_heads(scaled(y, kept), kept_queries)
 
     return run_groups(run, groups, [x] if context is None else [x, source], [units])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jdrop._checks import check_array, expand_rank
+from jdrop._checks import check_array, expand_rank, is_array
 from jdrop._errors import describe
 from jdrop._gather import take_blocks
 from jdrop._sharding import explicit_sharding
@@ -26,6 +26,11 @@ class Dense(NamedTuple):
     bias: Array | None
     axes: tuple[int, int]
     """The axes of inputs and of outputs of the kernel."""
+
+    @property
+    def arrays(self) -> list[Array]:
+        """The kernel, and the bias if there is one."""
+        return [self.kernel] if self.bias is None else [self.kernel, self.bias]
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -84,6 +89,8 @@ def as_bias(function: str, argument: str, bias: Any, shape: tuple[int, ...], x: 
 def _contract(x: Array, kernel: Array) -> Array:
     """Return ``x @ kernel``, summed over the devices that share the features on an explicit mesh."""
     sharding = explicit_sharding(jax.typeof(kernel).sharding)
+    if sharding is not None and sharding.spec[0] is None:
+        sharding = None  # that of the operands
     if sharding is not None:
         sharding = sharding.update(spec=PartitionSpec(*jax.typeof(x).sharding.spec[:-1], sharding.spec[1]))
     return jnp.einsum("...i,io->...o", x, kernel, out_sharding=sharding)
@@ -94,8 +101,16 @@ def check_size(function: str, argument: str, layer: Dense, size: int, source: st
     if layer.sizes[0] != size:
         raise ValueError(
             f"{function}: {argument} must have {size} inputs, for {source}, got {layer.sizes[0]}; "
-            'reshape it, or set layouts="out_in" if its kernel is [outputs, inputs]'
+            "reshape it, or check layouts"
         )
+
+
+def check_result(function: str, argument: str, y: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Require what a function of the user has to return."""
+    if not is_array(y) or (y.shape, y.dtype) != (shape, dtype):
+        expected = f"{jnp.dtype(dtype).name}[{','.join(map(str, shape))}]"
+        raise ValueError(f"{function}: {argument} must return {expected}, got {describe(y)}; keep shape and dtype")
+    return jnp.asarray(y)
 
 
 def scaled(x: Array, kept: Kept | None) -> Array:

@@ -8,15 +8,17 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jdrop._checks import as_count
+from jdrop._checks import as_bool, as_count
 from jdrop._errors import describe
 from jdrop._sharding import explicit_sharding
 from jdrop._subsets import check_divides
 
 
-def as_groups(function: str, groups: int, x: Array) -> int:
-    """Require a number of groups that divides the batch."""
+def as_groups(function: str, groups: int, x: Array, train: bool) -> int:
+    """Require a number of groups that divides the batch; evaluation takes a batch of any size, as one group."""
     groups = as_count(function, "groups", groups)
+    if not as_bool(function, "train", train, None):
+        return 1
     if groups > 1:
         if x.ndim < 2:
             raise ValueError(

@@ -13,7 +13,7 @@ from jdrop._random.key_words import mark_used
 from jdrop._subsets import Blocks, as_blocks
 from jdrop._types import Shard
 from jdrop.keys import derive
-from jdrop.thin._dense import LAYOUTS, Dense, Layer, Layout, as_data, as_dense, check_size, scaled
+from jdrop.thin._dense import LAYOUTS, Dense, Layer, Layout, as_data, as_dense, check_result, check_size, scaled
 from jdrop.thin._groups import as_groups, run_groups
 from jdrop.thin._units import as_kept, check_subset, draw_kept, splits_units
 
@@ -49,10 +49,11 @@ def mlp(
       layers: two or more kernels ``[inputs, outputs]``, or pairs of a kernel and a bias ``[outputs]`` or ``None``, with
         the dtype of x.
       train: ``True`` draws the units to keep; ``False`` computes all of them.
-      activation: elementwise function of all layers but the last.
+      activation: elementwise function of all layers but the last; it keeps the dtype.
       block_size: number of adjacent units that are kept or dropped together, as in :func:`kept_units`.
       groups: number of subsets of units. The batch, the first axis of x, is split into as many groups of consecutive
-        examples. With 1, all examples share a subset. Memory and time for the kept weights grow with it.
+        examples. With 1, all examples share a subset. The layers copy the kept weights for each group, and keep the
+        copies for the backward pass.
       num_shards: as in :func:`kept_units`; of all hidden layers.
       layouts: ``"out_in"`` for kernels ``[outputs, inputs]``, as in PyTorch and Equinox; or one layout per layer.
       shard: inside ``jax.shard_map``, the PartitionSpec of an array ``[groups, units]``, as in :func:`kept_units`. If
@@ -91,14 +92,17 @@ def mlp(
     hidden = [
         as_blocks(name, layer.sizes[1], "units", block_size=block_size, num_shards=num_shards) for layer in stack[:-1]
     ]
-    groups = as_groups(name, groups, x)
-    units = _draw(name, key, x, rates, hidden, groups, stack[-1], train=train, shard=shard)
+    groups = as_groups(name, groups, x, train)
+    units = _draw(name, key, x, stack, rates, hidden, groups, train=train, shard=shard)
+
+    def activate(h: Array) -> Array:
+        return check_result(name, "activation", activation(h), h.shape, h.dtype)
 
     def run(h: Array, units: list[Array | None]) -> Array:
         inputs = None
         for layer, number, blocks in zip(stack, units, hidden):
             outputs = as_kept(number, blocks)
-            h = scaled(activation(layer(h, inputs, outputs)), outputs)
+            h = scaled(activate(layer(h, inputs, outputs)), outputs)
             inputs = outputs
         return stack[-1](h, inputs, None)
 
@@ -127,7 +131,8 @@ def gated_mlp(
     examples and 0 for the others. Dropped units cost no time, as in :func:`mlp`.
 
     Args:
-      key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is 0.
+      key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is 0. The key of
+        :func:`kept_units` is ``derive(key, "gated_mlp", 0)``.
       x: real floating array ``[batch, ..., features]``.
       rate: fraction of the hidden units to drop. It determines a shape, so it must be a Python or NumPy number, and
         drop a whole number of blocks.
@@ -166,23 +171,28 @@ def gated_mlp(
     x = as_data(name, x)
     check_function(name, "activation", activation, "pass one of jax.nn")
     how = _as_layouts(name, layouts, 3)
-    gates, ups, downs = (
+    gating, upward, downward = (
         as_dense(name, argument, layer, layout, x)
         for argument, layer, layout in zip(("gate", "up", "down"), (gate, up, down), how)
     )
-    check_size(name, "gate", gates, x.shape[-1], "x")
-    check_size(name, "up", ups, x.shape[-1], "x")
-    if ups.sizes[1] != gates.sizes[1]:
-        raise ValueError(f"{name}: up must have the units of gate, {gates.sizes[1]}, got {ups.sizes[1]}; reshape it")
-    check_size(name, "down", downs, ups.sizes[1], "up")
-    blocks = as_blocks(name, ups.sizes[1], "units", block_size=block_size, num_shards=num_shards)
-    groups = as_groups(name, groups, x)
-    units = _draw(name, key, x, [rate], [blocks], groups, downs, train=train, shard=shard)
+    check_size(name, "gate", gating, x.shape[-1], "x")
+    check_size(name, "up", upward, x.shape[-1], "x")
+    if upward.sizes[1] != gating.sizes[1]:
+        raise ValueError(
+            f"{name}: up must have the units of gate, {gating.sizes[1]}, got {upward.sizes[1]}; reshape it"
+        )
+    check_size(name, "down", downward, upward.sizes[1], "up")
+    blocks = as_blocks(name, upward.sizes[1], "units", block_size=block_size, num_shards=num_shards)
+    groups = as_groups(name, groups, x, train)
+    units = _draw(name, key, x, [gating, upward, downward], [rate], [blocks], groups, train=train, shard=shard)
+
+    def activate(h: Array) -> Array:
+        return check_result(name, "activation", activation(h), h.shape, h.dtype)
 
     def run(x: Array, units: list[Array | None]) -> Array:
         kept = as_kept(units[0], blocks)
-        h = activation(gates(x, None, kept)) * ups(x, None, kept)
-        return downs(scaled(h, kept), kept, None)
+        h = activate(gating(x, None, kept)) * upward(x, None, kept)
+        return downward(scaled(h, kept), kept, None)
 
     return run_groups(run, groups, x, units)
 
@@ -213,20 +223,21 @@ def _draw(
     function: str,
     key: Array | None,
     x: Array,
+    layers: Sequence[Dense],
     rates: Sequence[float],
     hidden: Sequence[Blocks],
     groups: int,
-    last: Dense,
     *,
     train: bool,
     shard: Shard,
 ) -> list[Array | None]:
     """Return the kept units of each hidden layer, int32 ``[groups, kept]``; ``None`` if it keeps all."""
+    data = [x, *(array for layer in layers for array in layer.arrays)]
     checked = [
-        check_subset(function, key, x, rate, blocks, groups, train=train, shard=shard)
+        check_subset(function, key, data, rate, blocks, groups, train=train, shard=shard)
         for rate, blocks in zip(rates, hidden)
     ]
-    if splits_units(checked[0]) and (len(hidden) > 1 or last.bias is not None):
+    if splits_units(checked[0]) and (len(hidden) > 1 or layers[-1].bias is not None):
         raise NotImplementedError(
             f"{function}: shard must not split units if there are more than two layers, or if the last has a bias, "
             f"got {shard}; sum the results over the devices, then add the bias"

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax import Array
 
-from jdrop._checks import as_count
+from jdrop._checks import as_count, check_key
 from jdrop._prepare import Arguments, check_arguments
 from jdrop._subsets import Blocks, as_blocks, draw_units, num_kept
 from jdrop._types import Shard
@@ -56,7 +56,8 @@ def kept_units(
       num_shards: number of equal parts of the units that keep the same number of blocks each. Use the number of devices
         that share the units, or a multiple of it, so that all of them have the same work.
       shard: inside ``jax.shard_map``, the PartitionSpec of an array ``[groups, units]``. ``num_units``, ``groups`` and
-        ``num_shards`` are then those of this device, and so are the indices.
+        ``num_shards`` are then those of this device, and so are the indices. ``None`` draws from the key as it is: with
+        the same key, all devices then keep the same of their units.
 
     Returns:
       Indices in ascending order: int32 ``[kept]``, or ``[groups, kept]``.
@@ -78,6 +79,7 @@ def kept_units(
       (32, 256)
     """
     name = "kept_units"
+    check_key(name, key)
     number = as_count(name, "num_units", num_units)
     blocks = as_blocks(name, number, "units", block_size=block_size, num_shards=num_shards)
     num_groups = 1 if groups is None else as_count(name, "groups", groups)
@@ -89,10 +91,10 @@ def kept_units(
 def check_subset(
     function: str, key: Array | None, data: Any, rate: float, blocks: Blocks, groups: int, *, train: bool, shard: Shard
 ) -> Arguments:
-    """Check the arguments of random subsets of blocks, one per group of the examples of ``data``."""
+    """Check the arguments of random subsets of blocks, one per group of examples; ``data`` is what they are for."""
     num_kept(function, rate, blocks)
     shape = (groups, blocks.shards, blocks.per_shard)
-    arguments = check_arguments(function, key, data, rate, shape=shape, train=train, shard=shard)
+    arguments = check_arguments(function, key, data, rate, shape=shape, train=train, shard=shard, static_rate=True)
     if len(arguments.tile_axes) > 2:
         raise ValueError(f"{function}: shard must have the axes (groups, units), got {shard}; leave out the others")
     return arguments
