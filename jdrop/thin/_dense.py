@@ -1,5 +1,6 @@
 """Dense layers, and the part of them that kept units need."""
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from jdrop._checks import check_array, expand_rank, is_array
+from jdrop._checks import check_array, check_choice, expand_rank, is_array
 from jdrop._errors import describe
 from jdrop._gather import take_blocks
 from jdrop._sharding import explicit_sharding
@@ -16,6 +17,7 @@ from jdrop.thin._units import Kept
 
 Layer = Array | tuple[Array, Array | None]  # a kernel, or a kernel and its bias
 Layout = Literal["in_out", "out_in"]
+Activation = Callable[[Array], Array]
 LAYOUTS = ("in_out", "out_in")
 
 
@@ -71,6 +73,16 @@ def as_dense(function: str, argument: str, layer: Any, layout: str, x: Array) ->
     return Dense(jnp.asarray(kernel), bias, axes)
 
 
+def as_layouts(function: str, layouts: Any, number: int) -> list[str]:
+    """Return one layout per layer."""
+    how = list(layouts) if isinstance(layouts, (tuple, list)) else [layouts] * number
+    if len(how) != number:
+        raise ValueError(f"{function}: layouts must be one, or one for each of {number} layers, got {layouts}; pass it")
+    for layout in how:
+        check_choice(function, "layouts", layout, LAYOUTS)
+    return how
+
+
 def as_pair(layer: Any) -> Any:
     """Return the kernel of a layer, and its bias or ``None``."""
     return layer if isinstance(layer, (tuple, list)) and len(layer) == 2 else (layer, None)
@@ -111,6 +123,11 @@ def check_result(function: str, argument: str, y: Any, shape: tuple[int, ...], d
         expected = f"{jnp.dtype(dtype).name}[{','.join(map(str, shape))}]"
         raise ValueError(f"{function}: {argument} must return {expected}, got {describe(y)}; keep shape and dtype")
     return jnp.asarray(y)
+
+
+def activated(function: str, activation: Activation, h: Array) -> Array:
+    """Return the activations of h; require an array like it."""
+    return check_result(function, "activation", activation(h), h.shape, h.dtype)
 
 
 def scaled(x: Array, kept: Kept | None) -> Array:

@@ -1,23 +1,32 @@
 """Stacks of dense layers that compute only the kept hidden units."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jax import Array
 
-from jdrop._checks import check_choice, check_function
+from jdrop._checks import check_function
 from jdrop._errors import describe
 from jdrop._prepare import require_key
 from jdrop._random.key_words import mark_used
 from jdrop._subsets import Blocks, as_blocks
 from jdrop._types import Shard
 from jdrop.keys import derive
-from jdrop.thin._dense import LAYOUTS, Dense, Layer, Layout, as_data, as_dense, check_result, check_size, scaled
+from jdrop.thin._dense import (
+    Activation,
+    Dense,
+    Layer,
+    Layout,
+    activated,
+    as_data,
+    as_dense,
+    as_layouts,
+    check_size,
+    scaled,
+)
 from jdrop.thin._groups import as_groups, run_groups
 from jdrop.thin._units import as_kept, check_subset, draw_kept, splits_units
-
-Activation = Callable[[Array], Array]
 
 
 def mlp(
@@ -95,14 +104,11 @@ def mlp(
     groups = as_groups(name, groups, x, train)
     units = _draw(name, key, x, stack, rates, hidden, groups, train=train, shard=shard)
 
-    def activate(h: Array) -> Array:
-        return check_result(name, "activation", activation(h), h.shape, h.dtype)
-
     def run(h: Array, units: list[Array | None]) -> Array:
         inputs = None
         for layer, number, blocks in zip(stack, units, hidden):
             outputs = as_kept(number, blocks)
-            h = scaled(activate(layer(h, inputs, outputs)), outputs)
+            h = scaled(activated(name, activation, layer(h, inputs, outputs)), outputs)
             inputs = outputs
         return stack[-1](h, inputs, None)
 
@@ -170,7 +176,7 @@ def gated_mlp(
     name = "gated_mlp"
     x = as_data(name, x)
     check_function(name, "activation", activation, "pass one of jax.nn")
-    how = _as_layouts(name, layouts, 3)
+    how = as_layouts(name, layouts, 3)
     gating, upward, downward = (
         as_dense(name, argument, layer, layout, x)
         for argument, layer, layout in zip(("gate", "up", "down"), (gate, up, down), how)
@@ -186,12 +192,9 @@ def gated_mlp(
     groups = as_groups(name, groups, x, train)
     units = _draw(name, key, x, [gating, upward, downward], [rate], [blocks], groups, train=train, shard=shard)
 
-    def activate(h: Array) -> Array:
-        return check_result(name, "activation", activation(h), h.shape, h.dtype)
-
     def run(x: Array, units: list[Array | None]) -> Array:
         kept = as_kept(units[0], blocks)
-        h = activate(gating(x, None, kept)) * upward(x, None, kept)
+        h = activated(name, activation, gating(x, None, kept)) * upward(x, None, kept)
         return downward(scaled(h, kept), kept, None)
 
     return run_groups(run, groups, x, units)
@@ -201,22 +204,12 @@ def _as_stack(function: str, x: Array, layers: Any, layouts: Any) -> list[Dense]
     """Require two or more layers whose sizes fit."""
     if not isinstance(layers, (tuple, list)) or len(layers) < 2:
         raise ValueError(f"{function}: layers must be a list of two or more, got {describe(layers)}; list the kernels")
-    how, stack, size, source = _as_layouts(function, layouts, len(layers)), [], x.shape[-1], "x"
+    how, stack, size, source = as_layouts(function, layouts, len(layers)), [], x.shape[-1], "x"
     for i, layer in enumerate(layers):
         stack.append(as_dense(function, f"layers[{i}]", layer, how[i], x))
         check_size(function, f"layers[{i}]", stack[-1], size, source)
         size, source = stack[-1].sizes[1], f"layers[{i}]"
     return stack
-
-
-def _as_layouts(function: str, layouts: Any, number: int) -> list[str]:
-    """Return one layout per layer."""
-    how = list(layouts) if isinstance(layouts, (tuple, list)) else [layouts] * number
-    if len(how) != number:
-        raise ValueError(f"{function}: layouts must be one, or one for each of {number} layers, got {layouts}; pass it")
-    for layout in how:
-        check_choice(function, "layouts", layout, LAYOUTS)
-    return how
 
 
 def _draw(
