@@ -88,10 +88,12 @@ def skip_path(
                 f"got {describe(leaf)}; let fn close over the others"
             )
     share = as_number(name, "rate", rate, 0.0, 1.0)
-    blocks = Blocks(as_count(name, "num_shards", num_shards), x.shape[0], 1, "examples")
-    if as_bool(name, "train", train, None) and share:  # evaluation takes a batch of any size
+    as_count(name, "num_shards", num_shards)
+    if as_bool(name, "train", train, None) and share:
         blocks = as_blocks(name, x.shape[0], "examples", num_shards=num_shards)
         _check_drops(name, rate, rounded_kept(share, blocks.per_shard), blocks)
+    else:  # takes a batch of any size
+        blocks = Blocks(1, x.shape[0], 1, "examples")
     tile_axes(name, x.shape, shard)  # checks it
     arguments = check_arguments(
         name,

@@ -75,12 +75,14 @@ def as_dense(function: str, argument: str, layer: Any, layout: str, x: Array) ->
 
 def as_layouts(function: str, layouts: Any, number: int) -> list[str]:
     """Return one layout per layer."""
-    how = list(layouts) if isinstance(layouts, (tuple, list)) else [layouts] * number
-    if len(how) != number:
-        raise ValueError(f"{function}: layouts must be one, or one for each of {number} layers, got {layouts}; pass it")
-    for layout in how:
+    each = list(layouts) if isinstance(layouts, (tuple, list)) else [layouts] * number
+    if len(each) != number:
+        raise ValueError(
+            f"{function}: layouts must be one, or one for each of {number} layers, got {layouts}; pass as many"
+        )
+    for layout in each:
         check_choice(function, "layouts", layout, LAYOUTS)
-    return how
+    return each
 
 
 def as_pair(layer: Any) -> Any:

@@ -106,8 +106,8 @@ def mlp(
 
     def run(h: Array, units: list[Array | None]) -> Array:
         inputs = None
-        for layer, number, blocks in zip(stack, units, hidden):
-            outputs = as_kept(number, blocks)
+        for layer, chosen, blocks in zip(stack, units, hidden):
+            outputs = as_kept(chosen, blocks)
             h = scaled(activated(name, activation, layer(h, inputs, outputs)), outputs)
             inputs = outputs
         return stack[-1](h, inputs, None)
@@ -176,10 +176,9 @@ def gated_mlp(
     name = "gated_mlp"
     x = as_data(name, x)
     check_function(name, "activation", activation, "pass one of jax.nn")
-    how = as_layouts(name, layouts, 3)
     gating, upward, downward = (
         as_dense(name, argument, layer, layout, x)
-        for argument, layer, layout in zip(("gate", "up", "down"), (gate, up, down), how)
+        for argument, layer, layout in zip(("gate", "up", "down"), (gate, up, down), as_layouts(name, layouts, 3))
     )
     check_size(name, "gate", gating, x.shape[-1], "x")
     check_size(name, "up", upward, x.shape[-1], "x")
@@ -204,9 +203,9 @@ def _as_stack(function: str, x: Array, layers: Any, layouts: Any) -> list[Dense]
     """Require two or more layers whose sizes fit."""
     if not isinstance(layers, (tuple, list)) or len(layers) < 2:
         raise ValueError(f"{function}: layers must be a list of two or more, got {describe(layers)}; list the kernels")
-    how, stack, size, source = as_layouts(function, layouts, len(layers)), [], x.shape[-1], "x"
-    for i, layer in enumerate(layers):
-        stack.append(as_dense(function, f"layers[{i}]", layer, how[i], x))
+    stack, size, source = [], x.shape[-1], "x"
+    for i, (layer, layout) in enumerate(zip(layers, as_layouts(function, layouts, len(layers)))):
+        stack.append(as_dense(function, f"layers[{i}]", layer, layout, x))
         check_size(function, f"layers[{i}]", stack[-1], size, source)
         size, source = stack[-1].sizes[1], f"layers[{i}]"
     return stack
