@@ -126,21 +126,25 @@ def test_scan_and_checkpoint_give_the_values_of_a_loop():
     close(total(lambda x: scanned(x, jax.checkpoint(layer))), total(loop))
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_tiles_of_shard_map_drop_as_many_each(devices):
-    mesh = jax.make_mesh((devices,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+@pytest.mark.parametrize("data, model", [(2, 1), (8, 1), (4, 2)])
+def test_tiles_of_shard_map_drop_as_many_each(data, model):
+    """The shift is the same on all devices that share the batch, so its gradient is a sum over them."""
+    devices = jax.devices()[: data * model]
+    mesh = jax.make_mesh((data, model), ("d", "m"), axis_types=(AxisType.Auto,) * 2, devices=devices)
 
-    def run(x, scale, w, **options):
-        fn = lambda x, scale: branch(x, w) * scale
-        return jdrop.skip_path(KEY, x, 0.5, fn, train=True, operands=(scale,), **options)
+    def run(x, scale, shift, **options):
+        fn = lambda x, scale, shift: jnp.tanh(x * scale + shift)
+        return jdrop.skip_path(KEY, x, 0.5, fn, train=True, operands=(scale, shift), **options)
 
     def derivatives(f):
-        args = X, jnp.ones((16, 3, 6)), W
+        args = X, jnp.ones_like(X), jnp.sin(X[: 16 // data])
         return jax.jit(jax.value_and_grad(lambda *args: jnp.sum(jnp.sin(f(*args))), (0, 1, 2)))(*args)
 
-    tile = lambda x, scale, w: run(x, scale, w, shard=P("d", None))
-    f = jax.shard_map(tile, mesh=mesh, in_specs=(P("d"), P("d"), P()), out_specs=P("d"))
-    close(derivatives(f), derivatives(lambda *args: run(*args, num_shards=devices)))
+    spec = P("d", None, "m")
+    tile = lambda *args: run(*args, shard=spec)
+    f = jax.shard_map(tile, mesh=mesh, in_specs=(spec, spec, P(None, None, "m")), out_specs=spec)
+    whole = lambda x, scale, shift: run(x, scale, jnp.tile(shift, (data, 1, 1)), num_shards=data)
+    close(derivatives(f), derivatives(whole))
 
 
 @pytest.mark.compiled
