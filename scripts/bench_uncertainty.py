@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--numbers", nargs="+", type=int, default=(10, 100, 1000, 10000), help="of samples, for memory")
     parser.add_argument("--chunk-size", type=int, default=10)
     parser.add_argument("--rate", type=float, default=0.1, help="drop rate")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--peers", nargs="+", default=("torch",), choices=("torch", "none"), help="other libraries")
     parser.add_argument("--json", metavar="PATH", help="write the results to this file")
     options = parser.parse_args()
