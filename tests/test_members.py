@@ -17,6 +17,7 @@ from members import (
     DROPPED_IS_ZERO,
     HAS_SLOPE,
     MEMBERS,
+    NO_COLLECTIVE,
     NOT_STACKED,
     NOTHING_LEAKS,
     ON_ONE_DEVICE,
@@ -243,7 +244,7 @@ def over(devices, kind):
 def require_no_communication(compiled, shapes, devices):
     """Require each device to work only on its part: no collective, and no buffer of these unsharded shapes."""
     text = compiled.as_text()
-    assert not re.search(COLLECTIVES, text), "no collective"
+    assert not re.search(COLLECTIVES, text), NO_COLLECTIVE
     for shape in shapes:
         assert (f"[{','.join(map(str, shape))}]" in text) == (devices == 1), "a buffer of the unsharded size"
 
