@@ -27,7 +27,7 @@ LAYERS = [
     ["_bits", "_lowering"],
     ["_mask", "keys"],
     ["_prepare", "_primitive", "attention._spec", "uncertainty._monte_carlo"],
-    ["_branch", "_ops", "_subsets", "attention._checks", "attention._blocking"],
+    ["_branch", "_ops", "_subsets", "attention._checks", "attention._blocking", "attention._derivative"],
     ["_gather", "attention._reference", "attention._blockwise", "learned._parts"],
     ["thin._units", "thin._weights", "learned._concrete", "learned._variational"],
     ["thin._dense", "thin._groups", "attention._registry"],
@@ -180,8 +180,8 @@ def test_errors_name_the_function_and_the_argument(name):
 
 
 def test_files_stay_small():
-    """Blockwise attention is one file on purpose: block, loops, and derivative belong together."""
-    longer = {"attention._blockwise": 400}
+    """Blockwise attention is one file on purpose: blocks and loops, forward and backward, belong together."""
+    longer = {"attention._blockwise": 300}
     for path in (ROOT / "jdrop").glob("**/*.py"):
         assert len(path.read_text().splitlines()) <= longer.get(module_of(path), 250), path
 

@@ -7,29 +7,22 @@ logsumexp, a large maximum would absorb the logarithm.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.ad_checkpoint import checkpoint_name
-from jax.custom_derivatives import SymbolicZero
-from jax.sharding import PartitionSpec
 
 from jdrop._bits import bits_for
-from jdrop._lowering import at_lowering, linear_at_lowering
 from jdrop._platform import BlockSizes, Target
 from jdrop._prepare import Arguments
 from jdrop._random.threefry import U64
-from jdrop._sharding import explicit_sharding, tile_axes, vary_like, vary_together, whole_array
+from jdrop._sharding import explicit_sharding, vary_like
 from jdrop._types import real_dtype
-from jdrop.attention import _blocking
+from jdrop.attention import _blocking, _derivative
 from jdrop.attention._blocking import Block, Plan, Segment
-from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, reshard_as_scores, visible_logits
-
-CHECKPOINT_NAME = "jdrop_attention"
+from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, visible_logits
 
 
 def refusal(arguments: Arguments, *arrays: Array) -> str | None:
@@ -177,17 +170,28 @@ def _join_blocks(x: Array) -> Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward:
-    """The output, the maxima of the logits, and the logarithms of the sums of exponentials, all [B, T, N, ...]."""
+class Blockwise:
+    """The method of this file, see :class:`jdrop.attention._derivative.Method`."""
 
-    spec: AttentionSpec
-    sizes: BlockSizes | None
+    sizes: BlockSizes | None = None
+    """Sizes of the blocks; ``None`` uses those of the platform."""
 
-    def __call__(
-        self, target: Target, query: Array, key: Array, value: Array, bias: Array | None, inputs: AttentionInputs
+    @property
+    def differentiable(self) -> "Blockwise":
+        return self
+
+    def forward(
+        self,
+        target: Target,
+        spec: AttentionSpec,
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None,
+        inputs: AttentionInputs,
     ) -> tuple[Array, ...]:
-        plan = _plan(target, self.spec, self.sizes, query, key)
-        scaled, inputs = _scale_queries(self.spec, query, inputs)
+        plan = _plan(target, spec, self.sizes, query, key)
+        scaled, inputs = _scale_queries(spec, query, inputs)
         bias, inputs = _blocking.split_scores((bias, inputs), plan)
 
         def step(x: tuple[Any, ...]) -> tuple[Array, ...]:
@@ -199,7 +203,7 @@ class _Forward:
 
                 def block(carry: None, first: Array, segment: Segment = segment, after: Any = after) -> Any:
                     at = Block(plan, segment, batch, head, first, after)
-                    return carry, _forward_block(Scores.of(at, self.spec, bias, inputs), *arrays)
+                    return carry, _forward_block(Scores.of(at, spec, bias, inputs), *arrays)
 
                 results.append(_over_blocks(block, None, segment)[1])
             return tuple(jnp.concatenate(parts, axis=3) for parts in zip(*results))
@@ -207,23 +211,15 @@ class _Forward:
         operands = [_blocking.split(x, plan) for x in (scaled, key, value)]
         return tuple(_blocking.join(x, plan) for x in lax.map(step, (*_blocking.loop_indices(plan), *operands)))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Backward:
-    """The gradients of query, key, value, and bias."""
-
-    spec: AttentionSpec
-    sizes: BlockSizes | None
-
-    def __call__(self, target: Target, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
+    def backward(self, target: Target, spec: AttentionSpec, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
         query, key, value, whole_bias, inputs, peak, log_sum, out = residuals
-        plan, platform = _plan(target, self.spec, self.sizes, query, key), target.platform
+        plan, platform = _plan(target, spec, self.sizes, query, key), target.platform
         if plan.batch[1] * plan.heads[1] == 1:
             # Without a loop that takes do, XLA could compute the probabilities in the forward pass and store them.
             # With this dependency, a vmap over PRNG keys computes them for each key.
             query = platform.order_after(query, do[..., :1])
         scale = inputs.scale
-        scaled, inputs = _scale_queries(self.spec, query, inputs)
+        scaled, inputs = _scale_queries(spec, query, inputs)
         bias, inputs = _blocking.split_scores((whole_bias, inputs), plan)
         # The sum over keys of p times its gradient is the sum over H of out times its own. If out is rounded, not all
         # platforms use it: it is a residual all the same, because the platform is known only at lowering.
@@ -245,7 +241,7 @@ class _Backward:
 
                 def block(carry: Any, first: Array, segment: Segment = segment, after: Any = after) -> Any:
                     (dk, dv, dbias), at = carry, Block(plan, segment, batch, head, first, after)
-                    dq, more_dk, more_dv, ds = _backward_block(Scores.of(at, self.spec, bias, inputs), *arrays)
+                    dq, more_dk, more_dv, ds = _backward_block(Scores.of(at, spec, bias, inputs), *arrays)
                     return (dk + more_dk, dv + more_dv, _add(dbias, ds, at)), dq
 
                 seen = (..., slice(segment.low, segment.high))
@@ -275,111 +271,6 @@ def _add(dbias: Array | None, ds: Array, block: Block) -> Array | None:
     return lax.dynamic_update_slice(dbias, lax.dynamic_slice(dbias, starts, sizes) + ds, starts)
 
 
-# ---------------------------------------------------------------------------------- its derivative
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tangent:
-    """The tangent of the output, linear in the tangents of query, key, value, and bias (``None`` if there is none)."""
-
-    spec: AttentionSpec
-    sizes: BlockSizes | None
-
-    def __call__(self, target: Target, residuals: tuple[Any, ...], tangents: tuple[Array | None, ...]) -> Array:
-        primals, inputs = residuals[:4], residuals[4]
-        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
-
-        def forward(*values: Array) -> Array:
-            changed = dict(zip(moving, values))
-            query, key, value, bias = (changed.get(i, x) for i, x in enumerate(primals))
-            return _Forward(self.spec, self.sizes)(target, query, key, value, bias, inputs)[0]
-
-        return jax.jvp(forward, [primals[i] for i in moving], [tangents[i] for i in moving])[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Transpose:
-    """The transpose of the tangent: the gradients of the operands that have a tangent."""
-
-    spec: AttentionSpec
-    sizes: BlockSizes | None
-    moving: tuple[bool, ...]
-
-    def __call__(self, target: Target, residuals: tuple[Any, ...], do: Array) -> tuple[Array, ...]:
-        gradients = _Backward(self.spec, self.sizes)(target, residuals, do)
-        return tuple(x for x, moves in zip(gradients, self.moving) if moves)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _attend(spec: AttentionSpec, sizes: BlockSizes | None, *operands: Any) -> Array:
-    return _attend_with_sums(spec, sizes, operands)[0]
-
-
-def _attend_with_sums(spec: AttentionSpec, sizes: BlockSizes | None, operands: tuple[Any, ...]) -> tuple[Array, ...]:
-    out_type = jax.typeof(operands[0])
-    row_type = out_type.update(shape=(*out_type.shape[:-1], 1), dtype=jnp.dtype(real_dtype(out_type)))
-    return at_lowering(_Forward(spec, sizes), *operands, types=(out_type, row_type, row_type))
-
-
-@functools.partial(_attend.defjvp, symbolic_zeros=True)
-def _attend_jvp(
-    spec: AttentionSpec, sizes: BlockSizes | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Array, Array]:
-    """Define the tangent for forward mode, and its transpose for reverse mode."""
-    out, peak, log_sum = (checkpoint_name(x, CHECKPOINT_NAME) for x in _attend_with_sums(spec, sizes, primals))
-    residuals = (*primals, peak, log_sum, out)
-    nonzero = tuple(None if isinstance(t, SymbolicZero) else t for t in tangents[:4])
-    moving = tuple(t is not None for t in nonzero)
-    if not any(moving):
-        return out, jnp.zeros_like(out)
-    transpose = _Transpose(spec, sizes, moving)
-    return out, linear_at_lowering(_Tangent(spec, sizes), transpose, residuals, nonzero, jax.typeof(out))
-
-
-# ---------------------------------------------------------------------------------- one device, or a mesh
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="sizes")
-def attend(
-    spec: AttentionSpec,
-    query: Array,
-    key: Array,
-    value: Array,
-    bias: Array | None,
-    inputs: AttentionInputs,
-    *,
-    sizes: BlockSizes | None = None,
-) -> Array:
-    """Return ``dropout(softmax(query @ key.T * scale + bias)) @ value``.
-
-    Args:
-      spec: the static options.
-      query: [B, T, N, H]; an explicit mesh shards only batch and heads, in the same way for query, key, and value.
-      key: [B, S, K, H].
-      value: [B, S, K, H].
-      bias: ``None``, or an array with four axes that broadcasts to [B, N, T, S].
-      inputs: the inputs without gradients.
-      sizes: block sizes; ``None`` uses those of the platform.
-    """
-    sharding = explicit_sharding(jax.typeof(query).sharding)
-    if sharding is None or not any(sharding.spec):
-        return _attend_on_device(spec, sizes, query, key, value, bias, inputs)
-    batch, _, heads, _ = sharding.spec
-
-    def on_device(query: Array, key: Array, value: Array, bias: Array | None, inputs: AttentionInputs) -> Array:
-        shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-        _, start = whole_array(shape, tile_axes("attend", shape, PartitionSpec(batch, heads)))
-        return _attend_on_device(spec, sizes, query, key, value, bias, inputs._replace(start=start))
-
-    bias, inputs = reshard_as_scores((bias, inputs), query)
-    specs = (
-        *(PartitionSpec(batch, None, heads),) * 3,
-        *jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (bias, inputs)),
-    )
-    return jax.shard_map(on_device, in_specs=specs, out_specs=specs[0])(query, key, value, bias, inputs)
-
-
-def _attend_on_device(spec: AttentionSpec, sizes: BlockSizes | None, *operands: Any) -> Array:
-    """Attend on one device, on an auto mesh, or on a device's part of a manual one."""
-    arrays, tree = jax.tree.flatten(operands)
-    return _attend(spec, sizes, *jax.tree.unflatten(tree, vary_together(*arrays)))
+def attend(spec: AttentionSpec, *operands: Any, sizes: BlockSizes | None = None) -> Array:
+    """Attend blockwise; arguments as for :func:`jdrop.attention._derivative.attend`."""
+    return _derivative.attend(Blockwise(sizes), spec, *operands)

@@ -24,7 +24,7 @@ def refusal(arguments: Arguments, *arrays: Array) -> str | None:
 def attend(
     spec: AttentionSpec, query: Array, key: Array, value: Array, bias: Array | None, inputs: AttentionInputs
 ) -> Array:
-    """Return ``dropout(softmax(query @ key.T * scale + bias)) @ value``; arguments as for ``_blockwise.attend``."""
+    """Return ``dropout(softmax(query @ key.T * scale + bias)) @ value``; arguments as for ``_derivative.attend``."""
     bias, inputs = reshard_as_scores((bias, inputs), query)
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
