@@ -14,7 +14,7 @@ from jdrop._errors import describe
 from jdrop._platform import Platform
 from jdrop._random import fast, jax_bits
 from jdrop._random.indexing import MIN_COLUMNS, row_and_column, strides
-from jdrop._random.threefry import U64
+from jdrop._random.threefry import U64, Pair
 from jdrop._types import Generator, Rate
 
 
@@ -74,8 +74,15 @@ class FastBits:
 
     def word_at(self, words: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:
         """Return the uint32 words at an index, from which decisions and noise are computed."""
+        key, col = self.row_keys(words, shape, index, platform)
+        return fast.mix(key, col)
+
+    def row_keys(
+        self, words: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform
+    ) -> tuple[Pair, Array]:
+        """Return the keys of the rows, and the columns, of an index."""
         row, col = row_and_column(shape, index)
-        return fast.mix(platform.row_key(platform.recomputed(words), row, col), col)
+        return platform.row_key(platform.recomputed(words), row, col), col
 
     def keep_at(
         self, words: Array, rate: Rate, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform

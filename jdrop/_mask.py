@@ -14,7 +14,7 @@ from jdrop._bits import Bits, FastBits, bits_for
 from jdrop._platform import GENERIC, Platform
 from jdrop._random.indexing import window_index
 from jdrop._random.key_words import key_words
-from jdrop._random.threefry import U64
+from jdrop._random.threefry import U64, Pair
 from jdrop._sharding import broadcast_spec
 from jdrop._types import Generator, Rate
 
@@ -61,6 +61,15 @@ class Mask:
         """Return the uint32 words behind decisions and noise of ``generator="fast"``; ``index`` as for keep_at."""
         assert isinstance(self.bits, FastBits)
         return self.bits.word_at(self.words, self.shape, self._zero_where_shared(index), platform)
+
+    def row_keys(self, size: Sequence[Any], *, platform: Platform = GENERIC) -> tuple[Pair, Array]:
+        """Return keys of words, and first columns: for kernels, whose last axis starts at 0 and is not shared.
+
+        The word of element j along the last axis is ``fast.mix(key, first + j)``. ``size`` is that of a window with 1
+        on the last axis; the results broadcast to it, with 1 on shared axes.
+        """
+        assert isinstance(self.bits, FastBits)
+        return self.bits.row_keys(self.words, self.shape, self._zero_where_shared(self.index(size)), platform)
 
     def keep_probability(self, dtype: Any) -> Array:
         """Return the exact probability that an element is kept; NaN where the rate is NaN."""

@@ -1,0 +1,202 @@
+"""Attention on TPUs by kernels in Pallas, whose scores never leave fast memory.
+
+This is the method of FlashAttention-2 (Dao 2024, ICLR), with one kernel for the backward pass. The kernels draw the
+mask of ``jdrop.dropout_mask``. On CPUs they run in Pallas' interpreter, which is slow, and meant for tests.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jdrop._bits import FastBits
+from jdrop._platform import Target
+from jdrop._prepare import Arguments
+from jdrop._random import fast
+from jdrop.attention import _blockwise, _derivative, _tile
+from jdrop.attention._mosaic_tpu.grid import Grid
+from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query
+
+NAME = "mosaic_tpu"
+LANES = 128
+"""Tiles are multiples of it, and so are padded lengths."""
+
+
+def refusal(arguments: Arguments, *arrays: Array) -> str | None:
+    """Return why this implementation cannot serve a call, or ``None``."""
+    if arrays[0].dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{arrays[0].dtype} arrays"
+    reason = _blockwise.refusal(arguments, *arrays)
+    if reason or arguments.is_identity:
+        return reason
+    if arguments.generator != "fast":
+        return f"generator={arguments.generator!r}"
+    if arguments.mask_shape(arguments.shape)[3] == 1:
+        return "keys that share decisions"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicTpu:
+    """The method of these kernels, see :class:`jdrop.attention._derivative.Method`."""
+
+    queries: int = 512
+    """Maximum number of queries per tile."""
+    keys: int = 512
+    resident: int = 2**20
+    """Maximum number of elements of gradients of queries that stay in fast memory."""
+
+    @property
+    def differentiable(self) -> _blockwise.Blockwise:
+        return _blockwise.Blockwise()
+
+    def forward(
+        self,
+        target: Target,
+        spec: AttentionSpec,
+        query: Array,
+        key: Array,
+        value: Array,
+        bias: Array | None,
+        inputs: AttentionInputs,
+    ) -> tuple[Array, ...]:
+        if target.name is None:
+            return self.differentiable.forward(target, spec, query, key, value, bias, inputs)
+        from jdrop.attention._mosaic_tpu.forward import forward  # half a second, only for those who use it
+
+        interpret, grid = _interprets(target), self._grid(spec, query, key, inputs)
+        rows = _rows(target, inputs, query, grid)
+        query_length, heads_first = query.shape[1], (_padded(query, grid.all_queries), _padded(key, grid.all_keys))
+        value_t = _padded(value, grid.all_keys).swapaxes(2, 3)
+        out, sums = forward(grid, _scalars(spec, inputs, query, key), rows, *heads_first, value_t, interpret)
+        peak, log_sum = (sums[:, :, i, :query_length].swapaxes(1, 2)[..., None] for i in range(2))
+        return out[..., :query_length].transpose(0, 3, 1, 2), peak, log_sum
+
+    def backward(self, target: Target, spec: AttentionSpec, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
+        from jdrop.attention._mosaic_tpu.backward import backward
+
+        query, key, value, _, inputs, peak, log_sum, out = residuals
+        interpret, grid = _interprets(target), self._grid(spec, query, key, inputs)
+        rows, scalars = _rows(target, inputs, query, grid), _scalars(spec, inputs, query, key)
+        inverse = jnp.exp(-log_sum)  # 0 for queries that see no key, which have no gradient, whatever do is
+        do = jnp.where(inverse == 0, 0, do.astype(peak.dtype))
+        delta = jnp.sum(do * out.astype(peak.dtype), axis=-1, keepdims=True) * inverse
+        if inputs.dropout is not None:
+            inverse = inverse * _inverse_keep(inputs).swapaxes(1, 2)
+        sums = jnp.concatenate([peak * _tile.LOG2E, delta], axis=-1)
+        q, do, sums = (_padded(x, grid.all_queries) for x in (query, (do * inverse).astype(query.dtype), sums))
+        k, v = (_padded(x, grid.all_keys) for x in (key, value))
+        sums = sums.swapaxes(2, 3)
+
+        most = max(self.resident // (grid.queries * query.shape[3]), 1)  # tiles of queries in memory
+        starts = range(0, grid.query_tiles, -(-grid.query_tiles // -(-grid.query_tiles // most)))
+        groups = query.shape[2] // key.shape[2]
+        together = max(
+            n for n in range(1, groups + 1) if groups % n == 0 and n * grid.query_tiles <= max(most, grid.query_tiles)
+        )
+        one = len(starts) == 1 and together == groups
+        results = []
+        for start in starts:
+            tiles = min(starts.step, grid.query_tiles - start)
+            part = slice(start * grid.queries, (start + tiles) * grid.queries)
+            results.append(
+                backward(
+                    grid._replace(query_tiles=tiles, first_tile=start),
+                    together,
+                    query.dtype if one else jnp.float32,
+                    scalars,
+                    None if rows is None else rows[..., part],
+                    q[:, :, part],
+                    do[:, :, part],
+                    sums[..., part],
+                    k,
+                    v,
+                    interpret,
+                )
+            )
+        dq = jnp.concatenate([dq for dq, _, _ in results], axis=2)
+        batch, heads, tiles, width, size = dq.shape
+        dq = dq.transpose(0, 2, 4, 1, 3).reshape(batch, tiles * size, heads, width)[:, : query.shape[1]]
+        dk, dv = (functools.reduce(jnp.add, [x[i] for x in results]) for i in (1, 2))
+        dk, dv = (jnp.sum(x, axis=2) if x.shape[2] > 1 else x[:, :, 0] for x in (dk, dv))
+        dk, dv = (x.astype(key.dtype).swapaxes(1, 2)[:, : key.shape[1]] for x in (dk, dv))
+        return dq, dk, dv, None
+
+    def _grid(self, spec: AttentionSpec, query: Array, key: Array, inputs: AttentionInputs) -> Grid:
+        queries, keys = (
+            -(-n // -(-n // most) // LANES) * LANES
+            for n, most in ((query.shape[1], self.queries), (key.shape[1], self.keys))
+        )
+        return Grid(
+            spec,
+            queries,
+            keys,
+            query_tiles=-(-query.shape[1] // queries),
+            key_tiles=-(-key.shape[1] // keys),
+            num_keys=key.shape[1],
+            has_lengths=inputs.query_lengths is not None or inputs.key_lengths is not None,
+            drops=inputs.dropout is not None,
+        )
+
+
+def _interprets(target: Target) -> bool:
+    """Return whether to run in the interpreter, and require a platform that can run the kernels."""
+    if target.name not in ("tpu", "cpu"):
+        raise NotImplementedError(
+            f"dot_product_attention: implementation must be another one than {NAME!r} on {target.name}; pass None"
+        )
+    if target.devices > 1:
+        raise NotImplementedError(
+            f"dot_product_attention: implementation must be another one than {NAME!r} on an automatic mesh of "
+            f"{target.devices} devices, because a kernel cannot be partitioned; use jax.shard_map, or an explicit mesh"
+        )
+    return target.name == "cpu"
+
+
+def _padded(x: Array, length: int) -> Array:
+    """Turn [B, T, N, H] into [B, N, T, H], padded with zeros."""
+    return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+
+
+def _scalars(spec: AttentionSpec, inputs: AttentionInputs, query: Array, key: Array) -> list[Array]:
+    """Return the position of query 0 and all lengths [1, 1 + 2 B], and the factor of products [1, 1]."""
+    first = jnp.reshape(jnp.asarray(first_query(spec, inputs), jnp.int32), (1,))
+    batch = query.shape[0]
+    lengths = []
+    for length, most in ((inputs.query_lengths, 2**31 - 1), (inputs.key_lengths, key.shape[1])):
+        lengths.append(jnp.full(batch, most, jnp.int32) if length is None else jnp.minimum(length.reshape(batch), most))
+    lengths[0] = lengths[0] - first
+    numbers = jnp.concatenate([first, jnp.stack(lengths, 1).reshape(-1)])
+    scale = jnp.float32(1) if inputs.scale is None else inputs.scale
+    return [numbers[None], jnp.reshape(scale * np.float32(_tile.LOG2E), (1, 1))]
+
+
+def _inverse_keep(inputs: AttentionInputs) -> Array:
+    """Return 1 over the keep probability, or 0 if that is 0; it broadcasts to [B, N, T, 1]."""
+    assert inputs.dropout is not None
+    keep = inputs.dropout.keep_probability(jnp.float32)
+    inverse = jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
+    return inverse.reshape((1,) * (4 - inverse.ndim) + inverse.shape)
+
+
+def _rows(target: Target, inputs: AttentionInputs, query: Array, grid: Grid) -> Array | None:
+    """Return what the kernels need for each query of the mask, see :class:`grid.Rows`; 1 on shared axes."""
+    mask = inputs.dropout
+    if mask is None:
+        return None
+    assert isinstance(mask.bits, FastBits)
+    batch, length, heads, _ = query.shape
+    row_key, first = mask.row_keys((batch, heads, length, 1), platform=target.platform)
+    threshold = fast.threshold(jnp.asarray(mask.rate))[0]
+    threshold = threshold.reshape((1,) * (4 - threshold.ndim) + threshold.shape)
+    factor = lax.bitcast_convert_type(_inverse_keep(inputs), jnp.uint32)
+    rows = jnp.stack(jnp.broadcast_arrays(*row_key, first, threshold, factor), axis=2)[..., 0]
+    if rows.shape[-1] == 1:
+        return jnp.broadcast_to(rows, (*rows.shape[:-1], grid.all_queries))
+    return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, grid.all_queries - length)))
+
+
+attend = functools.partial(_derivative.attend, MosaicTpu())

@@ -1,0 +1,69 @@
+"""The loops of the kernels for TPUs over tiles of scores."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from jdrop.attention._spec import AttentionSpec
+
+
+class Grid(NamedTuple):
+    """The static sizes of a call, and its loops over tiles."""
+
+    spec: AttentionSpec
+    queries: int
+    """Queries per tile."""
+    keys: int
+    query_tiles: int
+    key_tiles: int
+    num_keys: int
+    """Number of keys without padding."""
+    has_lengths: bool
+    drops: bool
+    first_tile: int = 0
+    """The tile of queries at which the arrays of a kernel start."""
+
+    @property
+    def all_queries(self) -> int:
+        """Number of queries with padding."""
+        return self.query_tiles * self.queries
+
+    @property
+    def all_keys(self) -> int:
+        return self.key_tiles * self.keys
+
+    def _clip(self, tile: Any, tiles: int) -> Any:
+        return min(max(tile, 0), tiles - 1) if isinstance(tile, int) else jnp.clip(tile, 0, tiles - 1)
+
+    @property
+    def _reach(self) -> tuple[int | None, int | None]:
+        """How many keys a query sees to its left and right; ``None`` if all, or if positions are not static."""
+        if self.spec.queries_are_tiled:
+            return None, None
+        left, right = self.spec.window or (None, None)
+        return left, 0 if self.spec.causal else right
+
+    def key_span(self, query_tile: Any) -> tuple[Any, Any]:
+        """Return the first and the last tile of keys that some query of a tile may see; at least one."""
+        left, right = self._reach
+        query = (query_tile + self.first_tile) * self.queries
+        low = 0 if left is None else (query - left) // self.keys
+        high = self.key_tiles if right is None else (query + self.queries - 1 + right) // self.keys
+        return self._clip(low, self.key_tiles), self._clip(high, self.key_tiles)
+
+    def query_span(self, key_tile: Any) -> tuple[Any, Any]:
+        """Return the first and the last tile of queries that may see some key of a tile; at least one."""
+        left, right = self._reach
+        key, tiles = key_tile * self.keys, self.query_tiles
+        low = 0 if right is None else (key - right) // self.queries - self.first_tile
+        high = tiles if left is None else (key + self.keys - 1 + left) // self.queries - self.first_tile
+        return self._clip(low, tiles), self._clip(high, tiles)
+
+    @property
+    def key_steps(self) -> int:
+        """Number of steps of the loop over the keys of a tile of queries."""
+        return max(high - low + 1 for low, high in map(self.key_span, range(self.query_tiles)))
+
+    @property
+    def query_steps(self) -> int:
+        return max(high - low + 1 for low, high in map(self.query_span, range(self.key_tiles)))

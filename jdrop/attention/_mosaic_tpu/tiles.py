@@ -1,0 +1,106 @@
+"""What the kernels for TPUs share.
+
+Tiles are [keys, queries]. What belongs to a query is then a row [1, queries] of a tile, sums over keys add vectors and
+need no sum within a vector, and all products take their operands as they are. So values come as [width, keys], and
+outputs leave as [width, queries].
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jdrop.attention import _tile
+from jdrop.attention._mosaic_tpu.grid import Grid
+
+LN2 = float(np.log(2))
+
+
+class Rows(NamedTuple):
+    """What a kernel needs for each query, as the rows of a uint32 array [rows, queries]."""
+
+    key: tuple[Any, Any]
+    """The key of the words of the query."""
+    first: Any
+    """The column of the first key."""
+    threshold: Any
+    factor: Any
+    """1 over the keep probability, or 0 if that is 0; float32."""
+
+    @classmethod
+    def of(cls, ref: Any) -> "Rows":
+        first, second, column, threshold, factor = (ref[0, 0, i : i + 1, :] for i in range(5))
+        return cls((first, second), column, threshold, lax.bitcast_convert_type(factor, jnp.float32))
+
+
+def dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:
+    """Contract an axis of x with one of y, in float32."""
+    return lax.dot_general(x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def for_visible(grid: Grid, numbers: Any, batch: Any, i: Any, j: Any, step: Any) -> None:
+    """Run a step ``(products -> products)`` for the tile of queries i and keys j, unless all scores are hidden."""
+    query, key = (i + grid.first_tile) * grid.queries, j * grid.keys
+    padded = grid.num_keys < grid.all_keys
+    lengths = (numbers[0, 1 + 2 * batch], numbers[0, 2 + 2 * batch]) if grid.has_lengths else (None, None)
+    if padded and not grid.has_lengths:
+        lengths = (None, grid.num_keys)
+    limits = _tile.Limits.of(grid.spec, grid.num_keys, numbers[0, 0], *lengths)
+    if not limits.hide:
+        step(lambda products: products)
+        return
+    low, high = _tile.key_range(limits, query, grid.queries, grid.num_keys)
+    seen = (key < high) & (key + grid.keys > low)
+    cut = _tile.is_cut(limits, query, grid.queries, key, grid.keys)
+
+    def hide(products: Array) -> Array:
+        queries = query + lax.broadcasted_iota(jnp.int32, products.shape, 1)
+        keys = key + lax.broadcasted_iota(jnp.int32, products.shape, 0)
+        return _tile.hide(limits, products, queries, keys)
+
+    pl.when(seen & cut)(lambda: step(hide))
+    pl.when(seen & ~cut)(lambda: step(lambda products: products))
+
+
+def keep_tile(grid: Grid, rows: Rows, j: Any) -> Array:
+    """Return which scores of a tile are kept."""
+    columns = lax.broadcasted_iota(jnp.uint32, (grid.keys, grid.queries), 0) + (j * grid.keys).astype(jnp.uint32)
+    return _tile.keep(rows.key, columns + rows.first, rows.threshold, 0)
+
+
+# ---------------------------------------------------------------------------------- calls
+
+
+def scalars() -> list[Any]:
+    """Return the specifications of the operands ``numbers`` and ``factor``."""
+    return [pl.BlockSpec(memory_space=pltpu.SMEM)] * 2
+
+
+def row_spec(rows: Any, grid: Grid, at: Callable[..., tuple[Any, Any, Any]]) -> Any:
+    """Return the specification of ``rows``; ``at`` maps indices of the loops to batch, head, and tile of queries."""
+    batches, heads, count, _ = rows.shape
+
+    def index(*steps: Any) -> Any:
+        b, n, i = at(*steps)
+        return b if batches > 1 else 0, n if heads > 1 else 0, 0, i
+
+    return pl.BlockSpec((1, 1, count, grid.queries), index)
+
+
+def result(like: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of a result that varies over the mesh axes that an array varies over."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def scratch(*shapes: tuple[int, ...]) -> list[Any]:
+    return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+
+
+def semantics(parallel: int, sequential: int) -> Any:
+    """Return the compiler options of a call with some parallel loops outside of sequential ones."""
+    return pltpu.CompilerParams(dimension_semantics=(pltpu.PARALLEL,) * parallel + (pltpu.ARBITRARY,) * sequential)
