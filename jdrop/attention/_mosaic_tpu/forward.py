@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from jdrop.attention import _tile
@@ -71,6 +71,9 @@ def forward(
     batch, heads, length, width = query.shape
     groups = heads // key.shape[1]
 
+    def key_head(n: Any) -> Any:
+        return lax.div(n, jnp.int32(groups))
+
     def key_tile(i: Any, step: Any) -> Any:
         low, high = grid.key_span(i)
         return jnp.minimum(low + step, high)
@@ -83,8 +86,8 @@ def forward(
             *tiles.scalars(),
             *row_specs,
             pl.BlockSpec((1, 1, grid.queries, width), lambda b, n, i, step: (b, n, i, 0)),
-            pl.BlockSpec((1, 1, grid.keys, width), lambda b, n, i, step: (b, n // groups, key_tile(i, step), 0)),
-            pl.BlockSpec((1, 1, width, grid.keys), lambda b, n, i, step: (b, n // groups, 0, key_tile(i, step))),
+            pl.BlockSpec((1, 1, grid.keys, width), lambda b, n, i, step: (b, key_head(n), key_tile(i, step), 0)),
+            pl.BlockSpec((1, 1, width, grid.keys), lambda b, n, i, step: (b, key_head(n), 0, key_tile(i, step))),
         ],
         out_specs=[
             pl.BlockSpec((1, 1, width, grid.queries), lambda b, n, i, step: (b, n, 0, i)),

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 
 from jdrop.attention._spec import AttentionSpec
 
@@ -32,9 +33,6 @@ class Grid(NamedTuple):
     def all_keys(self) -> int:
         return self.key_tiles * self.keys
 
-    def _clip(self, tile: Any, tiles: int) -> Any:
-        return min(max(tile, 0), tiles - 1) if isinstance(tile, int) else jnp.clip(tile, 0, tiles - 1)
-
     @property
     def _reach(self) -> tuple[int | None, int | None]:
         """How many keys a query sees to its left and right; ``None`` if all, or if positions are not static."""
@@ -46,18 +44,20 @@ class Grid(NamedTuple):
     def key_span(self, query_tile: Any) -> tuple[Any, Any]:
         """Return the first and the last tile of keys that some query of a tile may see; at least one."""
         left, right = self._reach
-        query = (query_tile + self.first_tile) * self.queries
-        low = 0 if left is None else (query - left) // self.keys
-        high = self.key_tiles if right is None else (query + self.queries - 1 + right) // self.keys
-        return self._clip(low, self.key_tiles), self._clip(high, self.key_tiles)
+        query, last = (query_tile + self.first_tile) * self.queries, self.key_tiles - 1
+        return (
+            0 if left is None else tile_of(query - left, self.keys, last),
+            last if right is None else tile_of(query + self.queries - 1 + right, self.keys, last),
+        )
 
     def query_span(self, key_tile: Any) -> tuple[Any, Any]:
         """Return the first and the last tile of queries that may see some key of a tile; at least one."""
         left, right = self._reach
-        key, tiles = key_tile * self.keys, self.query_tiles
-        low = 0 if right is None else (key - right) // self.queries - self.first_tile
-        high = tiles if left is None else (key + self.keys - 1 + left) // self.queries - self.first_tile
-        return self._clip(low, tiles), self._clip(high, tiles)
+        key, last = key_tile * self.keys - self.first_tile * self.queries, self.query_tiles - 1
+        return (
+            0 if right is None else tile_of(key - right, self.queries, last),
+            last if left is None else tile_of(key + self.keys - 1 + left, self.queries, last),
+        )
 
     @property
     def key_steps(self) -> int:
@@ -67,3 +67,10 @@ class Grid(NamedTuple):
     @property
     def query_steps(self) -> int:
         return max(high - low + 1 for low, high in map(self.query_span, range(self.key_tiles)))
+
+
+def tile_of(position: Any, size: int, last: int) -> Any:
+    """Return the tile of a position, at least 0 and at most ``last``."""
+    if isinstance(position, int):
+        return min(max(position, 0) // size, last)
+    return jnp.minimum(lax.div(jnp.maximum(position, 0), jnp.int32(size)), last)  # a division of JAX rounds down
