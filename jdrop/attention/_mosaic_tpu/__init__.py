@@ -16,13 +16,14 @@ from jdrop._bits import FastBits
 from jdrop._platform import Target
 from jdrop._prepare import Arguments
 from jdrop._random import fast
+from jdrop._random.indexing import MIN_COLUMNS
 from jdrop.attention import _blockwise, _derivative, _tile
 from jdrop.attention._mosaic_tpu.grid import Grid
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query
 
 NAME = "mosaic_tpu"
-LANES = 128
-"""Tiles are multiples of it, and so are padded lengths."""
+SMALLEST = 128
+"""Queries or keys of the smallest tile."""
 
 
 def refusal(arguments: Arguments, *arrays: Array) -> str | None:
@@ -46,6 +47,8 @@ class MosaicTpu:
     queries: int = 512
     """Maximum number of queries per tile."""
     keys: int = 512
+    chunk: int = 128
+    """Queries of a tile that are computed at a time."""
     resident: int = 2**20
     """Maximum number of elements of gradients of queries that stay in fast memory."""
 
@@ -126,10 +129,7 @@ class MosaicTpu:
         return dq, dk, dv, None
 
     def _grid(self, spec: AttentionSpec, query: Array, key: Array, inputs: AttentionInputs) -> Grid:
-        queries, keys = (
-            -(-n // -(-n // most) // LANES) * LANES
-            for n, most in ((query.shape[1], self.queries), (key.shape[1], self.keys))
-        )
+        queries, keys = tile_size(query.shape[1], self.queries), tile_size(key.shape[1], self.keys)
         return Grid(
             spec,
             queries,
@@ -139,7 +139,16 @@ class MosaicTpu:
             num_keys=key.shape[1],
             has_lengths=inputs.query_lengths is not None or inputs.key_lengths is not None,
             drops=inputs.dropout is not None,
+            chunk=self.chunk,
         )
+
+
+def tile_size(length: int, largest: int) -> int:
+    """Return the largest power of two that pads a length by at most a quarter, or the smallest tile."""
+    size = largest
+    while size > SMALLEST and -(-length // size) * size > length * 1.25:
+        size //= 2
+    return size
 
 
 def _interprets(target: Target) -> bool:
@@ -193,7 +202,8 @@ def _rows(target: Target, inputs: AttentionInputs, query: Array, grid: Grid) -> 
     threshold = fast.threshold(jnp.asarray(mask.rate))[0]
     threshold = threshold.reshape((1,) * (4 - threshold.ndim) + threshold.shape)
     factor = lax.bitcast_convert_type(_inverse_keep(inputs), jnp.uint32)
-    rows = jnp.stack(jnp.broadcast_arrays(*row_key, first, threshold, factor), axis=2)[..., 0]
+    columns = [first] if mask.shape[3] < MIN_COLUMNS else []  # otherwise, the only columns are those of the keys
+    rows = jnp.stack(jnp.broadcast_arrays(*row_key, threshold, factor, *columns), axis=2)[..., 0]
     if rows.shape[-1] == 1:
         return jnp.broadcast_to(rows, (*rows.shape[:-1], grid.all_queries))
     return jnp.pad(rows, ((0, 0), (0, 0), (0, 0), (0, grid.all_queries - length)))

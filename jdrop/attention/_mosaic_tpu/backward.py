@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 
 from jdrop.attention._mosaic_tpu import tiles
 from jdrop.attention._mosaic_tpu.grid import Grid
-from jdrop.attention._mosaic_tpu.tiles import LN2, Rows, dot, for_visible, keep_tile
+from jdrop.attention._mosaic_tpu.tiles import LN2, Rows, dot, for_visible
 
 
 def _kernel(grid: Grid, numbers: Any, factor: Any, *refs: Any) -> None:
@@ -41,17 +41,18 @@ def _kernel(grid: Grid, numbers: Any, factor: Any, *refs: Any) -> None:
         dk_acc[...], dv_acc[...] = jnp.zeros_like(dk_acc), jnp.zeros_like(dv_acc)
 
     def tile(hide: Any) -> None:
-        products = hide(dot(key[0, 0], query[0, 0], (1, 1)) * factor[0, 0])
-        e = jnp.exp2(products - sums[0, 0, 0:1, :])
-        dp = dot(value[0, 0], do[0, 0], (1, 1))
-        kept = e
-        if rows_ref is not None:
-            keep = keep_tile(grid, Rows.of(rows_ref), j)
-            kept, dp = jnp.where(keep, e, 0.0), jnp.where(keep, dp, 0.0)
-        ds = (e * (dp - sums[0, 0, 1:2, :])).astype(query.dtype)
-        dv_acc[...] += dot(kept.astype(do.dtype), do[0, 0], (1, 0))
-        dk_acc[...] += dot(ds, query[0, 0], (1, 0))
-        dq_acc[group, i] += dot(key_t[0, 0], ds, (1, 0))
+        for part in grid.parts:
+            q, g = query[0, 0, part], do[0, 0, part]
+            products = hide(dot(key[0, 0], q, (1, 1)) * factor[0, 0], part.start)
+            e = jnp.exp2(products - sums[0, 0, 0:1, part])
+            kept, dp = e, dot(value[0, 0], g, (1, 1))
+            if rows_ref is not None:
+                keep = Rows.of(rows_ref, part).keep(j * grid.keys, grid.keys)
+                kept, dp = jnp.where(keep, e, 0.0), jnp.where(keep, dp, 0.0)
+            ds = (e * (dp - sums[0, 0, 1:2, part])).astype(query.dtype)
+            dv_acc[...] += dot(kept.astype(do.dtype), g, (1, 0))
+            dk_acc[...] += dot(ds, q, (1, 0))
+            dq_acc[group, i, :, part] += dot(key_t[0, 0], ds, (1, 0))
 
     pl.when(i <= high)(lambda: for_visible(grid, numbers, batch, i, j, tile))
 

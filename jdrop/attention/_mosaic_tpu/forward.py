@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jdrop.attention import _tile
 from jdrop.attention._mosaic_tpu import tiles
 from jdrop.attention._mosaic_tpu.grid import Grid
-from jdrop.attention._mosaic_tpu.tiles import LN2, Rows, dot, for_visible, keep_tile
+from jdrop.attention._mosaic_tpu.tiles import LN2, Rows, dot, for_visible
 
 
 def _kernel(grid: Grid, numbers: Any, factor: Any, *refs: Any) -> None:
@@ -32,13 +32,13 @@ def _kernel(grid: Grid, numbers: Any, factor: Any, *refs: Any) -> None:
         acc[...] = jnp.zeros_like(acc)
 
     def tile(hide: Any) -> None:
-        products = hide(dot(key[0, 0], query[0, 0], (1, 1)) * factor[0, 0])
+        products = hide(dot(key[0, 0], query[0, 0], (1, 1)) * factor[0, 0], 0)
         higher = jnp.maximum(peak[...], jnp.max(products, axis=0, keepdims=True))
         shrink = jnp.exp2(peak[...] - higher)
         e = jnp.exp2(products - higher)
         peak[...], total[...] = higher, total[...] * shrink + jnp.sum(e, axis=0, keepdims=True)
         if rows_ref is not None:
-            e = jnp.where(keep_tile(grid, Rows.of(rows_ref), j), e, 0.0)
+            e = jnp.where(Rows.of(rows_ref).keep(j * grid.keys, grid.keys), e, 0.0)
         acc[...] = acc[...] * shrink + dot(value[0, 0], e.astype(value.dtype), (1, 0))
 
     pl.when(j <= high)(lambda: for_visible(grid, numbers, batch, i, j, tile))

@@ -21,6 +21,8 @@ class Grid(NamedTuple):
     """Number of keys without padding."""
     has_lengths: bool
     drops: bool
+    chunk: int
+    """Queries that are computed at a time: as much work as needs the compiler's registers and fast memory."""
     first_tile: int = 0
     """The tile of queries at which the arrays of a kernel start."""
 
@@ -32,6 +34,12 @@ class Grid(NamedTuple):
     @property
     def all_keys(self) -> int:
         return self.key_tiles * self.keys
+
+    @property
+    def parts(self) -> list[slice]:
+        """The parts of the queries of a tile that are computed one after another."""
+        size = min(self.chunk, self.queries)
+        return [slice(first, first + size) for first in range(0, self.queries, size)]
 
     @property
     def _reach(self) -> tuple[int | None, int | None]:

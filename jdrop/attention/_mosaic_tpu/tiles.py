@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jdrop._random import fast
 from jdrop.attention import _tile
 from jdrop.attention._mosaic_tpu.grid import Grid
 
@@ -26,16 +27,34 @@ class Rows(NamedTuple):
 
     key: tuple[Any, Any]
     """The key of the words of the query."""
-    first: Any
-    """The column of the first key."""
     threshold: Any
     factor: Any
     """1 over the keep probability, or 0 if that is 0; float32."""
+    first: Any
+    """The column of the first key; ``None`` if it is 0."""
 
     @classmethod
-    def of(cls, ref: Any) -> "Rows":
-        first, second, column, threshold, factor = (ref[0, 0, i : i + 1, :] for i in range(5))
-        return cls((first, second), column, threshold, lax.bitcast_convert_type(factor, jnp.float32))
+    def of(cls, ref: Any, part: Any = slice(None)) -> "Rows":
+        """Read a part of the queries."""
+        first, second, threshold, factor, *column = (ref[0, 0, i : i + 1, part] for i in range(ref.shape[2]))
+        factor = lax.bitcast_convert_type(factor, jnp.float32)
+        return cls((first, second), threshold, factor, column[0] if column else None)
+
+    def keep(self, first_key: Any, keys: int) -> Array:
+        """Return which scores of a tile are kept. Keys are a power of two, at least 8, and divide the first one."""
+        return self.words(first_key, keys) >= self.threshold
+
+    def words(self, first_key: Any, keys: int) -> Array:
+        """Return the words of a tile of scores."""
+        shape = (keys, self.threshold.shape[1])
+        start = first_key.astype(jnp.uint32)
+        if self.first is not None:
+            columns = lax.broadcasted_iota(jnp.uint32, shape, 0) + start + self.first
+            return fast.mix(self.key, columns)
+        # Vectors have 8 rows. With the row in the key, the rest of the column is a constant of each vector.
+        key = fast.key_from(self.key, lax.broadcasted_iota(jnp.uint32, (8, shape[1]), 0) + start)
+        columns = lax.broadcasted_iota(jnp.uint32, (keys // 8, 8, shape[1]), 0) * np.uint32(8)
+        return fast.mix((key[0][None], key[1][None]), columns).reshape(shape)
 
 
 def dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:
@@ -44,7 +63,10 @@ def dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:
 
 
 def for_visible(grid: Grid, numbers: Any, batch: Any, i: Any, j: Any, step: Any) -> None:
-    """Run a step ``(products -> products)`` for the tile of queries i and keys j, unless all scores are hidden."""
+    """Run a step for the tile of queries i and keys j, unless all scores are hidden.
+
+    The step gets a function that hides scores: of their products, and the index of the first query in the tile.
+    """
     query, key = (i + grid.first_tile) * grid.queries, j * grid.keys
     padded = grid.num_keys < grid.all_keys
     lengths = (numbers[0, 1 + 2 * batch], numbers[0, 2 + 2 * batch]) if grid.has_lengths else (None, None)
@@ -52,25 +74,19 @@ def for_visible(grid: Grid, numbers: Any, batch: Any, i: Any, j: Any, step: Any)
         lengths = (None, grid.num_keys)
     limits = _tile.Limits.of(grid.spec, grid.num_keys, numbers[0, 0], *lengths)
     if not limits.hide:
-        step(lambda products: products)
+        step(lambda products, first: products)
         return
     low, high = _tile.key_range(limits, query, grid.queries, grid.num_keys)
     seen = (key < high) & (key + grid.keys > low)
     cut = _tile.is_cut(limits, query, grid.queries, key, grid.keys)
 
-    def hide(products: Array) -> Array:
-        queries = query + lax.broadcasted_iota(jnp.int32, products.shape, 1)
+    def hide(products: Array, first: int) -> Array:
+        queries = query + first + lax.broadcasted_iota(jnp.int32, products.shape, 1)
         keys = key + lax.broadcasted_iota(jnp.int32, products.shape, 0)
         return _tile.hide(limits, products, queries, keys)
 
     pl.when(seen & cut)(lambda: step(hide))
-    pl.when(seen & ~cut)(lambda: step(lambda products: products))
-
-
-def keep_tile(grid: Grid, rows: Rows, j: Any) -> Array:
-    """Return which scores of a tile are kept."""
-    columns = lax.broadcasted_iota(jnp.uint32, (grid.keys, grid.queries), 0) + (j * grid.keys).astype(jnp.uint32)
-    return _tile.keep(rows.key, columns + rows.first, rows.threshold, 0)
+    pl.when(seen & ~cut)(lambda: step(lambda products, first: products))
 
 
 # ---------------------------------------------------------------------------------- calls
