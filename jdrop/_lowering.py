@@ -63,23 +63,32 @@ class _Mapped:
         def flat(*leaves: Any) -> tuple[Any, ...]:
             return tuple(jax.tree.leaves(self.f(target, *leaves)))
 
-        return list(jax.vmap(flat, in_axes=self.axes, out_axes=self.out_axes)(*leaves))
+        # A kernel may copy a result that does not depend on mapped operands.
+        copied = [
+            axis is None and _is_mapped(self.f, target, self.axes, leaves, i) for i, axis in enumerate(self.out_axes)
+        ]
+        out_axes = tuple(0 if copy else axis for copy, axis in zip(copied, self.out_axes))
+        results = jax.vmap(flat, in_axes=self.axes, out_axes=out_axes)(*leaves)
+        return [x[0] if copy else x for copy, x in zip(copied, results)]
+
+
+def _is_mapped(f: Function, target: Target, axes: Sequence[int | None], leaves: Sequence[Any], i: int) -> bool:
+    """Return whether a result of a function under vmap has a mapped axis."""
+
+    def result(*leaves: Any) -> Any:
+        return jax.tree.leaves(f(target, *leaves))[i]
+
+    try:
+        jax.eval_shape(jax.vmap(result, in_axes=tuple(axes), out_axes=None), *leaves)
+    except ValueError:  # "vmap has mapped output but out_axes is None"
+        return True
+    return False
 
 
 def _map(f: Function, axes: Sequence[int | None], leaves: Sequence[Any], num_results: int) -> _Mapped:
     """Map a function, except for results that do not depend on mapped operands."""
-
-    def is_mapped(i: int) -> bool:
-        def result(*leaves: Any) -> Any:
-            return jax.tree.leaves(f(Target(), *leaves))[i]
-
-        try:
-            jax.eval_shape(jax.vmap(result, in_axes=tuple(axes), out_axes=None), *leaves)
-        except ValueError:  # "vmap has mapped output but out_axes is None"
-            return True
-        return False
-
-    return _Mapped(f, tuple(axes), tuple(0 if is_mapped(i) else None for i in range(num_results)))
+    is_mapped = [_is_mapped(f, Target(), axes, leaves, i) for i in range(num_results)]
+    return _Mapped(f, tuple(axes), tuple(0 if mapped else None for mapped in is_mapped))
 
 
 @functools.partial(jax.jit, static_argnames=("f", "target"))

@@ -62,14 +62,13 @@ class Mask:
         assert isinstance(self.bits, FastBits)
         return self.bits.word_at(self.words, self.shape, self._zero_where_shared(index), platform)
 
-    def row_keys(self, size: Sequence[Any], *, platform: Platform = GENERIC) -> tuple[Pair, Array]:
-        """Return keys of words, and first columns: for kernels, whose last axis starts at 0 and is not shared.
+    def row_keys(self, index: Sequence[U64], *, platform: Platform = GENERIC) -> tuple[Pair, Array]:
+        """Return keys and first columns for kernels, such that ``fast.mix(key, column + j)`` is the word of element j.
 
-        The word of element j along the last axis is ``fast.mix(key, first + j)``. ``size`` is that of a window with 1
-        on the last axis; the results broadcast to it, with 1 on shared axes.
+        Elements count along the last axis, which is not shared. ``index`` is as for keep_at, of the elements 0.
         """
         assert isinstance(self.bits, FastBits)
-        return self.bits.row_keys(self.words, self.shape, self._zero_where_shared(self.index(size)), platform)
+        return self.bits.row_keys(self.words, self.shape, self._zero_where_shared(index), platform)
 
     def keep_probability(self, dtype: Any) -> Array:
         """Return the exact probability that an element is kept; NaN where the rate is NaN."""

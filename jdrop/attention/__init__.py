@@ -46,7 +46,7 @@ def dot_product_attention(
     query_seq_lengths: Array | None = None,
     key_value_seq_lengths: Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["reference", "chunked"] | None = None,
+    implementation: Literal["reference", "chunked", "mosaic_tpu"] | None = None,
 ) -> Array:
     """Compute attention with dropout on the attention probabilities, without storing the mask.
 
@@ -140,7 +140,8 @@ def dot_product_attention(
         key_argument="prng_key",
     )
     check_whole_keys(arguments)
-    attend = choose(arguments, implementation, query, key, value)
+    over_scores = tuple(name for name, x in (("bias", bias), ("mask", mask)) if x is not None)
+    attend = choose(arguments, implementation, query, key, value, over_scores=over_scores)
     dropout = None if arguments.is_identity else arguments.draw()
     start = whole_array(shape, arguments.tile_axes)[1]
     query, factor, scales_queries = _scaled(query, scale)

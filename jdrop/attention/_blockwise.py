@@ -25,8 +25,10 @@ from jdrop.attention._blocking import Block, Plan, Segment
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, visible_logits
 
 
-def refusal(arguments: Arguments, *arrays: Array) -> str | None:
+def refusal(arguments: Arguments, query: Array, key: Array, value: Array, over_scores: tuple[str, ...]) -> str | None:
     """Return why this implementation cannot serve a call, or ``None``."""
+    del over_scores
+    arrays = query, key, value
     sizes = [n for x in arrays for n in x.shape]
     if not all(isinstance(n, int) for n in sizes) or 0 in sizes:
         return "sizes that are 0 or symbolic"
@@ -37,8 +39,8 @@ def refusal(arguments: Arguments, *arrays: Array) -> str | None:
         return None
     if arguments.rate.ndim and arguments.rate.shape[-1] > 1:
         return "a rate that varies along the keys"
-    name, key, generator = arguments.function, arguments.key, arguments.generator
-    if key is not None and not bits_for(name, key, generator, arguments.key_argument).random_access:
+    name, prng_key, generator = arguments.function, arguments.key, arguments.generator
+    if prng_key is not None and not bits_for(name, prng_key, generator, arguments.key_argument).random_access:
         return "a PRNG key whose bits lack random access"
     return None
 

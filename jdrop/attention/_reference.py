@@ -1,6 +1,7 @@
 """Attention with all scores at once: the formula itself, under every transform of JAX."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from jdrop._types import real_dtype
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, reshard_as_scores, visible_logits
 
 
-def refusal(arguments: Arguments, *arrays: Array) -> str | None:
+def refusal(arguments: Arguments, *call: Any) -> str | None:
     """Return ``None``: this implementation serves all calls."""
-    del arguments, arrays
+    del arguments, call
     return None
 
 

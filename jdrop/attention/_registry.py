@@ -15,7 +15,10 @@ class Implementation(NamedTuple):
     """One way to compute attention."""
 
     refusal: Callable[..., str | None]
-    """``(arguments, query, key, value) ->`` the reason why it cannot serve the call, or ``None``."""
+    """``(arguments, query, key, value, over_scores) ->`` the reason why it cannot serve the call, or ``None``.
+
+    ``over_scores`` are the names of the arrays over scores that are passed: of ``bias`` and ``mask``.
+    """
     attend: Callable[..., Array]
     """``(spec, query, key, value, bias, inputs) ->`` the output [B, T, N, H]."""
 
@@ -31,7 +34,9 @@ PREFERENCES = {"cpu": (("chunked", 2**16), ("reference", 0))}
 DEFAULT_PREFERENCE = (("chunked", 2**16), ("reference", 0))
 
 
-def choose(arguments: Arguments, implementation: str | None, *arrays: Array) -> Callable[..., Array]:
+def choose(
+    arguments: Arguments, implementation: str | None, *arrays: Array, over_scores: tuple[str, ...] = ()
+) -> Callable[..., Array]:
     """Return the function of the implementation that serves a call.
 
     An implementation chosen by name raises if it cannot serve the call. Otherwise, each platform uses the first one in
@@ -39,14 +44,14 @@ def choose(arguments: Arguments, implementation: str | None, *arrays: Array) -> 
     """
     if implementation is not None:
         check_choice(arguments.function, "implementation", implementation, tuple(IMPLEMENTATIONS))
-        reason = IMPLEMENTATIONS[implementation].refusal(arguments, *arrays)
+        reason = IMPLEMENTATIONS[implementation].refusal(arguments, *arrays, over_scores)
         if reason:
             raise NotImplementedError(
                 f'{arguments.function}: implementation must be "reference" for {reason}, got {implementation!r}; '
                 'pass "reference"'
             )
         return IMPLEMENTATIONS[implementation].attend
-    preferred = functools.partial(_preferred, arguments, arrays)
+    preferred = functools.partial(_preferred, arguments, (*arrays, over_scores))
     default, by_platform = preferred(DEFAULT_PREFERENCE), {p: preferred(order) for p, order in PREFERENCES.items()}
     if set(by_platform.values()) == {default}:
         return IMPLEMENTATIONS[default].attend
@@ -54,11 +59,11 @@ def choose(arguments: Arguments, implementation: str | None, *arrays: Array) -> 
     return functools.partial(_attend_by_platform, functions, IMPLEMENTATIONS[default].attend)
 
 
-def _preferred(arguments: Arguments, arrays: tuple[Array, ...], order: tuple[tuple[str, int], ...]) -> str:
+def _preferred(arguments: Arguments, call: tuple[Any, ...], order: tuple[tuple[str, int], ...]) -> str:
     """Return the name of the first implementation that can serve a call."""
     *_, queries, keys = arguments.shape
     for name, least in order:
-        refusal = IMPLEMENTATIONS[name].refusal(arguments, *arrays)
+        refusal = IMPLEMENTATIONS[name].refusal(arguments, *call)
         if refusal is None and (least == 0 or queries * keys >= least):
             return name
     raise AssertionError("the last implementation serves all calls")

@@ -16,21 +16,27 @@ from jdrop._bits import FastBits
 from jdrop._platform import Target
 from jdrop._prepare import Arguments
 from jdrop._random import fast
-from jdrop._random.indexing import MIN_COLUMNS
+from jdrop._random.indexing import MIN_COLUMNS, window_index
+from jdrop._random.threefry import U64
 from jdrop.attention import _blockwise, _derivative, _tile
 from jdrop.attention._mosaic_tpu.grid import Grid
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query
 
 NAME = "mosaic_tpu"
+LARGEST_WIDTH = 256
 SMALLEST = 128
 """Queries or keys of the smallest tile."""
 
 
-def refusal(arguments: Arguments, *arrays: Array) -> str | None:
+def refusal(arguments: Arguments, query: Array, key: Array, value: Array, over_scores: tuple[str, ...]) -> str | None:
     """Return why this implementation cannot serve a call, or ``None``."""
-    if arrays[0].dtype not in (jnp.float32, jnp.bfloat16):
-        return f"{arrays[0].dtype} arrays"
-    reason = _blockwise.refusal(arguments, *arrays)
+    if over_scores:
+        return over_scores[0]
+    if query.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"{query.dtype} arrays"
+    if query.shape[3] > LARGEST_WIDTH:
+        return f"a width of {query.shape[3]}"
+    reason = _blockwise.refusal(arguments, query, key, value, over_scores)
     if reason or arguments.is_identity:
         return reason
     if arguments.generator != "fast":
@@ -81,6 +87,8 @@ class MosaicTpu:
     def backward(self, target: Target, spec: AttentionSpec, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
         from jdrop.attention._mosaic_tpu.backward import backward
 
+        if target.name is None:
+            return self.differentiable.backward(target, spec, residuals, do)
         query, key, value, _, inputs, peak, log_sum, out = residuals
         interpret, grid = _interprets(target), self._grid(spec, query, key, inputs)
         rows, scalars = _rows(target, inputs, query, grid), _scalars(spec, inputs, query, key)
@@ -144,9 +152,10 @@ class MosaicTpu:
 
 
 def tile_size(length: int, largest: int) -> int:
-    """Return the largest power of two that pads a length by at most a quarter, or the smallest tile."""
+    """Return the largest power of two that pads a length by at most a quarter, or as little as the smallest."""
+    limit = max(-(-length // SMALLEST) * SMALLEST, length * 1.25)
     size = largest
-    while size > SMALLEST and -(-length // size) * size > length * 1.25:
+    while -(-length // size) * size > limit:
         size //= 2
     return size
 
@@ -198,7 +207,8 @@ def _rows(target: Target, inputs: AttentionInputs, query: Array, grid: Grid) -> 
         return None
     assert isinstance(mask.bits, FastBits)
     batch, length, heads, _ = query.shape
-    row_key, first = mask.row_keys((batch, heads, length, 1), platform=target.platform)
+    start = None if inputs.start is None else [U64(at[0], at[1]) for at in inputs.start]
+    row_key, first = mask.row_keys(window_index((batch, heads, length, 1), start), platform=target.platform)
     threshold = fast.threshold(jnp.asarray(mask.rate))[0]
     threshold = threshold.reshape((1,) * (4 - threshold.ndim) + threshold.shape)
     factor = lax.bitcast_convert_type(_inverse_keep(inputs), jnp.uint32)
