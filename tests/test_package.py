@@ -36,7 +36,7 @@ LAYERS = [
         *(f"attention._mosaic_tpu.{name}" for name in ("forward", "backward")),
         "learned._concrete",
         "learned._variational",
-    ],  # fmt: skip
+    ],
     ["thin._dense", "thin._groups", "attention._mosaic_tpu"],
     ["thin._mlp", "thin._attention", "attention._registry"],
     ["attention", "learned", "thin", "uncertainty", *(f"_family.{name}" for name in FAMILY)],

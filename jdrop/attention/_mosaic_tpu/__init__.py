@@ -18,7 +18,7 @@ from jdrop._prepare import Arguments
 from jdrop._random import fast
 from jdrop._random.indexing import MIN_COLUMNS, window_index
 from jdrop._random.threefry import U64
-from jdrop.attention import _blockwise, _derivative, _tile
+from jdrop.attention import _blockwise, _checks, _derivative, _tile
 from jdrop.attention._mosaic_tpu.grid import Grid
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query
 
@@ -162,14 +162,15 @@ def tile_size(length: int, largest: int) -> int:
 
 def _interprets(target: Target) -> bool:
     """Return whether to run in the interpreter, and require a platform that can run the kernels."""
+    function = _checks.NAME
     if target.name not in ("tpu", "cpu"):
         raise NotImplementedError(
-            f"dot_product_attention: implementation must be another one than {NAME!r} on {target.name}; pass None"
+            f"{function}: implementation must be one for the platform {target.name}, got {NAME!r}; pass None"
         )
-    if target.devices > 1:
+    if target.devices > 1:  # a kernel cannot be partitioned
         raise NotImplementedError(
-            f"dot_product_attention: implementation must be another one than {NAME!r} on an automatic mesh of "
-            f"{target.devices} devices, because a kernel cannot be partitioned; use jax.shard_map, or an explicit mesh"
+            f"{function}: implementation must be another one on an automatic mesh of {target.devices} devices, "
+            f"got {NAME!r}; use jax.shard_map, or an explicit mesh"
         )
     return target.name == "cpu"
 
