@@ -35,6 +35,8 @@ class Platform:
     block_sizes = BlockSizes()
     reuses_rounded_outputs = False
     """Whether the backward pass of attention takes a sum from outputs of 16 bits, and not from the scores."""
+    rounds_probabilities = False
+    """Whether the backward pass of attention in bfloat16 rounds probabilities and their gradients."""
     unrolls_hashes = True
     """Whether the hashes of a path of names are straight-line code."""
 

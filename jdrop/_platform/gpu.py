@@ -19,6 +19,9 @@ class Gpu(generic.Platform):
     # test_gradients_from_rounded_outputs_are_almost_as_accurate.
     reuses_rounded_outputs = True
 
+    rounds_probabilities = True
+    block_sizes = generic.BlockSizes(scores=2**28, segment=512, segments=8, target_scores=2**28)
+
     def unshared_index(self, x: Array, index: Sequence[U64], *, hashed: bool) -> Sequence[U64]:
         """Make masks depend on their data: those of backward passes, and all of blockwise attention.
 

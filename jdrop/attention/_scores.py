@@ -1,0 +1,147 @@
+"""One block of blockwise attention: its scores, its output, and its part of the gradients."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jdrop._platform import Platform
+from jdrop._random.threefry import U64
+from jdrop._types import real_dtype
+from jdrop.attention._blocking import Block
+from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, visible, visible_logits
+
+_COLUMNS = 8  # of bfloat16: 16 bytes, to which the rows of operands of matrix products should be aligned
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """The scores of a block, and the block's part of their inputs."""
+
+    block: Block
+    spec: AttentionSpec
+    bias: Array | None
+    inputs: AttentionInputs
+    index: list[U64] | None
+    """The index of the scores in the whole array, if there is dropout."""
+
+    @classmethod
+    def of(cls, block: Block, spec: AttentionSpec, bias: Array | None, inputs: AttentionInputs) -> "Scores":
+        """Slice arrays from :func:`_blocking.split_scores` for a block."""
+        bias, inputs = block.slice_scores((bias, inputs))
+        return cls(block, spec, bias, inputs, None if inputs.dropout is None else block.index(inputs.start))
+
+    def products(self, q: Array, k: Array) -> Array:
+        """Return the products of queries and keys."""
+        return self.block.einsum("bkgqh,bksh->bkgqs", q, k, real_dtype(q))
+
+    def positions(self) -> tuple[Array, Array]:
+        """Return the positions of queries in the whole array, and of keys."""
+        queries, keys = self.block.positions()
+        return first_query(self.spec, self.inputs) + queries, keys
+
+    def logits(self, q: Array, k: Array) -> Array:
+        """Return the logits, -inf where a key is hidden."""
+        return visible_logits(self.spec, self.products(q, k), self.bias, self.inputs, *self.positions())[0]
+
+    def rounded_probabilities(self, q: Array, k: Array, log_sum: Array) -> Array:
+        """Return the probabilities from the operands of :func:`with_peaks`, rounded before they are normalized.
+
+        The rounded exponentials are a function of products only, so that the matrix product can end with them.
+        """
+        differences = self.products(q, k)
+        if self.inputs.scale is not None:
+            differences = differences * self.inputs.scale
+        p = jnp.exp(differences).astype(q.dtype).astype(log_sum.dtype) * jnp.exp(-log_sum)
+        condition = visible(self.spec, self.inputs, *self.positions())
+        return p if condition is None else jnp.where(condition, p, 0.0)
+
+    def drop(self, x: Array, after: Array | None = None) -> Array:
+        """Return x where it is kept, else 0, unscaled. Computed after all other reads of x, it may reuse its memory."""
+        if self.inputs.dropout is None or self.index is None:
+            return x
+        platform, mask = self.block.plan.platform, self.inputs.dropout
+        keep = mask.keep_at(mask.unshared_index(x, self.index, platform), platform=platform)
+        return jnp.where(keep, platform.order_after(x, after), 0.0)
+
+    def scale_kept(self, rows: Array) -> Array:
+        """Divide rows, which are linear in kept values, by the keep probability; 0 where nothing is kept."""
+        if self.inputs.dropout is None:
+            return rows
+        keep = self.inputs.dropout.keep_probability(real_dtype(rows))
+        return rows * jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
+
+
+def rounds_probabilities(platform: Platform, query: Array, bias: Array | None) -> bool:
+    """Return whether the backward pass rounds probabilities and their gradients to the dtype of the query."""
+    return platform.rounds_probabilities and query.dtype == jnp.bfloat16 and bias is None
+
+
+def with_peaks(query: Array, key: Array, peak: Array, scale: Array | None) -> tuple[Array, Array]:
+    """Return queries and keys with more columns, whose products times the scale are logits minus their maximum.
+
+    Three columns of bfloat16 are exact, because their 24 bits are those of float32. The logits are products times the
+    scale, so for a scale of 0, their maximum is 0, too.
+    """
+    rest = -peak if scale is None else -peak / jnp.where(scale == 0, 1.0, scale)
+    columns = []
+    for _ in range(3):
+        columns.append(rest.astype(query.dtype))
+        rest = rest - columns[-1].astype(rest.dtype)
+    columns.append(jnp.zeros((*rest.shape[:-1], _COLUMNS - len(columns)), query.dtype))
+    ones = jnp.ones((*key.shape[:-1], _COLUMNS), key.dtype)
+    return jnp.concatenate([query, *columns], axis=-1), jnp.concatenate([key, ones], axis=-1)
+
+
+def forward_block(scores: Scores, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+    """Return the output of a block's queries, the maximum of their logits, and the log of the sum of exponentials.
+
+    The exponentials are of differences from the maximum. For queries that see no key, these numbers are 0 and +inf.
+    """
+    block = scores.block
+    q, k, v = block.queries(q), block.keys(k), block.keys(v)
+    logits = scores.logits(q, k)
+    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))  # it cancels in all results
+    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
+    e = jnp.exp(logits - peak)
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    kept = scores.drop(e, after=total)
+    out = block.einsum("bkgqs,bksh->bkgqh", kept.astype(v.dtype), v, logits.dtype)
+    nonzero = jnp.where(total == 0, 1.0, total)
+    out = scores.scale_kept(out / nonzero).astype(q.dtype)
+    log_sum = jnp.where(total == 0, jnp.inf, jnp.log(nonzero))
+    out, peak, log_sum = (jnp.expand_dims(x, block.plan.unit_axes) for x in (out, peak, log_sum))
+    return out, peak, log_sum
+
+
+def backward_block(
+    scores: Scores, q: Array, k: Array, v: Array, do: Array, peak: Array, log_sum: Array, *delta: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Return a block's part of the gradients of q times scale, of k and v as [.., H, S], and of its logits.
+
+    The gradient of k is not yet multiplied by ``scale``. The optional ``delta`` is the sum over keys of p times its
+    gradient. If the probabilities are rounded, q and k are those of :func:`with_peaks`.
+    """
+    block = scores.block
+    q, do, peak, log_sum, *delta = (block.queries(x) for x in (q, do, peak, log_sum, *delta))  # type: ignore[assignment]
+    k, v = block.keys(k), block.keys(v)
+    real, width = log_sum.dtype, v.shape[-1]
+    rounds = rounds_probabilities(block.plan.platform, q, scores.bias)
+    p = scores.rounded_probabilities(q, k, log_sum) if rounds else jnp.exp(scores.logits(q, k) - peak - log_sum)
+    q, k = q[..., :width], k[..., :width]
+    if q.dtype == jnp.float16:  # its range is too small for gradients divided by the keep probability
+        q, k, v = (x.astype(real) for x in (q, k, v))
+    do = scores.scale_kept(do.astype(real)).astype(q.dtype)
+    # The mask is drawn twice, which is as fast as keeping it in memory.
+    dp = block.einsum("bkgqh,bksh->bkgqs", do, v, q.dtype if rounds else real).astype(real)
+    dp = scores.drop(dp)
+    ds = p * (dp - (delta[0] if delta else jnp.sum(p * dp, axis=-1, keepdims=True)))
+    kept = scores.drop(p, after=ds[..., :1])
+    # Sums over queries have the shape [H, S], because [S, H] would first transpose a block of scores.
+    do_t, q_t = block.plan.platform.separate(do.swapaxes(-1, -2), q.swapaxes(-1, -2))
+    dv = block.einsum("bkghq,bkgqs->bkhs", do_t, kept.astype(q.dtype), real)
+    dk = block.einsum("bkghq,bkgqs->bkhs", q_t, ds.astype(q.dtype), real)
+    dq = block.einsum("bkgqs,bksh->bkgqh", ds.astype(q.dtype), k, real)
+    unit_axes = block.plan.unit_axes
+    dk, dv = (jnp.expand_dims(x, [axis for axis in unit_axes if axis < 2]) for x in (dk, dv))
+    return jnp.expand_dims(dq, unit_axes), dk, dv, jnp.expand_dims(ds, unit_axes)
