@@ -26,7 +26,7 @@ from jdrop._sharding import explicit_sharding, tile_axes, vary_like, vary_togeth
 from jdrop._types import real_dtype
 from jdrop.attention import _blocking
 from jdrop.attention._blocking import Block, Plan, Segment
-from jdrop.attention._scores import Scores, backward_block, forward_block, rounds_probabilities, with_peaks
+from jdrop.attention._scores import Scores, backward_block, forward_block, rounds_probabilities, with_ones, with_peaks
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, reshard_as_scores
 
 CHECKPOINT_NAME = "jdrop_attention"
@@ -95,6 +95,7 @@ class _Forward:
     ) -> tuple[Array, ...]:
         plan = _plan(target, self.spec, self.sizes, query, key)
         scaled, inputs = _scale_queries(self.spec, query, inputs)
+        key = with_ones(key) if rounds_probabilities(target.platform, query, bias) else key
         bias, inputs = _blocking.split_scores((bias, inputs), plan)
 
         def step(x: tuple[Any, ...]) -> tuple[Array, ...]:
@@ -128,12 +129,13 @@ class _Backward:
         if plan.batch[1] * plan.heads[1] == 1:
             # Without a loop that takes do, XLA could compute the probabilities in the forward pass and store them.
             # With this dependency, a vmap over PRNG keys computes them for each key.
-            query = platform.order_after(query, do[..., :1])
+            query = platform.unshared_query(query, do)
         scale = inputs.scale
         scaled, inputs = _scale_queries(self.spec, query, inputs)
-        wide_key = key
+        wide_key, wide_value = key, value
         if rounds_probabilities(platform, query, whole_bias):
-            scaled, wide_key = with_peaks(scaled, key, peak, inputs.scale)
+            scaled = with_peaks(scaled, peak, inputs.scale)
+            wide_key, wide_value = with_ones(key), with_ones(value)
         bias, inputs = _blocking.split_scores((whole_bias, inputs), plan)
         # The sum over keys of p times its gradient is the sum over H of out times its own. If out is rounded, not all
         # platforms use it: it is a residual all the same, because the platform is known only at lowering.
@@ -167,7 +169,7 @@ class _Backward:
             return dbias, (dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype))
 
         dbias: Any = None if bias is None else zeros(*bias.shape)
-        operands = [_blocking.split(x, plan) for x in (scaled, wide_key, value)] + [do, peak, log_sum, *delta]
+        operands = [_blocking.split(x, plan) for x in (scaled, wide_key, wide_value)] + [do, peak, log_sum, *delta]
         dbias, gradients = lax.scan(step, dbias, (*_blocking.loop_indices(plan), *operands))
         dq, dk, dv = gradients
         dk, dv = (jnp.expand_dims(x.swapaxes(-1, -2), 3) for x in (dk, dv))  # all at once
