@@ -160,8 +160,9 @@ def test_devices_exchange_nothing_for_a_mask(target, spec):
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 def test_devices_exchange_nothing_for_attention(target, implementation):
     attend = functools.partial(jdrop.dot_product_attention, train=True, implementation=implementation)
-    facts = check_compiled.attention_facts(_aot.mesh(target, 4), attend, 0.1, (4, 512, 8, 64), jnp.dtype("bfloat16"))
-    assert facts.collectives == 0
+    mesh, shape = _aot.mesh(target, 4), (4, 512, 8, 64)
+    compiled = check_compiled.attention_program(mesh, attend, 0.1, shape, jnp.dtype("bfloat16"))
+    assert check_compiled.attention_facts(mesh, compiled, shape).collectives == 0
 
 
 # ---------------------------------------------------------------------------------- layers that skip units
