@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import sys
 import types
 
@@ -104,6 +105,48 @@ def test_a_tpu_hashes_no_key_one_word_at_a_time(shape):
     text = program("v5e", dropout, WORDS, jax.ShapeDtypeStruct(shape, "float32")).as_text()
     entry = text[text.index("\nENTRY") :]
     assert "u32[" in entry and "xor(" not in entry
+
+
+# ---------------------------------------------------------------------------------- attention
+
+
+def attention(dtype, causal):
+    attend = functools.partial(jdrop.dot_product_attention, train=True, is_causal=causal)
+    return check_compiled.attention_program(_aot.mesh("h100"), attend, 0.1, (4, 512, 16, 64), jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize(("dtype", "moved"), [("bfloat16", 44), ("float32", 78)])
+def test_attention_moves_few_bytes_in_few_launches(dtype, moved):
+    """In bfloat16, 42 bytes per score, or 58 without rounded exponentials, of which 8 are for operands."""
+    facts = _aot.facts(attention(dtype, False), 1)
+    assert facts.moved_bytes <= moved * 4 * 16 * 512**2
+    assert facts.launches <= 28
+
+
+def test_products_of_attention_end_with_exponentials():
+    """So no scores in float32 are written."""
+    text = attention("bfloat16", False).as_text()
+    assert re.search(r"gemm_fusion\S* = bf16\[64,512,512\]", text)
+    assert not re.search(r"fusion\S* = f32\[64,512,512\]", text)
+
+
+def test_layers_hold_no_scores_for_the_backward_pass_on_a_gpu():
+    def gradient(words, q, layers):
+        def loss(q):
+            for i in range(layers):
+                key = jax.random.fold_in(jax.random.wrap_key_data(words), i)
+                q = q + jdrop.dot_product_attention(key, q, q, jnp.tanh(q), 0.1, train=True)
+            return q.astype("float32").sum()
+
+        return jax.grad(loss)(q)
+
+    for dtype in ("bfloat16", "float32"):
+        q = jax.ShapeDtypeStruct((4, 512, 16, 64), dtype)
+        few, many = (
+            program("h100", functools.partial(gradient, layers=n), WORDS, q).memory_analysis().temp_size_in_bytes
+            for n in (1, 3)
+        )
+        assert many - few < 2 * q.dtype.itemsize * 4 * 16 * 512**2  # two arrays of scores
 
 
 # ---------------------------------------------------------------------------------- machine code
