@@ -70,6 +70,21 @@ def test_logits_beyond_all_bounds_stay_finite(use_on_cpu):
     assert np.isfinite(out).all() and out.any() and np.isfinite(gradients[2]).all()
 
 
+def test_forward_mode_and_vmap_over_keys(use_on_cpu):
+    use_on_cpu(PLATFORMS["cuda"])
+    q, k, v, do = bfloat16(*data())
+    attend = lambda key, q: jdrop.dot_product_attention(key, q, k, v, 0.25, train=True, implementation="chunked")
+    _, tangent = quick(lambda q, t: jax.jvp(lambda q: attend(KEY, q), (q,), (t,)))(q, do)
+    slope = lambda key: jax.vjp(lambda q: attend(key, q), q)[1](do)[0]
+    backward = quick(slope)(KEY)
+    forward = np.vdot(np.asarray(tangent, np.float64), np.asarray(do, np.float64))
+    np.testing.assert_allclose(
+        forward, np.vdot(np.asarray(backward, np.float64), np.asarray(do, np.float64)), rtol=0.05
+    )
+    mapped = quick(jax.vmap(slope))(jnp.stack([KEY, jax.random.key(1)]))
+    np.testing.assert_allclose(mapped[0].astype("float32"), backward.astype("float32"), atol=0.02)
+
+
 # ---------------------------------------------------------------------------------- the choice
 
 
