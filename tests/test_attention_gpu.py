@@ -116,6 +116,14 @@ def test_the_default_holds_all_scores_on_a_gpu_up_to_its_budget(platform, batch,
     assert set(re.findall(r"exponential .* : tensor<(\w+x8192)x[a-z]\w*>", text)) == {block}
 
 
+def test_the_choice_for_other_platforms_holds_no_scores_on_a_cpu():
+    """A choice between implementations at lowering would hold the residuals of all of them."""
+    q = jnp.ones((2, 256, 4, 8), jnp.bfloat16)
+    attend = jax.jit(lambda q: jdrop.dot_product_attention(KEY, q, q, q, 0.1, train=True))
+    residuals = jax.tree.leaves(jax.vjp(attend, q)[1])
+    assert residuals and max(x.size for x in residuals) == q.size
+
+
 @pytest.mark.parametrize(
     ("platform", "options", "rounded"),
     [

@@ -36,7 +36,10 @@ class Platform:
     reuses_rounded_outputs = False
     """Whether the backward pass of attention takes a sum from outputs of 16 bits, and not from the scores."""
     rounds_probabilities = False
-    """Whether the backward pass of attention in bfloat16 rounds probabilities and their gradients."""
+    """Whether attention in bfloat16 without bias rounds exponentials, and differences of gradients, to bfloat16.
+
+    Needs ``reuses_rounded_outputs``.
+    """
     unrolls_hashes = True
     """Whether the hashes of a path of names are straight-line code."""
 

@@ -93,7 +93,7 @@ class Scores:
 
 
 def rounds_probabilities(platform: Platform, query: Array, bias: Array | None) -> bool:
-    """Return whether the backward pass rounds probabilities and their gradients to the dtype of the query."""
+    """Return whether exponentials, and differences of gradients, are rounded to the dtype of the query."""
     return platform.rounds_probabilities and query.dtype == jnp.bfloat16 and bias is None
 
 
@@ -106,7 +106,7 @@ def with_peaks(query: Array, peak: Array, scale: Array | None) -> Array:
     """Return queries with more columns: their products with wider keys, times the scale, are logits minus peaks.
 
     Three columns of bfloat16 are exact, because their 24 bits are those of float32. The logits are products times the
-    scale, so for a scale of 0, their maximum is 0, too.
+    scale, so for a scale of 0, their maximum is 0, too. Any other number per row can be subtracted in the same way.
     """
     rest = -peak if scale is None else -peak / jnp.where(scale == 0, 1.0, scale)
     columns = []
