@@ -115,9 +115,9 @@ def attention(dtype, causal):
     return check_compiled.attention_program(_aot.mesh("h100"), attend, 0.1, (4, 512, 16, 64), jnp.dtype(dtype))
 
 
-@pytest.mark.parametrize(("dtype", "moved"), [("bfloat16", 44), ("float32", 78)])
+@pytest.mark.parametrize(("dtype", "moved"), [("bfloat16", 44), ("float32", 75)])
 def test_attention_moves_few_bytes_in_few_launches(dtype, moved):
-    """In bfloat16, 42 bytes per score, or 58 without rounded exponentials, of which 8 are for operands."""
+    """In bfloat16, 43 bytes per score, or 51 without rounded exponentials; at this length, 13 are for operands."""
     facts = _aot.facts(attention(dtype, False), 1)
     assert facts.moved_bytes <= moved * 4 * 16 * 512**2
     assert facts.launches <= 28
@@ -131,6 +131,8 @@ def test_products_of_attention_end_with_exponentials():
 
 
 def test_layers_hold_no_scores_for_the_backward_pass_on_a_gpu():
+    """Each takes 2.1 to 2.2 bytes per score, for arrays like the query, or 2.7 (bfloat16) and 7.7 with shared scores."""
+
     def gradient(words, q, layers):
         def loss(q):
             for i in range(layers):
@@ -146,7 +148,7 @@ def test_layers_hold_no_scores_for_the_backward_pass_on_a_gpu():
             program("h100", functools.partial(gradient, layers=n), WORDS, q).memory_analysis().temp_size_in_bytes
             for n in (1, 3)
         )
-        assert many - few < 2 * q.dtype.itemsize * 4 * 16 * 512**2  # two arrays of scores
+        assert (many - few) / 2 < 2.5 * 4 * 16 * 512**2
 
 
 # ---------------------------------------------------------------------------------- machine code
