@@ -130,25 +130,18 @@ def test_products_of_attention_end_with_exponentials():
     assert not re.search(r"fusion\S* = f32\[64,512,512\]", text)
 
 
-def test_layers_hold_no_scores_for_the_backward_pass_on_a_gpu():
-    """Each takes 2.1 to 2.2 bytes per score, for arrays like the query, or 2.7 (bfloat16) and 7.7 with shared scores."""
+@pytest.mark.parametrize(("dtype", "megabytes"), [("bfloat16", 200), ("float32", 300)])
+def test_layers_hold_no_scores_for_the_backward_pass_on_a_gpu(dtype, megabytes):
+    """Four layers take 192 MB in bfloat16 and 279 in float32, or 223 and 539 with shared scores."""
 
-    def gradient(words, q, layers):
-        def loss(q):
-            for i in range(layers):
-                key = jax.random.fold_in(jax.random.wrap_key_data(words), i)
-                q = q + jdrop.dot_product_attention(key, q, q, jnp.tanh(q), 0.1, train=True)
-            return q.astype("float32").sum()
+    def loss(q, words):
+        for i in range(4):
+            key = jax.random.fold_in(jax.random.wrap_key_data(words), i)
+            q = q + jdrop.dot_product_attention(key, q, q, jnp.tanh(q), 0.1, train=True)
+        return q.astype("float32").sum()
 
-        return jax.grad(loss)(q)
-
-    for dtype in ("bfloat16", "float32"):
-        q = jax.ShapeDtypeStruct((4, 512, 16, 64), dtype)
-        few, many = (
-            program("h100", functools.partial(gradient, layers=n), WORDS, q).memory_analysis().temp_size_in_bytes
-            for n in (1, 3)
-        )
-        assert (many - few) / 2 < 2.5 * 4 * 16 * 512**2
+    q = jax.ShapeDtypeStruct((4, 512, 16, 64), dtype)
+    assert program("h100", jax.grad(loss), q, WORDS).memory_analysis().temp_size_in_bytes <= megabytes * 1e6
 
 
 # ---------------------------------------------------------------------------------- machine code
