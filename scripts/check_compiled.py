@@ -15,9 +15,11 @@ Columns: ``kernels`` and ``collectives`` count those of a loop once, ``launches`
 ``life`` is how long a stored mask is in use: the longest, as a share of the program or of the body of its loop.
 ``moved_bytes`` are those that launches read and write, each operand once. ``predicted_ms``, only for GPUs, is a model,
 not a measurement: moved bytes at 3.0 TB/s, and 2 microseconds for each launch. Caches and the time of matrix products
-that exceeds that of their operands are not in the model; workspaces of cuBLAS are counted as written. The last row of a
-table of attention is a lower limit for a fused kernel without dropout: seven matrix products of the scores (two
-forward, five backward) at 500 TFLOP/s.
+that exceeds that of their operands are not in the model; workspaces of cuBLAS are counted as written. For attention, it
+is the model of ``_prediction.py``, which also has the L2 cache, matrix products, and operations on elements;
+``of_bytes_ms`` is the part of moved bytes and launches in it, if all bytes come from memory. The last row of a table of
+attention is a lower limit for a fused kernel without dropout: seven matrix products of the scores (two forward, five
+backward) at 500 TFLOP/s.
 
 The tables of machine code, only for GPUs, are about the kernel that writes the result, for x of ``[4096, 1024]``:
 registers, spilled bytes, the bytes of each load from global memory by one thread, and instructions per element, in all
@@ -49,6 +51,7 @@ import _bench
 import _examples
 import _family
 import _machine_code
+import _prediction
 import bench_attention
 import jax
 import jax.numpy as jnp
@@ -180,15 +183,25 @@ def member_rows(mesh: Mesh, direction: str, dtype: Any) -> Rows:
 # ---------------------------------------------------------------------------------- attention
 
 
-def attention_facts(
+def attention_program(
     mesh: Mesh, attend: bench_attention.Attention, rate: float, shape: tuple[int, ...], dtype: Any
-) -> _aot.Facts:
+) -> Any:
     """Compile attention on ``[batch, length, heads, width]``, forward and backward, with the batch sharded."""
     step = bench_attention.step(attend, rate, DIRECTIONS[1])
     x = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec("data")))
-    compiled = _aot.compile_for(mesh, lambda words, *x: step(jax.random.wrap_key_data(words), *x), WORDS, x, x, x, x)
+    return _aot.compile_for(mesh, lambda words, *x: step(jax.random.wrap_key_data(words), *x), WORDS, x, x, x, x)
+
+
+def attention_facts(mesh: Mesh, program: Any, shape: tuple[int, ...]) -> _aot.Facts:
+    """Count what is in a program of attention."""
     batch, length, heads, _ = shape
-    return _aot.facts(compiled, elements=batch * heads * length * length // mesh.size)
+    return _aot.facts(program, elements=batch * heads * length * length // mesh.size)
+
+
+def attention_times(program: Any, ours: _aot.Facts) -> dict[str, float]:
+    """Predict the milliseconds of a program of attention on an H100."""
+    of_bytes = ours.moved_bytes / _machine_code.BANDWIDTH + ours.launches * _prediction.GAP
+    return {"predicted_ms": 1e3 * _prediction.predict(program).seconds, "of_bytes_ms": 1e3 * of_bytes}
 
 
 def attention_rows(mesh: Mesh, length: int, causal: bool, dtype: Any, options: Any) -> Rows:
@@ -205,8 +218,13 @@ def attention_rows(mesh: Mesh, length: int, causal: bool, dtype: Any, options: A
         forms |= {f"{implementation}, rate 0": (ours, 0.0), implementation: (ours, options.rate)}
     flax = bench_attention.flax_attention("linen", causal=causal)
     forms |= {"linen": (flax, options.rate)} if flax else {}
-    yield from rows_of((name, attention_facts(mesh, *form, shape, dtype)) for name, form in forms.items())
-    if mesh.devices.flat[0].platform != "tpu":
+    on_tpu, base = mesh.devices.flat[0].platform == "tpu", None
+    for name, form in forms.items():
+        program = attention_program(mesh, *form, shape, dtype)
+        ours = attention_facts(mesh, program, shape)
+        base = base or ours
+        yield row(name, ours, base) | ({} if on_tpu else attention_times(program, ours))
+    if not on_tpu:
         products = 7 * 2 * batch * heads * length**2 * width / mesh.size / (2 if causal else 1)
         yield {"name": "limit, no dropout", "predicted_ms": 1e3 * products / FLOPS}
 
@@ -321,7 +339,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4])
     parser.add_argument("--size", default="8x512x768", metavar="8x512x768", help="batch, time, and width of x")
     parser.add_argument("--heads", type=int, default=12)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], help="lengths of attention")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192], help="lengths of attention")
     parser.add_argument("--attention", type=int, nargs=3, default=[4, 16, 64], metavar=("BATCH", "HEADS", "WIDTH"))
     parser.add_argument("--rate", type=float, default=0.1, help="drop rate of the transformer and of attention")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

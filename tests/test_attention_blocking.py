@@ -1,5 +1,6 @@
 """The blocks of attention: every score is in exactly one block, and every block knows the index of its scores."""
 
+import functools
 import itertools
 
 import jax
@@ -111,12 +112,25 @@ def test_default_segments_on_a_cpu():
 
 
 def test_platforms_differ_in_their_blocks():
-    assert GENERIC.block_sizes == PLATFORMS["cuda"].block_sizes == BlockSizes()
+    assert GENERIC.block_sizes == BlockSizes()
+    assert PLATFORMS["cuda"].block_sizes == BlockSizes(scores=2**28, segment=512, segments=8, target_scores=2**28)
     assert DEFAULT == BlockSizes(target_scores=2**21)
     assert PLATFORMS["tpu"].block_sizes == BlockSizes(target_scores=2**24)
     p = plan(2048, 2048, batch=2, heads=8, platform=GENERIC, sizes=GENERIC.block_sizes)
     assert p.heads == (8, 1) and p.batch == (1, 2)
     assert plan(2048, 2048, batch=2, heads=8).heads == (1, 8)
+
+
+def test_gpus_have_one_block_up_to_their_budget():
+    gpu = PLATFORMS["cuda"]
+    of = functools.partial(plan, batch=4, heads=16, platform=gpu, sizes=gpu.block_sizes)
+    plans = {n: of(n, n) for n in (512, 2048, 4096, 8192, 32768)}
+    steps = {n: p.batch[1] * p.heads[1] * p.segments[0].blocks for n, p in plans.items()}
+    assert steps == {512: 1, 2048: 1, 4096: 4, 8192: 16, 32768: 256}
+    assert all(p.batch[0] * p.heads[0] * p.segments[0].rows * n <= 2**28 for n, p in plans.items())
+    causal = {n: of(n, n, causal=True) for n in (512, 1024, 4096, 8192, 16384)}
+    assert {n: len(p.segments) for n, p in causal.items()} == {512: 1, 1024: 2, 4096: 8, 8192: 8, 16384: 16}
+    assert {n: p.batch[1] * p.heads[1] for n, p in causal.items()} == {512: 1, 1024: 1, 4096: 1, 8192: 4, 16384: 8}
 
 
 @pytest.mark.parametrize("length", [1024, 2048, 4096, 8192, 16384])

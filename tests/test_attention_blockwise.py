@@ -30,7 +30,7 @@ from attention_suite import (
 from jdrop import dot_product_attention
 from jdrop._mask import draw_mask
 from jdrop._platform import GENERIC, PLATFORMS, BlockSizes
-from jdrop.attention import _blockwise, _scaled
+from jdrop.attention import _blockwise, _scaled, _scores
 from jdrop.attention._blocking import Block, Segment, make_plan, split, split_scores
 from jdrop.attention._registry import Implementation
 from jdrop.attention._spec import AttentionInputs, AttentionSpec
@@ -91,12 +91,12 @@ def test_a_block_agrees_with_the_formula(batch, key_heads, groups, rate, platfor
     @quick
     def forward_and_backward(q, k, v, do, delta):
         block = Block(plan, segment, *map(jnp.int32, (0, 0, 3)))
-        scores = _blockwise.Scores.of(block, spec, None, split_scores(inputs, plan))
-        out, *sums = _blockwise._forward_block(scores, q, k, v)
+        scores = _scores.Scores.of(block, spec, None, split_scores(inputs, plan))
+        out, *sums = _scores.forward_block(scores, q, k, v)
         assert all(x.shape == (*out.shape[:-1], 1) for x in sums)
         others = jnp.full((*q.shape[:4], 1), jnp.nan)  # sums of other queries are not read
         sums = [others.at[:, :, :, rows].set(x) for x in sums]
-        backward = functools.partial(_blockwise._backward_block, scores, q, k, v, do, *sums)
+        backward = functools.partial(_scores.backward_block, scores, q, k, v, do, *sums)
         return out, backward(), backward(delta)
 
     block_out, *gradients = forward_and_backward(*map(part, (*arrays[:3], do, delta)))

@@ -32,7 +32,7 @@ LABELS = {
 }
 HEADINGS = {"contender": "", "program": "", "member": "function"}  # of columns with names; others keep their key
 DEVICES = {"h100": "an H100", **{name: f"a TPU {name}" for name in ("v4", "v5e", "v5p", "v6e")}}
-PREDICTIONS = {"predicted_ms", "small", "large"}  # fields that a model computes
+PREDICTIONS = {"predicted_ms", "of_bytes_ms", "small", "large"}  # fields that a model computes
 TIMES = {"milliseconds", "compile_seconds"}  # fields that only a run gives
 NOT_SETTINGS = {"file", "claim", "command", "compiled_for", "rows", "closures"}
 

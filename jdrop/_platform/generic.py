@@ -35,6 +35,11 @@ class Platform:
     block_sizes = BlockSizes()
     reuses_rounded_outputs = False
     """Whether the backward pass of attention takes a sum from outputs of 16 bits, and not from the scores."""
+    rounds_probabilities = False
+    """Whether attention in bfloat16 without bias rounds exponentials, and differences of gradients, to bfloat16.
+
+    Needs ``reuses_rounded_outputs``.
+    """
     unrolls_hashes = True
     """Whether the hashes of a path of names are straight-line code."""
 
@@ -83,6 +88,13 @@ class Platform:
         del dependency
         return x
 
+    def unshared_query(self, query: Array, do: Array) -> Array:
+        """Return the query, such that the backward pass shares no scores with the forward pass.
+
+        ``do`` is the gradient of the output, with the shape and the dtype of the query.
+        """
+        return self.order_after(query, do[..., :1])
+
     def separate(self, *arrays: Array) -> tuple[Array, ...]:
         """Return arrays that are not fused with their consumers."""
         return arrays
@@ -101,8 +113,8 @@ def multiply(x: Array, factor: Array, *, where: Array) -> Array:
 
 
 def opaque_zero(x: Array) -> Array:
-    """Return ``(x + x) & 1`` of uint32 words, which is 0: XLA does not know that, and LLVM does."""
-    return (x + x) & np.uint32(1)
+    """Return ``(x + x) & 1`` of unsigned words, which is 0: XLA does not know that, and LLVM does."""
+    return (x + x) & np.asarray(1, x.dtype)
 
 
 def index_of_data(x: Array, index: Sequence[U64]) -> Sequence[U64]:

@@ -85,7 +85,8 @@ def dot_product_attention(
         sides, or a pair. ``None`` means all.
       implementation: ``"reference"`` materializes all probabilities. ``"chunked"`` materializes a few blocks at a time,
         each of 2**22 scores or of 512 queries per key head, so its memory is otherwise linear in T and S. In float32 on
-        CPU, dropout adds no further block. Both support every JAX transform. ``None`` selects ``"chunked"`` if it
+        CPU, dropout adds no further block. On GPUs, a block has up to 2**28 scores per device, counted over all
+        examples and heads: 2 GiB in bfloat16. Both support every JAX transform. ``None`` selects ``"chunked"`` if it
         supports the call and T * S >= 2**16, where it was at least as fast on CPU.
 
     Returns:
@@ -106,7 +107,8 @@ def dot_product_attention(
       The mask depends on the shape ``[B, N, T, S]``; see :func:`jdrop.dropout`. Second derivatives of ``"chunked"``
       store the intermediate values that they differentiate. On GPUs and TPUs, the gradients of ``"chunked"`` by query
       and key in 16 bits are computed from the rounded output, as in FlashAttention-2: their rounding errors are about
-      twice as large. NaN in a hidden key or value spreads, as in ``jax.nn``: its product with a probability of 0 is
+      twice as large. On GPUs, without bias in bfloat16, logits beyond 2**13 that differ by less than 1% may count as
+      equal. NaN in a hidden key or value spreads, as in ``jax.nn``: its product with a probability of 0 is
       NaN. Under ``jax.checkpoint`` the forward pass of ``"chunked"`` runs again, unless the policy saves its output and
       two numbers per query: ``save_only_these_names("jdrop_attention")``.
 

@@ -17,12 +17,11 @@ from jax import Array, lax
 from jdrop._bits import bits_for
 from jdrop._platform import BlockSizes, Target
 from jdrop._prepare import Arguments
-from jdrop._random.threefry import U64
 from jdrop._sharding import explicit_sharding, vary_like
-from jdrop._types import real_dtype
 from jdrop.attention import _blocking, _derivative
 from jdrop.attention._blocking import Block, Plan, Segment
-from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query, visible_logits
+from jdrop.attention._scores import Scores, backward_block, forward_block, rounds_probabilities, with_ones, with_peaks
+from jdrop.attention._spec import AttentionInputs, AttentionSpec
 
 
 def refusal(arguments: Arguments, query: Array, key: Array, value: Array, over_scores: tuple[str, ...]) -> str | None:
@@ -43,99 +42,6 @@ def refusal(arguments: Arguments, query: Array, key: Array, value: Array, over_s
     if prng_key is not None and not bits_for(name, prng_key, generator, arguments.key_argument).random_access:
         return "a PRNG key whose bits lack random access"
     return None
-
-
-# ---------------------------------------------------------------------------------- one block
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """The scores of a block, and the block's part of their inputs."""
-
-    block: Block
-    spec: AttentionSpec
-    bias: Array | None
-    inputs: AttentionInputs
-    index: list[U64] | None
-    """The index of the scores in the whole array, if there is dropout."""
-
-    @classmethod
-    def of(cls, block: Block, spec: AttentionSpec, bias: Array | None, inputs: AttentionInputs) -> "Scores":
-        """Slice arrays from :func:`_blocking.split_scores` for a block."""
-        bias, inputs = block.slice_scores((bias, inputs))
-        return cls(block, spec, bias, inputs, None if inputs.dropout is None else block.index(inputs.start))
-
-    def logits(self, q: Array, k: Array) -> Array:
-        """Return the logits, -inf where a key is hidden."""
-        products = self.block.einsum("bkgqh,bksh->bkgqs", q, k, real_dtype(q))
-        queries, keys = self.block.positions()
-        queries = first_query(self.spec, self.inputs) + queries
-        return visible_logits(self.spec, products, self.bias, self.inputs, queries, keys)[0]
-
-    def drop(self, x: Array, after: Array | None = None) -> Array:
-        """Return x where it is kept, else 0, unscaled. Computed after all other reads of x, it may reuse its memory."""
-        if self.inputs.dropout is None or self.index is None:
-            return x
-        platform, mask = self.block.plan.platform, self.inputs.dropout
-        keep = mask.keep_at(mask.unshared_index(x, self.index, platform), platform=platform)
-        return jnp.where(keep, platform.order_after(x, after), 0.0)
-
-    def scale_kept(self, rows: Array) -> Array:
-        """Divide rows, which are linear in kept values, by the keep probability; 0 where nothing is kept."""
-        if self.inputs.dropout is None:
-            return rows
-        keep = self.inputs.dropout.keep_probability(real_dtype(rows))
-        return rows * jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
-
-
-def _forward_block(scores: Scores, q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
-    """Return the output of a block's queries, the maximum of their logits, and the log of the sum of exponentials.
-
-    The exponentials are of differences from the maximum. For queries that see no key, these numbers are 0 and +inf.
-    """
-    block = scores.block
-    q, k, v = block.queries(q), block.keys(k), block.keys(v)
-    logits = scores.logits(q, k)
-    peak = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))  # it cancels in all results
-    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
-    e = jnp.exp(logits - peak)
-    total = jnp.sum(e, axis=-1, keepdims=True)
-    kept = scores.drop(e, after=total)
-    out = block.einsum("bkgqs,bksh->bkgqh", kept.astype(v.dtype), v, logits.dtype)
-    nonzero = jnp.where(total == 0, 1.0, total)
-    out = scores.scale_kept(out / nonzero).astype(q.dtype)
-    log_sum = jnp.where(total == 0, jnp.inf, jnp.log(nonzero))
-    out, peak, log_sum = (jnp.expand_dims(x, block.plan.unit_axes) for x in (out, peak, log_sum))
-    return out, peak, log_sum
-
-
-def _backward_block(
-    scores: Scores, q: Array, k: Array, v: Array, do: Array, peak: Array, log_sum: Array, *delta: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Return a block's part of the gradients of q times scale, of k and v as [.., H, S], and of its logits.
-
-    The gradient of k is not yet multiplied by ``scale``. The optional ``delta`` is the sum over keys of p times its
-    gradient.
-    """
-    block = scores.block
-    q, do, peak, log_sum, *delta = (block.queries(x) for x in (q, do, peak, log_sum, *delta))  # type: ignore[assignment]
-    k, v = block.keys(k), block.keys(v)
-    p = jnp.exp(scores.logits(q, k) - peak - log_sum)
-    if q.dtype == jnp.float16:  # its range is too small for gradients divided by the keep probability
-        q, k, v = (x.astype(p.dtype) for x in (q, k, v))
-    do = scores.scale_kept(do.astype(p.dtype)).astype(q.dtype)
-    # The mask is drawn twice, which is as fast as keeping it in memory.
-    dp = scores.drop(block.einsum("bkgqh,bksh->bkgqs", do, v, p.dtype))
-    ds = p * (dp - (delta[0] if delta else jnp.sum(p * dp, axis=-1, keepdims=True)))
-    kept = scores.drop(p, after=ds[..., :1])
-    # Sums over queries have the shape [H, S], because [S, H] would first transpose a block of scores.
-    do_t, q_t = block.plan.platform.separate(do.swapaxes(-1, -2), q.swapaxes(-1, -2))
-    dv = block.einsum("bkghq,bkgqs->bkhs", do_t, kept.astype(q.dtype), p.dtype)
-    dk = block.einsum("bkghq,bkgqs->bkhs", q_t, ds.astype(q.dtype), p.dtype)
-    dq = block.einsum("bkgqs,bksh->bkgqh", ds.astype(q.dtype), k, p.dtype)
-    unit_axes = block.plan.unit_axes
-    dk, dv = (jnp.expand_dims(x, [axis for axis in unit_axes if axis < 2]) for x in (dk, dv))
-    return jnp.expand_dims(dq, unit_axes), dk, dv, jnp.expand_dims(ds, unit_axes)
 
 
 # ---------------------------------------------------------------------------------- the loops
@@ -194,6 +100,7 @@ class Blockwise:
     ) -> tuple[Array, ...]:
         plan = _plan(target, spec, self.sizes, query, key)
         scaled, inputs = _scale_queries(spec, query, inputs)
+        key = with_ones(key) if rounds_probabilities(target.platform, query, bias) else key
         bias, inputs = _blocking.split_scores((bias, inputs), plan)
 
         def step(x: tuple[Any, ...]) -> tuple[Array, ...]:
@@ -205,7 +112,7 @@ class Blockwise:
 
                 def block(carry: None, first: Array, segment: Segment = segment, after: Any = after) -> Any:
                     at = Block(plan, segment, batch, head, first, after)
-                    return carry, _forward_block(Scores.of(at, spec, bias, inputs), *arrays)
+                    return carry, forward_block(Scores.of(at, spec, bias, inputs), *arrays)
 
                 results.append(_over_blocks(block, None, segment)[1])
             return tuple(jnp.concatenate(parts, axis=3) for parts in zip(*results))
@@ -219,9 +126,13 @@ class Blockwise:
         if plan.batch[1] * plan.heads[1] == 1:
             # Without a loop that takes do, XLA could compute the probabilities in the forward pass and store them.
             # With this dependency, a vmap over PRNG keys computes them for each key.
-            query = platform.order_after(query, do[..., :1])
+            query = platform.unshared_query(query, do)
         scale = inputs.scale
         scaled, inputs = _scale_queries(spec, query, inputs)
+        wide_key, wide_value = key, value
+        if rounds_probabilities(platform, query, whole_bias):
+            scaled = with_peaks(scaled, peak, inputs.scale)
+            wide_key, wide_value = with_ones(key), with_ones(value)
         bias, inputs = _blocking.split_scores((whole_bias, inputs), plan)
         # The sum over keys of p times its gradient is the sum over H of out times its own. If out is rounded, not all
         # platforms use it: it is a residual all the same, because the platform is known only at lowering.
@@ -243,7 +154,7 @@ class Blockwise:
 
                 def block(carry: Any, first: Array, segment: Segment = segment, after: Any = after) -> Any:
                     (dk, dv, dbias), at = carry, Block(plan, segment, batch, head, first, after)
-                    dq, more_dk, more_dv, ds = _backward_block(Scores.of(at, spec, bias, inputs), *arrays)
+                    dq, more_dk, more_dv, ds = backward_block(Scores.of(at, spec, bias, inputs), *arrays)
                     return (dk + more_dk, dv + more_dv, _add(dbias, ds, at)), dq
 
                 seen = (..., slice(segment.low, segment.high))
@@ -255,7 +166,7 @@ class Blockwise:
             return dbias, (dq.astype(query.dtype), dk.astype(key.dtype), dv.astype(value.dtype))
 
         dbias: Any = None if bias is None else zeros(*bias.shape)
-        operands = [_blocking.split(x, plan) for x in (scaled, key, value)] + [do, peak, log_sum, *delta]
+        operands = [_blocking.split(x, plan) for x in (scaled, wide_key, wide_value)] + [do, peak, log_sum, *delta]
         dbias, gradients = lax.scan(step, dbias, (*_blocking.loop_indices(plan), *operands))
         dq, dk, dv = gradients
         dk, dv = (jnp.expand_dims(x.swapaxes(-1, -2), 3) for x in (dk, dv))  # all at once

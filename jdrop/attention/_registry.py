@@ -29,7 +29,9 @@ IMPLEMENTATIONS = {
     "mosaic_tpu": Implementation(_mosaic_tpu.refusal, _mosaic_tpu.attend),
 }
 # For each platform, the implementations in order of preference, each with a minimum number of scores per head. On CPU,
-# "chunked" is no slower from 2**16 scores on (scripts/bench_attention.py, jax 0.10.2).
+# "chunked" is no slower from 2**16 scores on (scripts/bench_attention.py, jax 0.10.2). If platforms preferred different
+# implementations, gradients of a jitted function outside of jit would hold the residuals of all of them, with scores
+# even on a CPU. So "chunked" also serves GPUs, where its blocks are as large as their budget (_platform/gpu.py).
 PREFERENCES = {"cpu": (("chunked", 2**16), ("reference", 0))}
 DEFAULT_PREFERENCE = (("chunked", 2**16), ("reference", 0))
 

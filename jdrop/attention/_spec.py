@@ -76,6 +76,14 @@ def visible_logits(
     logits = products if inputs.scale is None else products * inputs.scale
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
+    condition = visible(spec, inputs, queries, keys)
+    if condition is not None:
+        logits = jnp.where(condition, logits, -jnp.inf)
+    return logits, condition is not None or bias is not None
+
+
+def visible(spec: AttentionSpec, inputs: AttentionInputs, queries: Array, keys: Array) -> Array | None:
+    """Return where a query sees a key, or ``None`` if each query sees all keys; see :func:`visible_logits`."""
     conditions = [] if inputs.visible is None else [inputs.visible]
     if spec.causal:
         conditions.append(keys <= queries)
@@ -86,6 +94,4 @@ def visible_logits(
         conditions.append(queries < inputs.query_lengths)
     if inputs.key_lengths is not None:
         conditions.append(keys < inputs.key_lengths)
-    if conditions:
-        logits = jnp.where(functools.reduce(operator.and_, conditions), logits, -jnp.inf)
-    return logits, bool(conditions) or bias is not None
+    return functools.reduce(operator.and_, conditions) if conditions else None
