@@ -74,6 +74,8 @@ class Model:
     def __init__(self, text: str):
         self.program = _aot.Program(text)
         self.cache = Cache()
+        lines = ((part, x) for part, lines in self.program.parts.items() for x in lines if x.operation == "bitcast")
+        self.views = {(part, x.name): _aot.names_in(x.operands)[0] for part, x in lines}
         self.moved = self.cached = 0
         self.limits = dict.fromkeys(("memory", "L2", "products", *LANES, "all operations", "gaps"), 0.0)
 
@@ -106,13 +108,8 @@ class Model:
 
     def origin(self, part: str, name: str) -> str:
         """Return the name of the array that a line is another view of."""
-        views = getattr(self, "_views", None)
-        if views is None:
-            lines = ((p, x) for p, lines in self.program.parts.items() for x in lines)
-            views = {(p, x.name): _aot.names_in(x.operands)[0] for p, x in lines if x.operation == "bitcast"}
-            self._views = views
-        while (part, name) in views:
-            name = views[part, name]
+        while (part, name) in self.views:
+            name = self.views[part, name]
         return name
 
 
@@ -134,7 +131,7 @@ def operations(program: _aot.Program, line: _aot.Line) -> dict[str, float]:
             count = elements(x.result)
             if x.operation == "dot":
                 seconds["products"] += 2 * count * contracted(x, by_name) / FLOPS
-            elif x.operation not in FREE and x.name not in rotated and ":" not in x.operation:
+            elif x.operation not in FREE and x.name not in rotated:
                 if x.operation == "reduce":
                     count = elements(by_name[_aot.names_in(x.operands)[0]].result)
                 floats = x.result.startswith(("f", "bf", "(f")) and x.operation not in SELECTING

@@ -183,10 +183,8 @@ def test_errors_name_the_function_and_the_argument(name):
 
 
 def test_files_stay_small():
-    """Blockwise attention is one file on purpose: blocks and loops, forward and backward, belong together."""
-    longer = {"attention._blockwise": 300}
     for path in (ROOT / "jdrop").glob("**/*.py"):
-        assert len(path.read_text().splitlines()) <= longer.get(module_of(path), 250), path
+        assert len(path.read_text().splitlines()) <= 250, path
 
 
 def error_texts():
