@@ -86,8 +86,9 @@ def dot_product_attention(
       implementation: ``"reference"`` materializes all probabilities. ``"chunked"`` materializes a few blocks at a time,
         each of 2**22 scores or of 512 queries per key head, so its memory is otherwise linear in T and S. In float32 on
         CPU, dropout adds no further block. On GPUs, a block has up to 2**28 scores per device, counted over all
-        examples and heads: 2 GiB in bfloat16. Both support every JAX transform. ``None`` selects ``"chunked"`` if it
-        supports the call and T * S >= 2**16, where it was at least as fast on CPU.
+        examples and heads: 2 GiB in bfloat16. Both support every JAX transform. ``"mosaic_tpu"`` is made of kernels for
+        TPUs, which run in an interpreter on CPU; they have not run on a TPU yet. ``None`` selects ``"chunked"`` if it
+        supports the call and T * S >= 2**16, where it was at least as fast on CPU, and never a kernel.
 
     Returns:
       An array with the shape and dtype of query.
@@ -97,7 +98,9 @@ def dot_product_attention(
       TypeError: an argument has the wrong type, ``prng_key`` is missing, or ``train`` or ``is_causal`` is traced.
       NotImplementedError: ``implementation="chunked"`` does not support the call: a rate that varies along the axis S,
         ``generator="jax"`` with a key whose bits lack random access, sizes that are 0 or symbolic, or an explicit mesh
-        that shards axes other than batch and heads, or that shards query, key, and value differently.
+        that shards axes other than batch and heads, or that shards query, key, and value differently. Those for
+        ``"mosaic_tpu"`` are, too, bias, mask, ``generator="jax"``, dtypes other than float32 and bfloat16, widths above
+        256, shared keys, other platforms, and automatic meshes of several devices.
 
     References:
       Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin (2017), Attention Is All You Need, NeurIPS.
