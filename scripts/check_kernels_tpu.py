@@ -8,9 +8,9 @@ instructions that the compiler schedules for it; a core starts one in each cycle
 JAX's splash attention without dropout, with tiles of the same size and a fused backward pass.
 
 The other tables are of whole programs, forward and backward. ``mcycles`` are millions of cycles: of XLA's operations,
-as estimated by the compiler; and of kernels, the bundles of visible tiles, and for each of them all other bundles of
-the kernel, although some of them run less often. ``temporary_mb`` are the megabytes of temporary arrays. All scores at
-once are compiled only up to length 2,048, because larger programs take long to compile.
+as estimated by the compiler; and of kernels, the bundles of visible tiles, and all other bundles of the kernel once for
+each row of tiles, because most of them start or end such a row. ``temporary_mb`` are the megabytes of temporary arrays.
+All scores at once are compiled only up to length 2,048, because larger programs take long to compile.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def of_programs(mesh: Any, shape: tuple[int, ...], causal: bool, rate: float) ->
         facts, kernels = compiled(mesh, attend, shape)
         cycles = facts.cycles
         for kernel in kernels:
-            tile = full * min(kernel.tiles) + cut * max(kernel.tiles) + (full + cut) * kernel.rest
+            tile = full * min(kernel.tiles) + cut * max(kernel.tiles) + across * kernel.rest
             cycles += batch * heads * tile
         yield {"name": name, "mcycles": cycles / 1e6, "temporary_mb": facts.temporary_bytes / 1e6}
 
