@@ -1,0 +1,166 @@
+"""Attention with dropout in one kernel for Hopper GPUs: refusals, and the operands of the kernels.
+
+This is the method of FlashAttention-2 (Dao 2024, ICLR) with the mask of ``jdrop.dropout_mask``, whose words are computed
+in the registers that hold the scores. The kernels are in ``_mosaic_gpu_kernels.py``, which is imported only when used.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jdrop._mask import Mask
+from jdrop._prepare import Arguments
+from jdrop._random import fast
+from jdrop._random.indexing import MIN_COLUMNS, row_and_column, window_index
+from jdrop._random.threefry import U64
+from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query
+from jdrop.attention._tile import LOG2E
+
+DTYPES = ("float16", "bfloat16")
+WIDTHS = (64, 128)
+
+
+def refusal(
+    arguments: Arguments, query: Array, key: Array, value: Array, *, bias: Array | None = None, mask: Array | None = None
+) -> str | None:
+    """Return why this implementation cannot serve a call, or ``None``."""
+    sizes = [n for x in (query, key, value) for n in x.shape]
+    if not all(isinstance(n, int) for n in sizes) or 0 in sizes:
+        return "sizes that are 0 or symbolic"
+    if query.dtype.name not in DTYPES:
+        return "a dtype other than float16 and bfloat16"
+    if query.shape[-1] not in WIDTHS:
+        return "a width other than 64 and 128"
+    if key.shape[-3] < MIN_COLUMNS:
+        return f"fewer than {MIN_COLUMNS} keys"
+    if bias is not None:
+        return "a bias"
+    if mask is not None:
+        return "an explicit mask"
+    if not arguments.is_identity:
+        if arguments.generator != "fast":
+            return 'generator="jax"'
+        if arguments.rate.size != 1:
+            return "more than one rate"
+        if arguments.mask_shape(arguments.shape)[-1] == 1:
+            return "decisions that keys share"
+    return _missing()
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Return what is missing to import the kernels."""
+    try:
+        from jdrop.attention import _mosaic_gpu_kernels  # noqa: F401
+    except ImportError as error:
+        return f"a JAX whose GPU kernels cannot be imported ({error})"
+    return None
+
+
+# ---------------------------------------------------------------------------------- operands
+
+
+def row_keys(mask: Mask, size: tuple[int, int, int], start: Array | None) -> Array:
+    """Return the keys of the rows of scores, uint32 [B, N, 2, T]. ``start`` is that of a tile of the scores."""
+    starts = None if start is None else [U64(at[0], at[1]) for at in start]
+    index = window_index((*size, 1), starts)
+    zero = U64(np.uint32(0), jnp.zeros((1,) * 4, jnp.uint32))
+    row, _ = row_and_column(mask.shape, [zero if n == 1 else at for n, at in zip(mask.shape[:3], index)] + [zero])
+    words = fast.row_key(fast.seed(mask.words), row)
+    return jnp.stack([jnp.broadcast_to(word, (*size, 1))[..., 0] for word in words], axis=2)
+
+
+def _pad(x: Array, axis: int, value: float = 0) -> Array:
+    """Pad an axis to whole blocks."""
+    from jdrop.attention._mosaic_gpu_kernels import BLOCK
+
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, -x.shape[axis] % BLOCK)
+    return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
+
+
+def _operands(spec: AttentionSpec, query: Array, key: Array, value: Array, inputs: AttentionInputs) -> tuple[Any, Any]:
+    """Return the options and the operands of the kernels."""
+    from jdrop.attention import _mosaic_gpu_kernels as kernels
+
+    batch, num_queries, heads, _ = query.shape
+    num_keys, first = key.shape[1], jnp.int32(first_query(spec, inputs))
+    see = seen = None
+    if inputs.query_lengths is not None:
+        see = jnp.clip(inputs.query_lengths[:, 0, 0, 0] - first, 0, num_queries)
+    if inputs.key_lengths is not None:
+        seen = jnp.clip(inputs.key_lengths[:, 0, 0, 0], 0, num_keys)
+    numbers = [num_queries if see is None else see, num_keys if seen is None else seen, first]
+    scale = jnp.float32(1) if inputs.scale is None else inputs.scale.astype(jnp.float32)
+    inverse, mask = jnp.float32(1), inputs.dropout
+    threshold = words = None
+    if mask is not None:
+        rate = jnp.asarray(mask.rate).reshape(())
+        kept = fast.keep_probability(rate, jnp.float32)
+        inverse = jnp.where(kept == 0, 0.0, 1 / jnp.where(kept == 0, 1.0, kept))
+        threshold = fast.threshold(rate)[0].reshape(1)
+        words = _pad(row_keys(mask, (batch, heads, num_queries), inputs.start), 3)
+    # A scale of 0 becomes a tiny one, because -inf times 0 is NaN.
+    factor = jnp.maximum(jnp.abs(scale) * LOG2E, 1e-30)
+    options = kernels.Options(
+        spec, num_keys, inputs.query_lengths is not None, inputs.key_lengths is not None or num_keys % kernels.BLOCK > 0
+    )
+    operands = kernels.Operands(
+        query=_pad(query, 1),
+        key=_pad(key, 1),
+        value=_pad(value, 1),
+        numbers=jnp.stack([jnp.broadcast_to(n, (batch,)) for n in numbers], axis=1).astype(jnp.int32),
+        factors=jnp.stack([factor, jnp.where(scale < 0, -1.0, 1.0), scale, inverse]),
+        threshold=threshold,
+        row_keys=words,
+    )
+    return options, operands
+
+
+# ---------------------------------------------------------------------------------- forward and backward pass
+
+
+def forward(
+    spec: AttentionSpec, query: Array, key: Array, value: Array, inputs: AttentionInputs
+) -> tuple[Array, Array, Array]:
+    """Return the output, the maximum of the logits, and the logarithm of the sum of exponentials.
+
+    The exponentials are of differences from the maximum. The last two are float32 [B, T, N, 1]: 0 and +inf for queries
+    that see no key, whose output is 0.
+    """
+    from jdrop.attention import _mosaic_gpu_kernels as kernels
+
+    out, peak, total = kernels.forward(*_operands(spec, query, key, value, inputs))
+    peak, total = (x[:, :, : query.shape[1]].swapaxes(1, 2)[..., None] for x in (peak, total))
+    blind = total == 0
+    log_sum = jnp.where(blind, jnp.inf, jnp.log(jnp.where(blind, 1.0, total)))
+    return out[:, : query.shape[1]], jnp.where(blind, 0.0, peak / LOG2E), log_sum
+
+
+def backward(
+    spec: AttentionSpec,
+    query: Array,
+    key: Array,
+    value: Array,
+    inputs: AttentionInputs,
+    peak: Array,
+    log_sum: Array,
+    out: Array,
+    do: Array,
+) -> tuple[Array, Array, Array]:
+    """Return the gradients of query, key, and value, from the results of :func:`forward` and the gradient of out."""
+    from jdrop.attention import _mosaic_gpu_kernels as kernels
+
+    options, operands = _operands(spec, query, key, value, inputs)
+    if spec.window is not None or inputs.query_lengths is not None or inputs.key_lengths is not None:
+        do = jnp.where(log_sum == jnp.inf, 0, do)  # queries that see no key have no gradient, whatever do is
+    delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    rows = [(((peak + log_sum) * LOG2E)[..., 0], jnp.inf), (delta, 0.0)]
+    sums = jnp.stack([_pad(x.swapaxes(1, 2), 2, value) for x, value in rows], axis=2)
+    operands = operands._replace(do=_pad(do, 1), sums=sums)
+    dq = kernels.gradient_of_queries(options, operands)
+    dk, dv = kernels.gradients_of_keys(options, operands)
+    return dq[:, : query.shape[1]], dk[:, : key.shape[1]], dv[:, : key.shape[1]]
