@@ -158,6 +158,8 @@ def backward(
     if spec.window is not None or inputs.query_lengths is not None or inputs.key_lengths is not None:
         do = jnp.where(log_sum == jnp.inf, 0, do)  # queries that see no key have no gradient, whatever do is
     delta = jnp.sum(do.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    if inputs.dropout is not None:
+        delta = delta * inputs.dropout.keep_probability(jnp.float32).reshape(())
     rows = [(((peak + log_sum) * LOG2E)[..., 0], jnp.inf), (delta, 0.0)]
     sums = jnp.stack([_pad(x.swapaxes(1, 2), 2, value) for x, value in rows], axis=2)
     operands = operands._replace(do=_pad(do, 1), sums=sums)

@@ -57,10 +57,14 @@ def along(rows: Array, shape: tuple[int, ...], axis: int) -> Array:
 # ---------------------------------------------------------------------------------- the mask
 
 
-def keep(row_key: Pair, columns: Array, threshold: Array, key_axis: int) -> Array:
-    """Return which scores of a tile are kept, for the keys of its rows and the uint32 index of its keys."""
-    first, second = (along(word, columns.shape, 1 - key_axis) for word in row_key)
-    return fast.mix((first, second), columns) >= threshold
+def keep(row_key: Pair, first: Array, columns: Array, threshold: Array, key_axis: int) -> Array:
+    """Return which scores of a tile are kept.
+
+    ``row_key`` are the keys of its rows. The uint32 index of its keys is ``first + columns``, which have no bit in
+    common: then only ``columns`` take operations per score.
+    """
+    words = tuple(along(word, columns.shape, 1 - key_axis) for word in fast.key_from(row_key, first))
+    return fast.mix(words, columns) >= threshold
 
 
 # ---------------------------------------------------------------------------------- hidden keys
@@ -161,29 +165,22 @@ def softmax_step(
 
 
 def gradients(
-    products: Array,
-    dp: Array,
-    factor: Array,
-    log_sum: Array,
-    delta: Array,
-    keep: Array | None,
-    inverse: Array,
-    key_axis: int,
+    products: Array, dp: Array, factor: Array, log_sum: Array, delta: Array, keep: Array | None, key_axis: int
 ) -> tuple[Array, Array]:
-    """Return the kept probabilities of a tile, unscaled, and the gradient of its logits.
+    """Return the kept probabilities of a tile, and the gradient of its logits, both times the keep probability.
 
     Args:
       products: of queries and keys, -inf where a key is hidden.
       dp: products of the gradients of the output and of values.
       factor: of the products.
       log_sum: logarithm to base 2 of the sum of exponentials of the logits, +inf for queries that see no key.
-      delta: for each query, the sum over keys of the probabilities times their gradients.
+      delta: for each query, the sum over keys of the probabilities times their gradients, times the keep probability.
       keep: which scores are kept; ``None`` if all are.
-      inverse: 1 over the keep probability, or 0 if that is 0.
       key_axis: the axis of the keys.
     """
     p = jnp.exp2(products * factor - along(log_sum, products.shape, 1 - key_axis))
     delta = along(delta, products.shape, 1 - key_axis)
     if keep is None:
         return p, p * (dp - delta)
-    return jnp.where(keep, p, 0.0), p * (jnp.where(keep, dp, 0.0) * inverse - delta)
+    kept = jnp.where(keep, p, 0.0)
+    return kept, kept * dp - p * delta
