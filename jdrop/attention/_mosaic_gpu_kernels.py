@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jdrop.attention import _tile
 from jdrop.attention._spec import AttentionSpec
-from jdrop.attention._tile import Limits
+from jdrop.attention._tile import Index, Limits
 
 ROWS = 64  # of a warpgroup: the rows of a matrix product
 WARPGROUPS = 2  # that compute
@@ -81,8 +82,13 @@ def zeros(shape: tuple[int, ...], value: float = 0.0, layout: Any = TILE) -> Arr
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def iota(dtype: Any, shape: tuple[int, int], axis: int) -> Array:
-    return plgpu.broadcasted_iota(dtype, shape, axis, layout=TILE)
+def index(dtype: Any, shape: tuple[int, int], axis: int) -> Index:
+    """Return the index along an axis of a tile in registers."""
+    whole = plgpu.broadcasted_iota(dtype, shape, axis, layout=TILE)
+    if axis == 0:
+        return Index(whole, whole & np.array(0, dtype))
+    lane = whole & np.array(6, dtype)  # a thread has the columns 8 i + 2 lane + (0, 1)
+    return Index(lane, whole - lane)
 
 
 def product_of_rows(a: Any, b: Any) -> Array:
@@ -114,14 +120,14 @@ def hide(limits: Limits, products: Array, query: Array, key: Array, key_axis: in
     cut = _tile.is_cut(limits, query, shape[1 - key_axis], key, shape[key_axis])
 
     def hidden(products: Array) -> Array:
-        queries, keys = iota(jnp.int32, shape, 1 - key_axis), iota(jnp.int32, shape, key_axis)
-        return _tile.hide(limits, products, query + queries, key + keys)
+        queries, keys = index(jnp.int32, shape, 1 - key_axis), index(jnp.int32, shape, key_axis)
+        return jnp.where(_tile.visible(limits, query, queries, key, keys), products, -jnp.inf)
 
     return lax.cond(cut, hidden, lambda x: x, products)
 
 
 def keep(row_key: tuple[Array, Array], refs: Operands, key: Array, shape: tuple[int, int], key_axis: int) -> Array:
-    return _tile.keep(row_key, key.astype(jnp.uint32), iota(jnp.uint32, shape, key_axis), refs.threshold[0], key_axis)
+    return _tile.keep(row_key, key.astype(jnp.uint32), index(jnp.uint32, shape, key_axis), refs.threshold[0], key_axis)
 
 
 def separate(kept: Array) -> Array:
@@ -237,9 +243,9 @@ def forward(options: Options, operands: Operands) -> tuple[Array, Array, Array]:
             plgpu.copy_smem_to_gmem(rows.at[1], totals.at[batch, head, pl.ds(query, ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-        def step(index: Any, k: Any, v: Any, carry: Any) -> Any:
+        def step(block: Any, k: Any, v: Any, carry: Any) -> Any:
             total_out, peak, total, row_key = carry
-            key = (low + index[0]) * tile[1]
+            key = (low + block[0]) * tile[1]
             products = hide(limits, product_of_rows(q_shared.at[own], k), query, key, 1)
             e, shrink, peak, total = _tile.softmax_step(products, factor, peak, total, 1)
             if row_key:
@@ -294,9 +300,9 @@ def gradient_of_queries(options: Options, operands: Operands) -> Array:
             plgpu.copy_smem_to_gmem(q, dq.at[at])
             plgpu.wait_smem_to_gmem(0)
 
-        def step(index: Any, k: Any, v: Any, carry: Any) -> Any:
+        def step(block: Any, k: Any, v: Any, carry: Any) -> Any:
             total, sums, row_key = carry
-            key = (low + index[0]) * tile[1]
+            key = (low + block[0]) * tile[1]
             products = hide(limits, product_of_rows(q_shared.at[own], k), query, key, 1)
             dp = product_of_rows(do_shared.at[own], v)
             kept = keep(row_key, refs, key, tile, 1) if row_key else None
@@ -343,9 +349,9 @@ def gradients_of_keys(options: Options, operands: Operands) -> tuple[Array, Arra
             plgpu.copy_smem_to_gmem(v, dv.at[at])
             plgpu.wait_smem_to_gmem(0)
 
-        def step(index: Any, q: Any, do: Any, sums: Any, *rest: Any) -> Any:
+        def step(block: Any, q: Any, do: Any, sums: Any, *rest: Any) -> Any:
             *row_key, (total_dk, total_dv) = rest
-            query = (low + index[1]) * tile[1]
+            query = (low + block[1]) * tile[1]
             products = hide(limits, product_of_rows(k_shared.at[own], q), query, key, 0)
             dp = product_of_rows(v_shared.at[own], do)
             words = [load(row_key[0].at[i], COLUMN) for i in range(2)] if row_key else ()

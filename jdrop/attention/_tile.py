@@ -4,7 +4,9 @@ A tile has two axes, queries and keys in either order: ``key_axis`` says which o
 of one axis. Exponentials have base 2: logits in these units are ``products * factor`` with ``factor > 0``.
 """
 
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -49,6 +51,17 @@ class Limits(NamedTuple):
         return self.causal or any(x is not None for x in (self.left, self.right, self.queries, self.keys))
 
 
+class Index(NamedTuple):
+    """The index along an axis of a tile: the sum of two tiles, which have no bit in common.
+
+    On a GPU, ``register`` is a constant of each register, and ``lane`` the same in all registers of a row or thread. So
+    only operations with ``register`` take time, and neither has to stay in registers.
+    """
+
+    lane: Array
+    register: Array
+
+
 def along(rows: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Broadcast the values of an axis to a tile."""
     return lax.broadcast_in_dim(rows, shape, (axis,))
@@ -57,43 +70,41 @@ def along(rows: Array, shape: tuple[int, ...], axis: int) -> Array:
 # ---------------------------------------------------------------------------------- the mask
 
 
-def keep(row_key: Pair, first: Array, columns: Array, threshold: Array, key_axis: int) -> Array:
+def keep(row_key: Pair, first: Array, keys: Index, threshold: Array, key_axis: int) -> Array:
     """Return which scores of a tile are kept.
 
-    ``row_key`` are the keys of its rows. The uint32 index of its keys is ``first + columns``, which have no bit in
-    common: then only ``columns`` take operations per score.
+    ``row_key`` are the keys of its rows. ``first`` is the index of its first key, uint32 as ``keys``, and a multiple of
+    their number.
     """
-    words = tuple(along(word, columns.shape, 1 - key_axis) for word in fast.key_from(row_key, first))
-    return fast.mix(words, columns) >= threshold
+    words = tuple(along(word, jnp.shape(keys.lane), 1 - key_axis) for word in row_key)
+    return fast.mix(fast.key_from(words, first + keys.lane), keys.register) >= threshold
 
 
 # ---------------------------------------------------------------------------------- hidden keys
 
 
-def visible(limits: Limits, queries: Array, keys: Array) -> Array:
-    """Return which queries see which keys, for the index of each along a tile."""
+def visible(limits: Limits, query: Array, queries: Index, key: Array, keys: Index) -> Array:
+    """Return which queries of a tile that starts at a query and a key see which of its keys; all int32."""
     conditions = []
-    ahead = keys - queries  # by how much a key is ahead of its query, plus the position of query 0
+    ahead = keys.register - queries.register
+    same = query + limits.first - key + queries.lane - keys.lane  # if the key is ahead by this, it has this position
     if limits.causal:
-        conditions.append(ahead <= limits.first)
+        conditions.append(ahead <= same)
     if limits.left is not None:
-        conditions.append(ahead >= limits.first - limits.left)
+        conditions.append(ahead >= same - limits.left)
     if limits.right is not None:
-        conditions.append(ahead <= limits.first + limits.right)
+        conditions.append(ahead <= same + limits.right)
     if limits.queries is not None:
-        conditions.append(queries < limits.queries)
+        conditions.append(queries.register < limits.queries - query - queries.lane)
     if limits.keys is not None:
-        conditions.append(keys < limits.keys)
-    seen = conditions[0]
-    for condition in conditions[1:]:
-        seen &= condition
-    return seen
+        conditions.append(keys.register < limits.keys - key - keys.lane)
+    return functools.reduce(operator.and_, conditions)
 
 
 def is_cut(limits: Limits, query: Array, num_queries: int, key: Array, num_keys: int) -> Array:
     """Return whether a tile that starts at a query and a key may have hidden keys."""
     last_query, last_key = query + num_queries - 1, key + num_keys - 1
-    conditions = [jnp.bool_(False)]
+    conditions = []
     if limits.causal:
         conditions.append(last_key > query + limits.first)
     if limits.left is not None:
@@ -104,10 +115,7 @@ def is_cut(limits: Limits, query: Array, num_queries: int, key: Array, num_keys:
         conditions.append(last_query >= limits.queries)
     if limits.keys is not None:
         conditions.append(last_key >= limits.keys)
-    cut = conditions[0]
-    for condition in conditions[1:]:
-        cut |= condition
-    return cut
+    return functools.reduce(operator.or_, conditions)
 
 
 def key_range(limits: Limits, query: Array, num_queries: int, num_keys: int) -> tuple[Array | int, Array | int]:
@@ -139,11 +147,6 @@ def query_range(limits: Limits, key: Array, num_keys: int, num_queries: int) -> 
     if limits.keys is not None:
         high = jnp.where(key < limits.keys, high, 0)
     return low, high
-
-
-def hide(limits: Limits, products: Array, queries: Array, keys: Array) -> Array:
-    """Return the products, -inf where a key is hidden."""
-    return jnp.where(visible(limits, queries, keys), products, -jnp.inf)
 
 
 # ---------------------------------------------------------------------------------- softmax
