@@ -5,6 +5,7 @@ in the registers that hold the scores. The kernels are in ``_mosaic_gpu_kernels.
 """
 
 import functools
+import importlib
 from typing import Any
 
 import jax.numpy as jnp
@@ -54,10 +55,15 @@ def refusal(
 def _missing() -> str | None:
     """Return what is missing to import the kernels."""
     try:
-        from jdrop.attention import _mosaic_gpu_kernels  # noqa: F401
+        _kernels()
     except ImportError as error:
-        return f"a JAX whose GPU kernels cannot be imported ({error})"
+        return f"a JAX whose kernels for GPUs cannot be imported ({error})"
     return None
+
+
+def _kernels() -> Any:
+    """Import the kernels. On jax 0.10, this needs absl-py."""
+    return importlib.import_module("jdrop.attention._mosaic_gpu_kernels")
 
 
 # ---------------------------------------------------------------------------------- operands
@@ -75,17 +81,14 @@ def row_keys(mask: Mask, size: tuple[int, int, int], start: Array | None) -> Arr
 
 def _pad(x: Array, axis: int, value: float = 0) -> Array:
     """Pad an axis to whole blocks."""
-    from jdrop.attention._mosaic_gpu_kernels import BLOCK
-
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % BLOCK)
+    widths[axis] = (0, -x.shape[axis] % _kernels().BLOCK)
     return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
 
 
 def _operands(spec: AttentionSpec, query: Array, key: Array, value: Array, inputs: AttentionInputs) -> tuple[Any, Any]:
     """Return the options and the operands of the kernels."""
-    from jdrop.attention import _mosaic_gpu_kernels as kernels
-
+    kernels = _kernels()
     batch, num_queries, heads, _ = query.shape
     num_keys, first = key.shape[1], jnp.int32(first_query(spec, inputs))
     see = seen = None
@@ -131,9 +134,7 @@ def forward(
     The exponentials are of differences from the maximum. The last two are float32 [B, T, N, 1]: 0 and +inf for queries
     that see no key, whose output is 0.
     """
-    from jdrop.attention import _mosaic_gpu_kernels as kernels
-
-    out, peak, total = kernels.forward(*_operands(spec, query, key, value, inputs))
+    out, peak, total = _kernels().forward(*_operands(spec, query, key, value, inputs))
     peak, total = (x[:, :, : query.shape[1]].swapaxes(1, 2)[..., None] for x in (peak, total))
     blind = total == 0
     log_sum = jnp.where(blind, jnp.inf, jnp.log(jnp.where(blind, 1.0, total)))
@@ -152,8 +153,7 @@ def backward(
     do: Array,
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of query, key, and value, from the results of :func:`forward` and the gradient of out."""
-    from jdrop.attention import _mosaic_gpu_kernels as kernels
-
+    kernels = _kernels()
     options, operands = _operands(spec, query, key, value, inputs)
     if spec.window is not None or inputs.query_lengths is not None or inputs.key_lengths is not None:
         do = jnp.where(log_sum == jnp.inf, 0, do)  # queries that see no key have no gradient, whatever do is

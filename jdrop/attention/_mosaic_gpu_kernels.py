@@ -95,7 +95,7 @@ def product_of_rows(a: Any, b: Any) -> Array:
     """Return ``a @ b.T``, float32; both are in shared memory."""
 
     def multiply(result: Any) -> Array:
-        plgpu.wgmma(result, a, plgpu.transpose_ref(b, (1, 0)))
+        plgpu.wgmma(result, a, b.transpose((1, 0)))
         return result[...]
 
     return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
@@ -108,7 +108,7 @@ def add_product(total: Array, a: Array, b: Any) -> Array:
 
 def negate_if(sign: Array, x: Any) -> None:
     """Multiply an array in shared memory by 1 or -1."""
-    x[...] = (load(x, TILE) * sign).astype(x.dtype)
+    x[...] = (load(x, TILE).astype(jnp.float32) * sign).astype(x.dtype)
     plgpu.commit_smem()
 
 
@@ -186,7 +186,7 @@ def launch(
     def entry(*refs: Any) -> None:
         body(Operands(**{**dict.fromkeys(Operands._fields), **dict(zip(present, refs))}), *refs[len(present) :])
 
-    return plgpu.kernel(
+    kernel = plgpu.kernel(
         entry,
         out_type=out_types,
         scratch_types=scratch,
@@ -194,11 +194,11 @@ def launch(
         grid_names=("head", "tile", "batch"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=INTERPRET,
-    )(*(getattr(operands, name) for name in present))
+    )
+    with jax.enable_x64(False):  # the pipelines mix int32 with Python integers
+        return kernel(*(getattr(operands, name) for name in present))
 
 
 def place(num_tiles: int, last_first: bool) -> tuple[Array, Array, Array, Array]:
