@@ -5,6 +5,7 @@ products of an array in registers, which ``jnp.dot`` computes here.
 """
 
 import functools
+import sys
 
 import attention_suite as suite
 import jax
@@ -44,7 +45,7 @@ def tile_shape(queries, keys, key_axis):
     return (queries, keys) if key_axis == 1 else (keys, queries)
 
 
-def test_a_tile_has_the_bits_of_dropout_mask(key_axis=None):
+def test_a_tile_has_the_bits_of_dropout_mask():
     shape = 2, 3, 64, 300
     mask = jdrop.dropout_mask(jax.random.clone(KEY), shape, 0.3)
     words = _mosaic_gpu.row_keys(draw_mask("f", KEY, jnp.float32(0.3), shape), shape[:3], None)
@@ -110,7 +111,9 @@ def test_tiles_hide_the_keys_that_are_hidden(options, first):
 
 
 def scores(seed=0, queries=64, keys=256, width=16):
-    q, k, v, do = (x[0, :, 0] for x in suite.data(batch=1, heads=1, key_heads=1, queries=queries, keys=keys, width=width))
+    q, k, v, do = (
+        x[0, :, 0] for x in suite.data(batch=1, heads=1, key_heads=1, queries=queries, keys=keys, width=width)
+    )
     return q, k, v, do
 
 
@@ -200,13 +203,13 @@ CASES = {
 def interpreted(plgpu, monkeypatch):
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("the interpreter of this JAX lacks operations of the kernels")
-    from jdrop.attention import _mosaic_gpu_kernels as kernels
+    from jdrop.attention import _mosaic_gpu_parts as parts
 
     def add_product(total, a, b):
         return total + jnp.dot(a.astype("float32"), b[...].astype("float32"))
 
-    monkeypatch.setattr(kernels, "INTERPRET", plgpu.InterpretGPUParams())
-    monkeypatch.setattr(kernels, "add_product", add_product)
+    monkeypatch.setattr(parts, "INTERPRET", plgpu.InterpretGPUParams())
+    monkeypatch.setattr(parts, "add_product", add_product)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -219,7 +222,9 @@ def test_kernels_give_the_formula(sizes, options):
     run = jax.jit(lambda rate, *arrays: attend(key, rate, options, *arrays))
     results, (peak, log_sum) = run(None if rate is None else jnp.float32(rate), *arrays)
     exact = [np.asarray(x, np.float32) for x in arrays]
-    expected = suite.truth(jax.random.clone(KEY), *exact, *([] if rate is None else [rate]), train=rate is not None, **options)
+    expected = suite.truth(
+        jax.random.clone(KEY), *exact, *([] if rate is None else [rate]), train=rate is not None, **options
+    )
     suite.close([np.asarray(x, np.float32) for x in results], expected, BOUND[dtype])
     hiding = {name: x for name, x in options.items() if name not in ("scale", "shared_axes")}
     blind = ~suite.visible(suite.scores_shape(*arrays[:2]), **hiding).any(-1).swapaxes(1, 2)[..., None]
@@ -259,9 +264,7 @@ def test_kernels_draw_the_mask():
 @pytest.mark.usefixtures("interpreted")
 def test_a_tile_of_shard_map_has_its_part_of_the_mask():
     q, k, v, do = data("bfloat16", batch=2, heads=2, key_heads=2, queries=64, keys=128)
-    whole = suite.truth(
-        jax.random.clone(KEY), *(np.asarray(x, np.float32) for x in (q, k, v, do)), 0.5, is_causal=True
-    )
+    whole = suite.truth(jax.random.clone(KEY), *(np.asarray(x, np.float32) for x in (q, k, v, do)), 0.5, is_causal=True)
     mask = draw_mask("f", jax.random.clone(KEY), jnp.float32(0.5), (2, 2, 64, 128))
     start = jnp.asarray([[0, 1], [0, 0], [0, 24], [0, 0]], jnp.uint32)
     inputs = AttentionInputs(jnp.float32(1 / 8), start=start, dropout=mask)
@@ -339,6 +342,6 @@ def test_what_the_kernels_can_serve_is_not_refused(options):
 
 def test_kernels_that_cannot_be_imported_are_refused(monkeypatch):
     _mosaic_gpu._missing.cache_clear()
-    monkeypatch.setitem(__import__("sys").modules, "jdrop.attention._mosaic_gpu_kernels", None)
+    monkeypatch.setitem(sys.modules, "jdrop.attention._mosaic_gpu_parts", None)
     assert "cannot be imported" in refusal()
     _mosaic_gpu._missing.cache_clear()

@@ -1,7 +1,7 @@
 """Attention with dropout in one kernel for Hopper GPUs: refusals, and the operands of the kernels.
 
-This is the method of FlashAttention-2 (Dao 2024, ICLR) with the mask of ``jdrop.dropout_mask``, whose words are computed
-in the registers that hold the scores. The kernels are in ``_mosaic_gpu_kernels.py``, which is imported only when used.
+This is the method of FlashAttention-2 (Dao 2024, ICLR) with the mask of ``jdrop.dropout_mask``, computed in registers.
+The kernels are imported when they are used: on jax 0.10, they need absl-py.
 """
 
 import functools
@@ -25,7 +25,13 @@ WIDTHS = (64, 128)
 
 
 def refusal(
-    arguments: Arguments, query: Array, key: Array, value: Array, *, bias: Array | None = None, mask: Array | None = None
+    arguments: Arguments,
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    bias: Array | None = None,
+    mask: Array | None = None,
 ) -> str | None:
     """Return why this implementation cannot serve a call, or ``None``."""
     sizes = [n for x in (query, key, value) for n in x.shape]
@@ -55,15 +61,15 @@ def refusal(
 def _missing() -> str | None:
     """Return what is missing to import the kernels."""
     try:
-        _kernels()
+        _module("parts")
     except ImportError as error:
         return f"a JAX whose kernels for GPUs cannot be imported ({error})"
     return None
 
 
-def _kernels() -> Any:
-    """Import the kernels. On jax 0.10, this needs absl-py."""
-    return importlib.import_module("jdrop.attention._mosaic_gpu_kernels")
+def _module(name: str) -> Any:
+    """Import the parts, the forward pass, or the backward pass."""
+    return importlib.import_module(f"jdrop.attention._mosaic_gpu_{name}")
 
 
 # ---------------------------------------------------------------------------------- operands
@@ -82,13 +88,13 @@ def row_keys(mask: Mask, size: tuple[int, int, int], start: Array | None) -> Arr
 def _pad(x: Array, axis: int, value: float = 0) -> Array:
     """Pad an axis to whole blocks."""
     widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, -x.shape[axis] % _kernels().BLOCK)
+    widths[axis] = (0, -x.shape[axis] % _module("parts").BLOCK)
     return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
 
 
 def _operands(spec: AttentionSpec, query: Array, key: Array, value: Array, inputs: AttentionInputs) -> tuple[Any, Any]:
     """Return the options and the operands of the kernels."""
-    kernels = _kernels()
+    parts = _module("parts")
     batch, num_queries, heads, _ = query.shape
     num_keys, first = key.shape[1], jnp.int32(first_query(spec, inputs))
     see = seen = None
@@ -108,10 +114,10 @@ def _operands(spec: AttentionSpec, query: Array, key: Array, value: Array, input
         words = _pad(row_keys(mask, (batch, heads, num_queries), inputs.start), 3)
     # A scale of 0 becomes a tiny one, because -inf times 0 is NaN.
     factor = jnp.maximum(jnp.abs(scale) * LOG2E, 1e-30)
-    options = kernels.Options(
-        spec, num_keys, inputs.query_lengths is not None, inputs.key_lengths is not None or num_keys % kernels.BLOCK > 0
+    options = parts.Options(
+        spec, num_keys, inputs.query_lengths is not None, inputs.key_lengths is not None or num_keys % parts.BLOCK > 0
     )
-    operands = kernels.Operands(
+    operands = parts.Operands(
         query=_pad(query, 1),
         key=_pad(key, 1),
         value=_pad(value, 1),
@@ -134,7 +140,7 @@ def forward(
     The exponentials are of differences from the maximum. The last two are float32 [B, T, N, 1]: 0 and +inf for queries
     that see no key, whose output is 0.
     """
-    out, peak, total = _kernels().forward(*_operands(spec, query, key, value, inputs))
+    out, peak, total = _module("forward").forward(*_operands(spec, query, key, value, inputs))
     peak, total = (x[:, :, : query.shape[1]].swapaxes(1, 2)[..., None] for x in (peak, total))
     blind = total == 0
     log_sum = jnp.where(blind, jnp.inf, jnp.log(jnp.where(blind, 1.0, total)))
@@ -153,7 +159,7 @@ def backward(
     do: Array,
 ) -> tuple[Array, Array, Array]:
     """Return the gradients of query, key, and value, from the results of :func:`forward` and the gradient of out."""
-    kernels = _kernels()
+    kernels = _module("backward")
     options, operands = _operands(spec, query, key, value, inputs)
     if spec.window is not None or inputs.query_lengths is not None or inputs.key_lengths is not None:
         do = jnp.where(log_sum == jnp.inf, 0, do)  # queries that see no key have no gradient, whatever do is

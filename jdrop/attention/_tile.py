@@ -7,7 +7,7 @@ of one axis. Exponentials have base 2: logits in these units are ``products * fa
 import functools
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,7 @@ class Limits(NamedTuple):
     """How many keys can be seen."""
 
     @classmethod
-    def of(cls, spec: AttentionSpec, size: int, first: Array | int, queries: Array | None, keys: Array | None) -> "Limits":
+    def of(cls, spec: AttentionSpec, size: int, first: Any, queries: Array | None, keys: Array | None) -> "Limits":
         """Return the limits of a call with ``size`` keys. Windows are cut so that no position overflows."""
         if spec.window is None:
             return cls(spec.causal, None, None, first, queries, keys)
@@ -76,8 +76,8 @@ def keep(row_key: Pair, first: Array, keys: Index, threshold: Array, key_axis: i
     ``row_key`` are the keys of its rows. ``first`` is the index of its first key, uint32 as ``keys``, and a multiple of
     their number.
     """
-    words = tuple(along(word, jnp.shape(keys.lane), 1 - key_axis) for word in row_key)
-    return fast.mix(fast.key_from(words, first + keys.lane), keys.register) >= threshold
+    high, low = (along(word, keys.lane.shape, 1 - key_axis) for word in row_key)
+    return fast.mix(fast.key_from((high, low), first + keys.lane), keys.register) >= threshold
 
 
 # ---------------------------------------------------------------------------------- hidden keys
