@@ -40,7 +40,7 @@ CASES: dict[str, tuple[Row, Row]] = {  # sizes, and options of the call
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(spec: Any, query: jax.Array, key: jax.Array, value: jax.Array, inputs: Any) -> jax.Array:
     return _mosaic_gpu.forward(spec, query, key, value, inputs)[0]
 

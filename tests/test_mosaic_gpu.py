@@ -5,6 +5,8 @@ products of an array in registers, which ``jnp.dot`` computes here.
 """
 
 import functools
+import importlib
+import pathlib
 import sys
 
 import attention_suite as suite
@@ -183,18 +185,21 @@ CASES = {
     "any lengths": ({"queries": 72, "keys": 201}, {}),
     "causal": ({"queries": 256}, {"is_causal": True}),
     "causal, more queries": ({"queries": 256, "keys": 130}, {"is_causal": True}),
-    "grouped": ({"batch": 2, "heads": 4, "key_heads": 2}, {}),
-    "wide": ({"width": 128, "queries": 200}, {"is_causal": True}),
+    "grouped": ({"heads": 4, "key_heads": 2, "queries": 64, "keys": 128}, {}),
+    "wide": ({"width": 128}, {"is_causal": True}),
     "float16": ({"dtype": "float16"}, {}),
-    "window": ({"queries": 256}, {"local_window_size": (40, 60)}),
-    "causal window": ({"queries": 256}, {"is_causal": True, "local_window_size": 70}),
+    "window": ({"queries": 200}, {"local_window_size": (40, 60)}),
+    "causal window": ({"queries": 200}, {"is_causal": True, "local_window_size": 70}),
     "lengths": (
-        {"batch": 3},
+        {"batch": 3, "queries": 128, "keys": 256},
         {"query_seq_lengths": np.array([128, 70, 0]), "key_value_seq_lengths": np.array([256, 0, 131])},
     ),
     "negative scale": ({}, {"scale": -0.2}),
     "scale 0": ({"queries": 64}, {"scale": 0.0, "is_causal": True}),
-    "shared by heads and batch": ({"batch": 2, "heads": 2, "key_heads": 2}, {"shared_axes": (0, 1)}),
+    "shared by heads and batch": (
+        {"batch": 2, "heads": 2, "key_heads": 2, "queries": 64, "keys": 128},
+        {"shared_axes": (0, 1)},
+    ),
     "shared by queries": ({"heads": 2}, {"shared_axes": (2,)}),
 }
 
@@ -244,21 +249,17 @@ def test_kernels_take_any_traced_rate(rate):
 
 @pytest.mark.usefixtures("interpreted")
 def test_kernels_draw_the_mask():
-    """With probabilities 1 / S and one-hot values, the output shows each decision."""
-    shape = 1, 2, 70, 256
-    q, v = jnp.zeros((1, 70, 2, 64), "bfloat16"), np.zeros((4, 1, 256, 2, 64), np.float32)
-    for part in range(4):
-        v[part, 0, np.arange(64) + 64 * part, :, np.arange(64)] = 1
-    parts = []
-    for part in range(4):
+    """With equal probabilities and one-hot values, the output shows each decision."""
+    shape, parts = (1, 1, 70, 256), []
+    for first in range(0, 256, 128):
         mask = draw_mask("f", jax.random.clone(KEY), jnp.float32(0.5), shape)
+        q, k = jnp.zeros((1, 70, 1, 128), "bfloat16"), jnp.zeros((1, 256, 1, 128), "bfloat16")
+        v = jnp.eye(256, dtype="bfloat16")[None, :, None, first : first + 128]
         inputs = AttentionInputs(dropout=mask)
-        k = jnp.zeros((1, 256, 2, 64), "bfloat16")
-        out, *_ = _mosaic_gpu.forward(AttentionSpec(False, None, False), q, k, jnp.asarray(v[part], "bfloat16"), inputs)
+        out, *_ = jax.jit(functools.partial(_mosaic_gpu.forward, AttentionSpec(False, None, False)))(q, k, v, inputs)
         parts.append(np.asarray(out, np.float32).swapaxes(1, 2))
-    kept = np.concatenate(parts, axis=-1)
     mask = np.asarray(jdrop.dropout_mask(jax.random.clone(KEY), shape, 0.5))
-    np.testing.assert_array_equal(kept, mask * 2 / 256)
+    np.testing.assert_array_equal(np.concatenate(parts, axis=-1), mask * 2 / 256)
 
 
 @pytest.mark.usefixtures("interpreted")
@@ -294,6 +295,21 @@ def test_kernels_lower_with_64_bits():
     with jax.enable_x64(True):
         f = jax.jit(lambda *x: attend(jax.random.clone(KEY), jnp.float32(0.5), {"is_causal": True}, *x)[0])
         assert "mosaic_gpu" in f.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.usefixtures("plgpu")
+def test_kernels_lower_in_the_check_for_devices(monkeypatch):
+    """On a GPU, device_report.py calls the kernels by the public function."""
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "scripts")
+    checks = importlib.import_module("_kernel_checks")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setitem(checks.IMPLEMENTATIONS, checks.NAME, None)  # what the check registers is undone
+    del checks.IMPLEMENTATIONS[checks.NAME]
+    arrays = checks.arrays({}, "bfloat16")
+    name = checks.implementation()
+    attend = lambda *x: jdrop.dot_product_attention(KEY, *x, 0.3, train=True, implementation=name)
+    f = jax.jit(lambda q, k, v, do: jax.vjp(attend, q, k, v)[1](do))
+    assert f.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 3
 
 
 def refusal(dtype="bfloat16", rate=0.5, generator="fast", shared_axes=(), train=True, bias=None, mask=None, **sizes):
