@@ -143,12 +143,12 @@ def test_the_kernel_of_attention_spills_nothing_and_its_mask_takes_fifteen_instr
 
 @pytest.mark.parametrize("kernel", ["gradient of queries", "gradients of keys"])
 @pytest.mark.parametrize("width", [64, 128])
-def test_the_kernels_of_the_gradients_spill_little_and_their_mask_takes_sixteen_instructions(width, kernel):
+def test_the_kernels_of_the_gradients_spill_little_and_their_mask_takes_few_instructions(width, kernel):
     pytest.importorskip("absl", reason="Mosaic GPU needs absl-py on jax 0.10")
     without, drops = check_kernels.pair(kernel, width, causal=True)
     most = 160 if (width, kernel) == (128, "gradients of keys") else 0
     assert without["spills"] <= most and drops["spills"] <= most
-    assert without["instructions"] < 14 and drops["mask"] < 16
+    assert without["instructions"] < 14 and drops["mask"] < 18
 
 
 # ---------------------------------------------------------------------------------- examples

@@ -275,6 +275,17 @@ def test_a_tile_of_shard_map_has_its_part_of_the_mask():
     suite.close([np.asarray(out, np.float32)], [whole[0][1:, 24:56]], 1e-2)
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_kernels_under_vmap_give_the_results_of_each_key():
+    arrays = data("bfloat16", queries=64, keys=128)
+    words = jnp.asarray([[0, 1], [0, 2]], jnp.uint32)
+    one = lambda words: attend(jax.random.wrap_key_data(words), jnp.float32(0.5), {}, *arrays)[0]
+    together = jax.jit(jax.vmap(one))(words)
+    for i in range(2):
+        for x, y in zip(together, jax.jit(one)(words[i])):
+            np.testing.assert_array_equal(x[i], y)
+
+
 # ---------------------------------------------------------------------------------- lowering and refusals
 
 
@@ -295,6 +306,15 @@ def test_kernels_lower_with_64_bits():
     with jax.enable_x64(True):
         f = jax.jit(lambda *x: attend(jax.random.clone(KEY), jnp.float32(0.5), {"is_causal": True}, *x)[0])
         assert "mosaic_gpu" in f.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.usefixtures("plgpu")
+def test_kernels_lower_inside_shard_map():
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    f = lambda *x: attend(jax.random.clone(KEY), jnp.float32(0.5), {"is_causal": True}, *x)[0]
+    f = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=(spec,) * 4, out_specs=spec))
+    assert "mosaic_gpu" in f.trace(*data("bfloat16", batch=2)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.usefixtures("plgpu")
