@@ -208,7 +208,7 @@ CASES = {
 def interpreted(plgpu, monkeypatch):
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("the interpreter of this JAX lacks operations of the kernels")
-    from jdrop.attention import _mosaic_gpu_parts as parts
+    from jdrop.attention._mosaic_gpu import parts as parts
 
     def add_product(total, a, b):
         return total + jnp.dot(a.astype("float32"), b[...].astype("float32"))
@@ -378,6 +378,6 @@ def test_what_the_kernels_can_serve_is_not_refused(options):
 
 def test_kernels_that_cannot_be_imported_are_refused(monkeypatch):
     _mosaic_gpu._missing.cache_clear()
-    monkeypatch.setitem(sys.modules, "jdrop.attention._mosaic_gpu_parts", None)
+    monkeypatch.setitem(sys.modules, "jdrop.attention._mosaic_gpu.parts", None)
     assert "cannot be imported" in refusal()
     _mosaic_gpu._missing.cache_clear()

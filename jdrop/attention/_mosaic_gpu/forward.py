@@ -9,9 +9,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jdrop.attention import _mosaic_gpu_parts as parts
+from jdrop.attention._mosaic_gpu import parts as parts
 from jdrop.attention import _tile
-from jdrop.attention._mosaic_gpu_parts import BLOCK, ROW, ROWS, WARPGROUPS, Operands, Options
+from jdrop.attention._mosaic_gpu.parts import BLOCK, ROW, ROWS, WARPGROUPS, Operands, Options
 
 
 def forward(options: Options, operands: Operands) -> tuple[Array, Array, Array]:

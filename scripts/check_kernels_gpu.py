@@ -35,9 +35,9 @@ import _machine_code
 import jax
 import jax.numpy as jnp
 
-from jdrop.attention import _mosaic_gpu_backward as backward
-from jdrop.attention import _mosaic_gpu_forward as forward
-from jdrop.attention._mosaic_gpu_parts import ROWS, Operands, Options
+from jdrop.attention._mosaic_gpu import backward as backward
+from jdrop.attention._mosaic_gpu import forward as forward
+from jdrop.attention._mosaic_gpu.parts import ROWS, Operands, Options
 from jdrop.attention._spec import AttentionSpec
 
 DUMPS = os.environ["MOSAIC_GPU_DUMP_TO"]

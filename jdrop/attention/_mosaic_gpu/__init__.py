@@ -69,7 +69,7 @@ def _missing() -> str | None:
 
 def _module(name: str) -> Any:
     """Import the parts, the forward pass, or the backward pass."""
-    return importlib.import_module(f"jdrop.attention._mosaic_gpu_{name}")
+    return importlib.import_module(f"jdrop.attention._mosaic_gpu.{name}")
 
 
 # ---------------------------------------------------------------------------------- operands
