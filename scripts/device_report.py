@@ -2,7 +2,8 @@
 
 One command for the first minutes on a new device: ``python scripts/device_report.py --json report.json``. The parts,
 the most important first: known answers, the checks of ``check_reproducibility.py``, dropout and the other members
-beside a copy, the gradient of a transformer, blocks that skip units, attention, a core of the tests, and a trainer.
+beside a copy, the gradient of a transformer, blocks that skip units, the attention kernels against the formula,
+attention, a core of the tests, and a trainer.
 ``--only`` selects parts, and ``--small`` rehearses them on tiny sizes.
 
 A part or a case that fails ends nothing else, and the file is written after each row. A case that would start after
@@ -33,6 +34,7 @@ sys.path.insert(0, str(_report.ROOT))
 import _bench
 import _clocks
 import _family
+import _kernel_checks
 import bench_attention
 import check_reproducibility
 import jax
@@ -51,7 +53,13 @@ SHAPES = {"flat": (2**16, 1024), "steps": (2**10, 64, 1024), "image": (2**9, 32,
 LAYERS, MODEL, HEADS = 4, (8, 512, 768), 12  # of the transformer, as in check_compiled.py
 LENGTHS, WIDTHS, TOKENS = (1024, 4096, 8192), (64, 128), 16384  # of attention; tokens are batch x length
 LIMIT = 20e9  # largest temporary bytes to run
-RESERVED = {"members": 0.45, "transformer": 0.3, "thin": 0.25, "attention": 0.15}  # shares of time, for what follows
+RESERVED = {
+    "members": 0.45,
+    "transformer": 0.3,
+    "thin": 0.25,
+    "kernels": 0.2,
+    "attention": 0.15,
+}  # shares of time, for what follows
 TESTS = ("tests/test_known_answers.py", "tests/test_elementwise.py", "tests/test_masks.py")
 TEST_WORKERS, TRAINER_STEPS = 8, 1000
 BLOCK_TOKENS = 8192  # of the blocks that skip units
@@ -285,6 +293,11 @@ def thin(plan: Plan) -> Iterator[Row]:
     yield from time_block(plan, {name: functools.partial(make, name) for name in names}, _bench.NONE)
 
 
+def kernels(plan: Plan) -> Iterator[Row]:
+    """Compare the attention kernels with the dense formula; on a CPU, blockwise attention stands in for them."""
+    yield from _kernel_checks.rows(plan)
+
+
 def attention(plan: Plan) -> Iterator[Row]:
     """Time forward+backward of attention, in bfloat16, beside dense Flax, cuDNN without dropout, and fused PyTorch."""
     lengths, widths = ((32,), (16,)) if plan.small else (LENGTHS, WIDTHS)
@@ -302,6 +315,7 @@ def attention_block(plan: Plan, shape: tuple[int, ...], causal: bool) -> list[Ro
     ours = functools.partial(jdrop.dot_product_attention, train=True, is_causal=causal, implementation="chunked")
     cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
     on_gpu = jax.default_backend() == "gpu"
+    kernel = functools.partial(ours, implementation=_kernel_checks.implementation())
 
     def make(attend: bench_attention.Attention | None, rate: float) -> Timed:
         if attend is None:
@@ -311,6 +325,8 @@ def attention_block(plan: Plan, shape: tuple[int, ...], causal: bool) -> list[Ro
     makers: dict[str, Maker] = {
         "jdrop, rate 0": lambda: make(ours, 0.0),
         f"jdrop, rate {RATE}": lambda: make(ours, RATE),
+        "kernel, rate 0": lambda: make(kernel, 0.0),
+        f"kernel, rate {RATE}": lambda: make(kernel, RATE),
         f"torch, rate {RATE}": lambda: torch_attention(data, RATE, causal),
         "torch, rate 0": lambda: torch_attention(data, 0.0, causal),
         "cuDNN, rate 0": lambda: make((lambda key, q, k, v, rate: cudnn(q, k, v)) if on_gpu else None, 0.0),
@@ -376,7 +392,7 @@ def outcome(code: int | None, output: str) -> Row:
     return {"ok": code == 0, "exit_code": code, "detail": (output.strip().splitlines() or [""])[-1][:200]}
 
 
-PARTS = (known_answers, reproducibility, dropout, members, transformer, thin, attention, tests, trainer)
+PARTS = (known_answers, reproducibility, dropout, members, transformer, thin, kernels, attention, tests, trainer)
 
 
 def commit() -> str:

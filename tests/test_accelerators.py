@@ -22,6 +22,7 @@ import _examples
 import _machine_code
 import _thin
 import check_compiled
+import check_kernels_gpu
 import check_thin
 
 pytestmark = [pytest.mark.accelerators, pytest.mark.usefixtures("usual_promotion")]
@@ -164,6 +165,28 @@ def test_the_kernel_of_dropout_spills_nothing_loads_four_elements_at_once_and_is
     assert main.threads == floor[-1].threads == 2**20
     assert len(main.instructions) <= 4 * instructions
     assert _machine_code.seconds(ours) < 1.02 * _machine_code.seconds(floor)
+
+
+# ---------------------------------------------------------------------------------- attention kernels
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_kernel_of_attention_spills_nothing_and_its_mask_takes_fifteen_instructions(width, causal):
+    pytest.importorskip("absl", reason="Mosaic GPU needs absl-py on jax 0.10")
+    without, drops = check_kernels_gpu.pair("forward", width, causal)
+    assert without["spills"] == drops["spills"] == 0
+    assert without["instructions"] < 10 and drops["mask"] < 15.5
+
+
+@pytest.mark.parametrize("kernel", ["gradient of queries", "gradients of keys"])
+@pytest.mark.parametrize("width", [64, 128])
+def test_the_kernels_of_the_gradients_spill_little_and_their_mask_takes_few_instructions(width, kernel):
+    pytest.importorskip("absl", reason="Mosaic GPU needs absl-py on jax 0.10")
+    without, drops = check_kernels_gpu.pair(kernel, width, causal=True)
+    most = 160 if (width, kernel) == (128, "gradients of keys") else 0
+    assert without["spills"] <= most and drops["spills"] <= most
+    assert without["instructions"] < 14 and drops["mask"] < 18
 
 
 # ---------------------------------------------------------------------------------- examples

@@ -224,6 +224,7 @@ def test_device_report(tmp_path):
             "members",
             "transformer",
             "thin",
+            "kernels",
             "attention",
             "tests",
             "trainer",
@@ -231,7 +232,7 @@ def test_device_report(tmp_path):
         "passed",
     )
     rows = {part["part"]: part["rows"] for part in report["parts"]}
-    assert all(row["ok"] for name in ("known_answers", "reproducibility", "tests") for row in rows[name])
+    assert all(row["ok"] for name in ("known_answers", "reproducibility", "kernels", "tests") for row in rows[name])
     measured = {name: {r["contender"] for r in rows[name] if r.get("milliseconds", 0) > 0} for name in rows}
     assert {"jax copy", *OURS} <= measured["dropout"] and {"no dropout", *OURS} <= measured["transformer"]
     assert {"jdrop, rate 0", "jdrop, rate 0.1"} <= measured["attention"]

@@ -19,7 +19,8 @@ import jdrop
 ROOT = pathlib.Path(__file__).parent.parent
 FAMILY = [path.stem for path in sorted((ROOT / "jdrop" / "_family").glob("*.py")) if path.stem != "__init__"]
 ATTENTION = ("_checks", "_blocking", "_derivative", "_tile", "_mosaic_tpu.grid")
-METHODS = ("_blockwise", "_mosaic_tpu.forward", "_mosaic_tpu.backward")
+PARTS = ("_scores", "_mosaic_tpu.tiles", "_mosaic_gpu.parts")
+METHODS = ("_blockwise", *(f"_mosaic_{device}.{name}" for device in ("tpu", "gpu") for name in ("forward", "backward")))
 LEARNED = ("learned._concrete", "learned._variational")
 LAYERS = [
     ["_errors", "_types", "_random.threefry", "_random.normal"],
@@ -31,9 +32,9 @@ LAYERS = [
     ["_mask", "keys"],
     ["_prepare", "_primitive", "attention._spec", "uncertainty._monte_carlo"],
     ["_branch", "_ops", "_subsets", *(f"attention.{name}" for name in ATTENTION)],
-    ["_gather", "attention._reference", "attention._scores", "attention._mosaic_tpu.tiles", "learned._parts"],
+    ["_gather", "attention._reference", *(f"attention.{name}" for name in PARTS), "learned._parts"],
     ["thin._units", "thin._weights", *LEARNED, *(f"attention.{name}" for name in METHODS)],
-    ["thin._dense", "thin._groups", "attention._mosaic_tpu"],
+    ["thin._dense", "thin._groups", "attention._mosaic_tpu", "attention._mosaic_gpu"],
     ["thin._mlp", "thin._attention", "attention._registry"],
     ["attention", "learned", "thin", "uncertainty", *(f"_family.{name}" for name in FAMILY)],
     ["", "_family", "_random", "adapters"],

@@ -46,7 +46,7 @@ def dot_product_attention(
     query_seq_lengths: Array | None = None,
     key_value_seq_lengths: Array | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    implementation: Literal["reference", "chunked", "mosaic_tpu"] | None = None,
+    implementation: Literal["reference", "chunked", "mosaic_tpu", "mosaic_gpu"] | None = None,
 ) -> Array:
     """Compute attention with dropout on the attention probabilities, without storing the mask.
 
@@ -86,9 +86,10 @@ def dot_product_attention(
       implementation: ``"reference"`` materializes all probabilities. ``"chunked"`` materializes a few blocks at a time,
         each of 2**22 scores or of 512 queries per key head, so its memory is otherwise linear in T and S. In float32 on
         CPU, dropout adds no further block. On GPUs, a block has up to 2**28 scores per device, counted over all
-        examples and heads: 2 GiB in bfloat16. Both support every JAX transform. ``"mosaic_tpu"`` is made of kernels for
-        TPUs, which run in an interpreter on CPU; they have not run on a TPU yet. ``None`` selects ``"chunked"`` if it
-        supports the call and T * S >= 2**16, where it was at least as fast on CPU, and never a kernel.
+        examples and heads: 2 GiB in bfloat16. Both support every JAX transform. ``"mosaic_tpu"`` and ``"mosaic_gpu"``
+        are kernels for TPUs and Hopper GPUs, which have not run on them yet; those for TPUs also run in an interpreter
+        on CPU. ``None`` selects ``"chunked"`` if it supports the call and T * S >= 2**16, where it was at least as fast
+        on CPU, and never a kernel.
 
     Returns:
       An array with the shape and dtype of query.
@@ -98,9 +99,10 @@ def dot_product_attention(
       TypeError: an argument has the wrong type, ``prng_key`` is missing, or ``train`` or ``is_causal`` is traced.
       NotImplementedError: ``implementation="chunked"`` does not support the call: a rate that varies along the axis S,
         ``generator="jax"`` with a key whose bits lack random access, sizes that are 0 or symbolic, or an explicit mesh
-        that shards axes other than batch and heads, or that shards query, key, and value differently. Those for
-        ``"mosaic_tpu"`` are, too, bias, mask, ``generator="jax"``, dtypes other than float32 and bfloat16, widths above
-        256, shared keys, other platforms, and automatic meshes of several devices.
+        that shards axes other than batch and heads, or that shards query, key, and value differently. Kernels do not
+        support bias, mask, ``generator="jax"``, shared keys, other platforms, and automatic meshes of several devices,
+        either. ``"mosaic_tpu"`` needs float32 or bfloat16, and a width of at most 256; ``"mosaic_gpu"`` needs float16
+        or bfloat16, a width of 64 or 128, at least 128 keys, and one rate.
 
     References:
       Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin (2017), Attention Is All You Need, NeurIPS.

@@ -10,6 +10,7 @@ from jax import Array
 
 from jdrop._checks import as_count, as_number, check_array, check_broadcastable, check_integers
 from jdrop._errors import describe
+from jdrop._platform import Target
 from jdrop._prepare import Arguments
 from jdrop._sharding import explicit_sharding
 from jdrop._types import FLOATS
@@ -108,4 +109,17 @@ def check_whole_keys(arguments: Arguments) -> None:
         raise ValueError(
             f"{NAME}: shard must not split the keys, got {arguments.shard}; "
             "gather keys and values first: a softmax needs all of them"
+        )
+
+
+def check_target(target: Target, implementation: str, platforms: tuple[str, ...]) -> None:
+    """Require a platform that can run the kernels of an implementation, and no mesh that would partition them."""
+    if target.name not in platforms:
+        raise NotImplementedError(
+            f"{NAME}: implementation must be one for the platform {target.name}, got {implementation!r}; pass None"
+        )
+    if target.devices > 1:
+        raise NotImplementedError(
+            f"{NAME}: implementation must be another one on an automatic mesh of {target.devices} devices, "
+            f"got {implementation!r}; use jax.shard_map, or an explicit mesh"
         )

@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from jdrop._checks import check_choice
 from jdrop._prepare import Arguments
-from jdrop.attention import _blockwise, _mosaic_tpu, _reference
+from jdrop.attention import _blockwise, _mosaic_gpu, _mosaic_tpu, _reference
 
 
 class Implementation(NamedTuple):
@@ -27,6 +27,7 @@ IMPLEMENTATIONS = {
     "reference": Implementation(_reference.refusal, _reference.attend),
     "chunked": Implementation(_blockwise.refusal, _blockwise.attend),
     "mosaic_tpu": Implementation(_mosaic_tpu.refusal, _mosaic_tpu.attend),
+    "mosaic_gpu": Implementation(_mosaic_gpu.refusal, _mosaic_gpu.attend),
 }
 # For each platform, the implementations in order of preference, each with a minimum number of scores per head. On CPU,
 # "chunked" is no slower from 2**16 scores on (scripts/bench_attention.py, jax 0.10.2). If platforms preferred different

@@ -4,8 +4,10 @@ A tile has two axes, queries and keys in either order: ``key_axis`` says which o
 of one axis. Exponentials have base 2: logits in these units are ``products * factor`` with ``factor > 0``.
 """
 
+import functools
 import math
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,9 +37,7 @@ class Limits(NamedTuple):
     """How many keys can be seen."""
 
     @classmethod
-    def of(
-        cls, spec: AttentionSpec, size: int, first: Array | int, queries: Array | None, keys: Array | None
-    ) -> "Limits":
+    def of(cls, spec: AttentionSpec, size: int, first: Any, queries: Array | None, keys: Array | None) -> "Limits":
         """Return the limits of a call with ``size`` keys. Windows are cut so that no position overflows."""
         if spec.window is None:
             return cls(spec.causal, None, None, first, queries, keys)
@@ -51,6 +51,17 @@ class Limits(NamedTuple):
         return self.causal or any(x is not None for x in (self.left, self.right, self.queries, self.keys))
 
 
+class Index(NamedTuple):
+    """The index along an axis of a tile: the sum of two tiles, which have no bit in common.
+
+    On a GPU, ``register`` is a constant of each register, and ``lane`` the same in all registers of a row or thread. So
+    only operations with ``register`` take time, and neither has to stay in registers.
+    """
+
+    lane: Array
+    register: Array
+
+
 def along(rows: Array, shape: tuple[int, ...], axis: int) -> Array:
     """Broadcast the values of an axis to a tile, unless they have both axes."""
     if rows.ndim == len(shape):
@@ -61,39 +72,41 @@ def along(rows: Array, shape: tuple[int, ...], axis: int) -> Array:
 # ---------------------------------------------------------------------------------- the mask
 
 
-def keep(row_key: Pair, columns: Array, threshold: Array, key_axis: int) -> Array:
-    """Return which scores of a tile are kept, for the keys of its rows and the uint32 index of its keys."""
-    first, second = (along(word, columns.shape, 1 - key_axis) for word in row_key)
-    return fast.mix((first, second), columns) >= threshold
+def keep(row_key: Pair, first: Array, keys: Index, threshold: Array, key_axis: int) -> Array:
+    """Return which scores of a tile are kept.
+
+    ``row_key`` are the keys of its rows. ``first`` is the index of its first key, uint32 as ``keys``, and a multiple of
+    their number.
+    """
+    high, low = (along(word, keys.lane.shape, 1 - key_axis) for word in row_key)
+    return fast.mix(fast.key_from((high, low), first + keys.lane), keys.register) >= threshold
 
 
 # ---------------------------------------------------------------------------------- hidden keys
 
 
-def visible(limits: Limits, queries: Array, keys: Array) -> Array:
-    """Return which queries see which keys, for the index of each along a tile."""
+def visible(limits: Limits, query: Array, queries: Index, key: Array, keys: Index) -> Array:
+    """Return which queries of a tile that starts at a query and a key see which of its keys; all int32."""
     conditions = []
-    ahead = keys - queries  # by how much a key is ahead of its query, plus the position of query 0
+    ahead = keys.register - queries.register
+    same = query + limits.first - key + queries.lane - keys.lane  # if the key is ahead by this, it has this position
     if limits.causal:
-        conditions.append(ahead <= limits.first)
+        conditions.append(ahead <= same)
     if limits.left is not None:
-        conditions.append(ahead >= limits.first - limits.left)
+        conditions.append(ahead >= same - limits.left)
     if limits.right is not None:
-        conditions.append(ahead <= limits.first + limits.right)
+        conditions.append(ahead <= same + limits.right)
     if limits.queries is not None:
-        conditions.append(queries < limits.queries)
+        conditions.append(queries.register < limits.queries - query - queries.lane)
     if limits.keys is not None:
-        conditions.append(keys < limits.keys)
-    seen = conditions[0]
-    for condition in conditions[1:]:
-        seen &= condition
-    return seen
+        conditions.append(keys.register < limits.keys - key - keys.lane)
+    return functools.reduce(operator.and_, conditions)
 
 
 def is_cut(limits: Limits, query: Array, num_queries: int, key: Array, num_keys: int) -> Array:
     """Return whether a tile that starts at a query and a key may have hidden keys."""
     last_query, last_key = query + num_queries - 1, key + num_keys - 1
-    conditions = [jnp.bool_(False)]
+    conditions = []
     if limits.causal:
         conditions.append(last_key > query + limits.first)
     if limits.left is not None:
@@ -104,10 +117,7 @@ def is_cut(limits: Limits, query: Array, num_queries: int, key: Array, num_keys:
         conditions.append(last_query >= limits.queries)
     if limits.keys is not None:
         conditions.append(last_key >= limits.keys)
-    cut = conditions[0]
-    for condition in conditions[1:]:
-        cut |= condition
-    return cut
+    return functools.reduce(operator.or_, conditions)
 
 
 def key_range(limits: Limits, query: Array, num_queries: int, num_keys: int) -> tuple[Array | int, Array | int]:
@@ -141,11 +151,6 @@ def query_range(limits: Limits, key: Array, num_keys: int, num_queries: int) -> 
     return low, high
 
 
-def hide(limits: Limits, products: Array, queries: Array, keys: Array) -> Array:
-    """Return the products, -inf where a key is hidden."""
-    return jnp.where(visible(limits, queries, keys), products, -jnp.inf)
-
-
 # ---------------------------------------------------------------------------------- softmax
 
 
@@ -165,29 +170,22 @@ def softmax_step(
 
 
 def gradients(
-    products: Array,
-    dp: Array,
-    factor: Array,
-    log_sum: Array,
-    delta: Array,
-    keep: Array | None,
-    inverse: Array,
-    key_axis: int,
+    products: Array, dp: Array, factor: Array, log_sum: Array, delta: Array, keep: Array | None, key_axis: int
 ) -> tuple[Array, Array]:
-    """Return the kept probabilities of a tile, unscaled, and the gradient of its logits.
+    """Return the kept probabilities of a tile, and the gradient of its logits, both times the keep probability.
 
     Args:
       products: of queries and keys, -inf where a key is hidden.
       dp: products of the gradients of the output and of values.
       factor: of the products.
       log_sum: logarithm to base 2 of the sum of exponentials of the logits, +inf for queries that see no key.
-      delta: for each query, the sum over keys of the probabilities times their gradients.
+      delta: for each query, the sum over keys of the probabilities times their gradients, times the keep probability.
       keep: which scores are kept; ``None`` if all are.
-      inverse: 1 over the keep probability, or 0 if that is 0.
       key_axis: the axis of the keys.
     """
     p = jnp.exp2(products * factor - along(log_sum, products.shape, 1 - key_axis))
     delta = along(delta, products.shape, 1 - key_axis)
     if keep is None:
         return p, p * (dp - delta)
-    return jnp.where(keep, p, 0.0), p * (jnp.where(keep, dp, 0.0) * inverse - delta)
+    kept = jnp.where(keep, p, 0.0)
+    return kept, kept * dp - p * delta

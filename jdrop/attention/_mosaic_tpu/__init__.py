@@ -162,16 +162,7 @@ def tile_size(length: int, largest: int) -> int:
 
 def _interprets(target: Target) -> bool:
     """Return whether to run in the interpreter, and require a platform that can run the kernels."""
-    function = _checks.NAME
-    if target.name not in ("tpu", "cpu"):
-        raise NotImplementedError(
-            f"{function}: implementation must be one for the platform {target.name}, got {NAME!r}; pass None"
-        )
-    if target.devices > 1:  # a kernel cannot be partitioned
-        raise NotImplementedError(
-            f"{function}: implementation must be another one on an automatic mesh of {target.devices} devices, "
-            f"got {NAME!r}; use jax.shard_map, or an explicit mesh"
-        )
+    _checks.check_target(target, NAME, ("tpu", "cpu"))
     return target.name == "cpu"
 
 

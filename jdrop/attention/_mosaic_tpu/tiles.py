@@ -81,9 +81,9 @@ def for_visible(grid: Grid, numbers: Any, batch: Any, i: Any, j: Any, step: Any)
     cut = _tile.is_cut(limits, query, grid.queries, key, grid.keys)
 
     def hide(products: Array, first: int) -> Array:
-        queries = query + first + lax.broadcasted_iota(jnp.int32, products.shape, 1)
-        keys = key + lax.broadcasted_iota(jnp.int32, products.shape, 0)
-        return _tile.hide(limits, products, queries, keys)
+        queries, keys = (lax.broadcasted_iota(jnp.int32, products.shape, axis) for axis in (1, 0))
+        of_queries, of_keys = _tile.Index(jnp.int32(0), queries), _tile.Index(jnp.int32(0), keys)
+        return jnp.where(_tile.visible(limits, query + first, of_queries, key, of_keys), products, -jnp.inf)
 
     pl.when(seen & cut)(lambda: step(hide))
     pl.when(seen & ~cut)(lambda: step(lambda products, first: products))
