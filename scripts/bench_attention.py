@@ -8,7 +8,7 @@ without a causal mask. Temporary bytes are those of the compiled program, as rep
 Flax uses a separate mask for each head here (``broadcast_dropout=False``), as jdrop and PyTorch do. ``jax.nn`` has no
 dropout. Contenders that would need more than ``--limit`` gigabytes of memory are skipped.
 
-On a GPU, pass ``--batch 8 --dtypes bfloat16``.
+On a GPU, pass ``--batch 8 --dtypes bfloat16``. On GPUs and TPUs, kernels are contenders, too.
 """
 
 import argparse
@@ -37,6 +37,8 @@ class Case(NamedTuple):
 
 
 FULL = "jdrop chunked"
+KERNELS = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+"""The implementation by kernels on each backend; those for GPUs need 16 bits."""
 
 
 def contenders(peers: list[str]) -> dict[str, Attention | None]:
@@ -51,6 +53,9 @@ def contenders(peers: list[str]) -> dict[str, Attention | None]:
         "jdrop reference": ours(implementation="reference"),
         "jax.nn": lambda key, q, k, v, rate: jax.nn.dot_product_attention(q, k, v),
     }
+    if kernels := KERNELS.get(jax.default_backend()):
+        for causal in (False, True):
+            attention_of[f"jdrop {kernels}{', causal' * causal}"] = ours(implementation=kernels, is_causal=causal)
     for name in peers:
         if name != "torch":
             attention_of[name] = flax_attention(name)

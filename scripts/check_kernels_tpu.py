@@ -158,7 +158,7 @@ def main() -> None:
         columns = [column for column in rows[0] if column != "name"]
         _bench.table(title, ("", *columns), [[r["name"], *map(r.get, columns)] for r in rows])
         results += [{"table": title, **r} for r in rows]
-        _bench.write_json(options.json, {**head, "rate": options.rate, "rows": results})
+        _bench.write_json(options.json, {**head, "compiled_for": options.target, "rate": options.rate, "rows": results})
 
 
 if __name__ == "__main__":

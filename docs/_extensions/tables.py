@@ -32,7 +32,14 @@ LABELS = {
 }
 HEADINGS = {"contender": "", "program": "", "member": "function"}  # of columns with names; others keep their key
 DEVICES = {"h100": "an H100", **{name: f"a TPU {name}" for name in ("v4", "v5e", "v5p", "v6e")}}
-PREDICTIONS = {"predicted_ms", "of_bytes_ms", "small", "large"}  # fields that a model computes
+PREDICTIONS = {
+    "predicted_ms",
+    "of_bytes_ms",
+    "small",
+    "large",
+    "overlapped_ratio",
+    "serial_ratio",
+}  # fields that a model computes
 TIMES = {"milliseconds", "compile_seconds"}  # fields that only a run gives
 NOT_SETTINGS = {"file", "claim", "command", "compiled_for", "rows", "closures"}
 
@@ -258,7 +265,7 @@ def source(report: Report, fields: Iterable[str]) -> str:
         how = f"Compiled for {target} on {on}; not run"
         if shown & PREDICTIONS:
             how = f"Predicted for {target} by a model, not measured; compiled on {on}"
-        elif "cycles" in shown:
+        elif shown & {"cycles", "mcycles"}:
             how += "; cycles are estimated by the compiler"
     else:
         how = f"Run on {on}" if any(TIMES & row.keys() for row in report["rows"]) else f"Compiled on {on}; not timed"
