@@ -179,6 +179,16 @@ def test_the_kernel_of_attention_spills_nothing_and_its_mask_takes_fifteen_instr
     assert without["instructions"] < 10 and drops["mask"] < 15.5
 
 
+@pytest.mark.parametrize("target", ["v5e", "v6e"])
+def test_the_kernels_of_attention_on_a_tpu_store_no_scores(target):
+    attend = functools.partial(jdrop.dot_product_attention, train=True, is_causal=True, implementation="mosaic_tpu")
+    shape = (4, 4096, 8, 64)
+    compiled = check_compiled.attention_program(_aot.mesh(target), attend, 0.1, shape, jnp.dtype("bfloat16"))
+    text, scores = compiled.as_text(), 4 * 8 * 4096**2
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    assert _aot.facts(compiled, 1).temporary_bytes < scores / 2
+
+
 @pytest.mark.parametrize("kernel", ["gradient of queries", "gradients of keys"])
 @pytest.mark.parametrize("width", [64, 128])
 def test_the_kernels_of_the_gradients_spill_little_and_their_mask_takes_few_instructions(width, kernel):

@@ -118,3 +118,17 @@ def test_a_program_takes_as_long_as_its_kernels_and_the_gaps_before_them():
     assert copy.limits["memory"] == pytest.approx(1e-6)
     assert _machine_code.seconds([copy, copy]) == pytest.approx(2e-6)
     assert _machine_code.seconds([copy, copy], gap=2e-6) == pytest.approx(6e-6)
+
+
+def test_bundles_of_a_tpu_kernel_are_counted_between_its_branches():
+    llo = pytest.importorskip("_llo")
+    text = """
+     0   :  { %s1 = inlined_call_operand.vmem [shape: s32[1,3]] }
+   0x1 LB: > { %p1 = scmp.ne.s32.totalorder %s1, 1  ;;  %2 = sbr.rel (%p1) target = $region3 }
+   0x2   : > { %v1 = vld [vmem:[%s1]] }
+   0x3   : > { %3 = vmatmul.bf16.gmra.mxu0 %v1 }
+   0x4   : > { %4 = vst [vmem:[%s1]] %v1 }
+   0x5 PF: > { %s2 = sadd.s32 1, %s1 }
+   0x6   :  {} /* End region 3 */
+"""
+    assert llo.read(text) == llo.Kernel([4], 3)
