@@ -25,8 +25,8 @@ LONG = {"queries": 300, "keys": 280}  # three tiles of each
 
 @pytest.fixture
 def small(monkeypatch):
-    """Tiles of 128, and room in memory for the gradients of one tile of queries of the usual width."""
-    method = MosaicTpu(queries=128, keys=128, resident=128 * attention_suite.WIDTH)
+    """Tiles of 128, and room in memory for the gradients of two tiles of queries of the usual width."""
+    method = MosaicTpu(queries=128, keys=128, resident=2 * 128 * attention_suite.WIDTH)
     registered = Implementation(refusal, functools.partial(_derivative.attend, method))
     monkeypatch.setitem(attention_suite.REGISTRY, "mosaic_tpu", registered)
     return ROW
