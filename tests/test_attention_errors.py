@@ -106,7 +106,7 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
         (
             call(implementation="flash"),
             ValueError,
-            "implementation must be 'reference' or 'chunked', got 'flash'; pick one of them",
+            "implementation must be 'reference' or 'chunked' or 'mosaic_tpu' or 'mosaic_gpu', got 'flash'; pick one of them",
         ),
         (call(key=None), TypeError, "prng_key must be a PRNG key when something is dropped, got None; pass a key, or"),
         (call(key=jax.random.split(KEY)), ValueError, "prng_key must be one key, got a batch of shape (2,); use jax.v"),
@@ -223,7 +223,7 @@ def test_a_platform_may_have_its_own_order(constants, monkeypatch):
 
 def test_an_implementation_that_refuses_is_skipped_or_if_named_gives_its_reason(constants, monkeypatch):
     refusing = Implementation(
-        lambda arguments, query, key, value: "an odd width" if query.shape[-1] % 2 else None,
+        lambda arguments, query, key, value, over_scores: "an odd width" if query.shape[-1] % 2 else None,
         IMPLEMENTATIONS["fake"].attend,
     )
     monkeypatch.setitem(IMPLEMENTATIONS, "fake", refusing)
