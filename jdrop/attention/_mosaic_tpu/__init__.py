@@ -102,39 +102,31 @@ class MosaicTpu:
         k, v = (_padded(x, grid.all_keys) for x in (key, value))
         sums = sums.swapaxes(2, 3)
 
-        most = max(self.resident // (grid.queries * query.shape[3]), 1)  # tiles of queries in memory
-        starts = range(0, grid.query_tiles, -(-grid.query_tiles // -(-grid.query_tiles // most)))
-        groups = query.shape[2] // key.shape[2]
-        together = max(
-            n for n in range(1, groups + 1) if groups % n == 0 and n * grid.query_tiles <= max(most, grid.query_tiles)
-        )
-        one = len(starts) == 1 and together == groups
-        results = []
-        for start in starts:
-            tiles = min(starts.step, grid.query_tiles - start)
-            part = slice(start * grid.queries, (start + tiles) * grid.queries)
-            results.append(
-                backward(
-                    grid._replace(query_tiles=tiles, first_tile=start),
-                    together,
-                    query.dtype if one else jnp.float32,
-                    scalars,
-                    None if rows is None else rows[..., part],
-                    q[:, :, part],
-                    do[:, :, part],
-                    sums[..., part],
-                    k,
-                    v,
-                    interpret,
-                )
-            )
-        dq = jnp.concatenate([dq for dq, _, _ in results], axis=2)
-        batch, heads, tiles, width, size = dq.shape
-        dq = dq.transpose(0, 2, 4, 1, 3).reshape(batch, tiles * size, heads, width)[:, : query.shape[1]]
-        dk, dv = (functools.reduce(jnp.add, [x[i] for x in results]) for i in (1, 2))
-        dk, dv = (jnp.sum(x, axis=2) if x.shape[2] > 1 else x[:, :, 0] for x in (dk, dv))
+        segments, together = self._plan(grid, query, key)
+        dtype = query.dtype if len(segments) == 1 and together * key.shape[2] == query.shape[2] else jnp.float32
+        dqs, dks, dvs = [], [], []
+        for segment in segments:
+            part = slice(segment.first_tile * grid.queries, (segment.first_tile + segment.query_tiles) * grid.queries)
+            rows_of_part = None if rows is None else rows[..., part]
+            of_part = (q[:, :, part], do[:, :, part], sums[..., part])
+            dq, dk, dv = backward(segment, together, dtype, scalars, rows_of_part, *of_part, k, v, interpret)
+            dqs.append(dq.transpose(0, 2, 4, 1, 3).reshape(dq.shape[0], -1, *query.shape[2:]))
+            dks.append(dk)
+            dvs.append(dv)
+        dq = jnp.concatenate(dqs, axis=1)[:, : query.shape[1]]
+        dk, dv = (functools.reduce(jnp.add, parts).sum(2, dtype=dtype) for parts in (dks, dvs))
         dk, dv = (x.astype(key.dtype).swapaxes(1, 2)[:, : key.shape[1]] for x in (dk, dv))
         return dq, dk, dv, None
+
+    def _plan(self, grid: Grid, query: Array, key: Array) -> tuple[list[Grid], int]:
+        """Return segments of queries, and a number of query heads, whose gradients fit into fast memory."""
+        most = max(self.resident // (grid.queries * query.shape[3]), 1)  # tiles of queries
+        tiles = -(-grid.query_tiles // -(-grid.query_tiles // most))  # per segment: as many segments, but alike
+        starts = range(0, grid.query_tiles, tiles)
+        segments = [grid._replace(query_tiles=min(tiles, grid.query_tiles - i), first_tile=i) for i in starts]
+        groups = query.shape[2] // key.shape[2]
+        together = [n for n in range(1, groups + 1) if groups % n == 0 and n * tiles <= max(most, tiles)]
+        return segments, max(together)
 
     def _grid(self, spec: AttentionSpec, query: Array, key: Array, inputs: AttentionInputs) -> Grid:
         queries, keys = tile_size(query.shape[1], self.queries), tile_size(key.shape[1], self.keys)
