@@ -62,17 +62,24 @@ class Mask:
         assert isinstance(self.bits, FastBits)
         return self.bits.word_at(self.words, self.shape, self._zero_where_shared(index), platform)
 
-    def row_keys(self, index: Sequence[U64], *, platform: Platform = GENERIC) -> tuple[Pair, Array]:
+    def row_keys(self, size: Sequence[Any], start: Array | None, *, platform: Platform = GENERIC) -> tuple[Pair, Array]:
         """Return keys and first columns for kernels, such that ``fast.mix(key, column + j)`` is the word of element j.
 
-        Elements count along the last axis, which is not shared. ``index`` is as for keep_at, of the elements 0.
+        Elements count along the last axis, which is whole and not shared. ``size`` is that of a window with 1 on the
+        last axis, and ``start`` is where it starts, as for a mask.
         """
         assert isinstance(self.bits, FastBits)
+        index = dataclasses.replace(self, start=start).index(size)
         return self.bits.row_keys(self.words, self.shape, self._zero_where_shared(index), platform)
 
     def keep_probability(self, dtype: Any) -> Array:
         """Return the exact probability that an element is kept; NaN where the rate is NaN."""
         return self.bits.keep_probability(self.rate, dtype)
+
+    def inverse_keep_probability(self, dtype: Any) -> Array:
+        """Return the factor of kept elements, 1 over the keep probability; 0 where nothing is kept."""
+        keep = self.keep_probability(dtype)
+        return jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
 
     def index(self, size: Sequence[Any], sharding: NamedSharding | None = None) -> list[U64]:
         """Return the index along each axis of a window at ``start``, with size 1 on shared axes."""

@@ -19,7 +19,7 @@ Latency, partly filled multiprocessors, and the choice of tiles are not in the m
 import math
 import re
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import _aot
 import _machine_code
@@ -113,9 +113,9 @@ class Model:
         return name
 
 
-def predict(compiled: object) -> Prediction:
+def predict(compiled: Any) -> Prediction:
     """Predict the time of a compiled program."""
-    model = Model(compiled.as_text())  # type: ignore[attr-defined]
+    model = Model(compiled.as_text())
     model.run(model.program.entry)
     return Prediction(sum(model.limits.values()), model.cached / max(model.moved, 1), model.limits)
 

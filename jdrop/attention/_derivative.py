@@ -43,7 +43,7 @@ class Method(Protocol):
         """Return the output, the maxima of the logits, and the logarithms of the sums of exponentials.
 
         All are [B, T, N, ...]. The exponentials are of differences from the maximum. For queries that see no key, these
-        numbers are 0 and +inf. JAX differentiates this function for a target without a name.
+        numbers are 0 and +inf.
         """
 
     def backward(self, target: Target, spec: AttentionSpec, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
@@ -51,6 +51,11 @@ class Method(Protocol):
 
         The residuals are ``(query, key, value, bias, inputs, peak, log_sum, out)``.
         """
+
+
+def _for_target(method: Method, target: Target) -> Method:
+    """Return the method for a target: without a name, it is only for types and derivatives, which need plain JAX."""
+    return method.differentiable if target.name is None else method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +66,7 @@ class _Forward:
     spec: AttentionSpec
 
     def __call__(self, target: Target, *operands: Any) -> tuple[Array, ...]:
-        return self.method.forward(target, self.spec, *operands)
+        return _for_target(self.method, target).forward(target, self.spec, *operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,7 @@ class _Transpose:
     moving: tuple[bool, ...]
 
     def __call__(self, target: Target, residuals: tuple[Any, ...], do: Array) -> tuple[Array, ...]:
-        gradients = self.method.backward(target, self.spec, residuals, do)
+        gradients = _for_target(self.method, target).backward(target, self.spec, residuals, do)
         return tuple(x for x, moves in zip(gradients, self.moving) if moves)
 
 

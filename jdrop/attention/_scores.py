@@ -88,8 +88,7 @@ class Scores:
         """Divide rows, which are linear in kept values, by the keep probability; 0 where nothing is kept."""
         if self.inputs.dropout is None:
             return rows
-        keep = self.inputs.dropout.keep_probability(real_dtype(rows))
-        return rows * jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
+        return rows * self.inputs.dropout.inverse_keep_probability(real_dtype(rows))
 
 
 def rounds_probabilities(platform: Platform, query: Array, bias: Array | None) -> bool:
@@ -153,7 +152,8 @@ def backward_block(
     gradient. If probabilities are rounded, q is that of :func:`with_peaks`, and k and v are those of :func:`with_ones`.
     """
     block = scores.block
-    q, do, peak, log_sum, *delta = (block.queries(x) for x in (q, do, peak, log_sum, *delta))  # type: ignore[assignment]
+    q, do, peak, log_sum = (block.queries(x) for x in (q, do, peak, log_sum))
+    delta = tuple(block.queries(x) for x in delta)
     k, v = block.keys(k), block.keys(v)
     real, width = log_sum.dtype, do.shape[-1]
     wide_q, wide_k, q, k = q, k, q[..., :width], k[..., :width]

@@ -16,8 +16,7 @@ from jdrop._mask import Mask
 from jdrop._platform import Target
 from jdrop._prepare import Arguments
 from jdrop._random import fast
-from jdrop._random.indexing import MIN_COLUMNS, window_index
-from jdrop._random.threefry import U64
+from jdrop._random.indexing import MIN_COLUMNS
 from jdrop.attention import _blockwise, _checks, _derivative
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query
 from jdrop.attention._tile import LOG2E
@@ -69,8 +68,7 @@ def _module(name: str) -> Any:
 
 def row_keys(target: Target, mask: Mask, size: tuple[int, int, int], start: Array | None) -> Array:
     """Return the keys of the rows of scores, uint32 [B, N, 2, T]. ``start`` is that of a tile of the scores."""
-    starts = None if start is None else [U64(at[0], at[1]) for at in start]
-    words, _ = mask.row_keys(window_index((*size, 1), starts), platform=target.platform)
+    words, _ = mask.row_keys((*size, 1), start, platform=target.platform)
     return jnp.stack([jnp.broadcast_to(word, (*size, 1))[..., 0] for word in words], axis=2)
 
 
@@ -98,10 +96,8 @@ def _operands(
     inverse, mask = jnp.float32(1), inputs.dropout
     threshold = words = None
     if mask is not None:
-        rate = jnp.asarray(mask.rate).reshape(())
-        kept = fast.keep_probability(rate, jnp.float32)
-        inverse = jnp.where(kept == 0, 0.0, 1 / jnp.where(kept == 0, 1.0, kept))
-        threshold = fast.threshold(rate)[0].reshape(1)
+        inverse = mask.inverse_keep_probability(jnp.float32).reshape(())
+        threshold = fast.threshold(jnp.asarray(mask.rate))[0].reshape(1)
         words = _pad(row_keys(target, mask, (batch, heads, num_queries), inputs.start), 3)
     # A scale of 0 becomes a tiny one, because -inf times 0 is NaN.
     factor = jnp.maximum(jnp.abs(scale) * LOG2E, 1e-30)
@@ -141,8 +137,7 @@ class MosaicGpu:
         bias: Array | None,
         inputs: AttentionInputs,
     ) -> tuple[Array, ...]:
-        if target.name is None:
-            return self.differentiable.forward(target, spec, query, key, value, bias, inputs)
+        del bias  # refused
         _checks.check_target(target, NAME, ("cuda",))
         out, peak, total = _module("forward").forward(*_operands(target, spec, query, key, value, inputs))
         peak, total = (x[:, :, : query.shape[1]].swapaxes(1, 2)[..., None] for x in (peak, total))
@@ -151,8 +146,6 @@ class MosaicGpu:
         return out[:, : query.shape[1]], jnp.where(blind, 0.0, peak / LOG2E), log_sum
 
     def backward(self, target: Target, spec: AttentionSpec, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
-        if target.name is None:
-            return self.differentiable.backward(target, spec, residuals, do)
         _checks.check_target(target, NAME, ("cuda",))
         query, key, value, _, inputs, peak, log_sum, out = residuals
         kernels = _module("backward")

@@ -16,8 +16,7 @@ from jdrop._bits import FastBits
 from jdrop._platform import Target
 from jdrop._prepare import Arguments
 from jdrop._random import fast
-from jdrop._random.indexing import MIN_COLUMNS, window_index
-from jdrop._random.threefry import U64
+from jdrop._random.indexing import MIN_COLUMNS
 from jdrop.attention import _blockwise, _checks, _derivative, _tile
 from jdrop.attention._mosaic_tpu.grid import Grid
 from jdrop.attention._spec import AttentionInputs, AttentionSpec, first_query
@@ -72,8 +71,7 @@ class MosaicTpu:
         bias: Array | None,
         inputs: AttentionInputs,
     ) -> tuple[Array, ...]:
-        if target.name is None:
-            return self.differentiable.forward(target, spec, query, key, value, bias, inputs)
+        del bias  # refused
         from jdrop.attention._mosaic_tpu.forward import forward  # half a second, only for those who use it
 
         interpret, grid = _interprets(target), self._grid(spec, query, key, inputs)
@@ -87,8 +85,6 @@ class MosaicTpu:
     def backward(self, target: Target, spec: AttentionSpec, residuals: tuple[Any, ...], do: Array) -> tuple[Any, ...]:
         from jdrop.attention._mosaic_tpu.backward import backward
 
-        if target.name is None:
-            return self.differentiable.backward(target, spec, residuals, do)
         query, key, value, _, inputs, peak, log_sum, out = residuals
         interpret, grid = _interprets(target), self._grid(spec, query, key, inputs)
         rows, scalars = _rows(target, inputs, query, grid), _scalars(spec, inputs, query, key)
@@ -96,7 +92,7 @@ class MosaicTpu:
         do = jnp.where(inverse == 0, 0, do.astype(peak.dtype))
         delta = jnp.sum(do * out.astype(peak.dtype), axis=-1, keepdims=True) * inverse
         if inputs.dropout is not None:
-            inverse = inverse * _inverse_keep(inputs).swapaxes(1, 2)
+            inverse = inverse * _as_scores(inputs.dropout.inverse_keep_probability(jnp.float32)).swapaxes(1, 2)
         sums = jnp.concatenate([peak * _tile.LOG2E, delta], axis=-1)
         q, do, sums = (_padded(x, grid.all_queries) for x in (query, (do * inverse).astype(query.dtype), sums))
         k, v = (_padded(x, grid.all_keys) for x in (key, value))
@@ -176,12 +172,9 @@ def _scalars(spec: AttentionSpec, inputs: AttentionInputs, query: Array, key: Ar
     return [numbers[None], jnp.reshape(scale * np.float32(_tile.LOG2E), (1, 1))]
 
 
-def _inverse_keep(inputs: AttentionInputs) -> Array:
-    """Return 1 over the keep probability, or 0 if that is 0; it broadcasts to [B, N, T, 1]."""
-    assert inputs.dropout is not None
-    keep = inputs.dropout.keep_probability(jnp.float32)
-    inverse = jnp.where(keep == 0, 0.0, 1 / jnp.where(keep == 0, 1.0, keep))
-    return inverse.reshape((1,) * (4 - inverse.ndim) + inverse.shape)
+def _as_scores(x: Array) -> Array:
+    """Give a number, or an array that broadcasts to scores, four axes."""
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
 def _rows(target: Target, inputs: AttentionInputs, query: Array, grid: Grid) -> Array | None:
@@ -191,11 +184,9 @@ def _rows(target: Target, inputs: AttentionInputs, query: Array, grid: Grid) -> 
         return None
     assert isinstance(mask.bits, FastBits)
     batch, length, heads, _ = query.shape
-    start = None if inputs.start is None else [U64(at[0], at[1]) for at in inputs.start]
-    row_key, first = mask.row_keys(window_index((batch, heads, length, 1), start), platform=target.platform)
-    threshold = fast.threshold(jnp.asarray(mask.rate))[0]
-    threshold = threshold.reshape((1,) * (4 - threshold.ndim) + threshold.shape)
-    factor = lax.bitcast_convert_type(_inverse_keep(inputs), jnp.uint32)
+    row_key, first = mask.row_keys((batch, heads, length, 1), inputs.start, platform=target.platform)
+    threshold = _as_scores(fast.threshold(jnp.asarray(mask.rate))[0])
+    factor = lax.bitcast_convert_type(_as_scores(mask.inverse_keep_probability(jnp.float32)), jnp.uint32)
     columns = [first] if mask.shape[3] < MIN_COLUMNS else []  # otherwise, the only columns are those of the keys
     rows = jnp.stack(jnp.broadcast_arrays(*row_key, threshold, factor, *columns), axis=2)[..., 0]
     if rows.shape[-1] == 1:

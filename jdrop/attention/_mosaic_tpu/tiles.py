@@ -42,19 +42,16 @@ class Rows(NamedTuple):
 
     def keep(self, first_key: Any, keys: int) -> Array:
         """Return which scores of a tile are kept. Keys are a power of two, at least 8, and divide the first one."""
-        return self.words(first_key, keys) >= self.threshold
-
-    def words(self, first_key: Any, keys: int) -> Array:
-        """Return the words of a tile of scores."""
-        shape = (keys, self.threshold.shape[1])
-        start = first_key.astype(jnp.uint32)
+        start, queries = first_key.astype(jnp.uint32), self.threshold.shape[1]
         if self.first is not None:
-            columns = lax.broadcasted_iota(jnp.uint32, shape, 0) + start + self.first
-            return fast.mix(self.key, columns)
-        # Vectors have 8 rows. With the row in the key, the rest of the column is a constant of each vector.
-        key = fast.key_from(self.key, lax.broadcasted_iota(jnp.uint32, (8, shape[1]), 0) + start)
-        columns = lax.broadcasted_iota(jnp.uint32, (keys // 8, 8, shape[1]), 0) * np.uint32(8)
-        return fast.mix((key[0][None], key[1][None]), columns).reshape(shape)
+            columns = lax.broadcasted_iota(jnp.uint32, (keys, queries), 0) + start + self.first
+            return fast.mix(self.key, columns) >= self.threshold
+        # Vectors have 8 rows: the number of a vector is constant in it, and only the row within it is in the key.
+        rows = lax.broadcasted_iota(jnp.uint32, (1, 8, queries), 1)
+        vectors = lax.broadcasted_iota(jnp.uint32, (keys // 8, 8, queries), 0) * np.uint32(8)
+        key = self.key[0][None], self.key[1][None]
+        kept = _tile.keep(key, start, _tile.Index(rows, vectors), self.threshold[None], 0)
+        return kept.reshape(keys, queries)
 
 
 def dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:
