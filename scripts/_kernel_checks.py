@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import _bench
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,10 +97,3 @@ def rows(plan: Plan) -> Iterator[Row]:
         for dtype in [*BOUNDS][1:] if plan.small else BOUNDS:
             row = {"implementation": name, "case": case, "dtype": dtype}
             yield from attempt(plan, row, functools.partial(compare, name, case, dtype))
-
-
-if __name__ == "__main__":  # all cases, on any device
-    import time
-
-    found = list(rows(Plan(False, time.monotonic() + 600)))
-    _bench.table("kernels", [*found[-1]], [[str(row.get(name)) for name in found[-1]] for row in found])

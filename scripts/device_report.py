@@ -2,7 +2,7 @@
 
 One command for the first minutes on a new device: ``python scripts/device_report.py --json report.json``. The parts,
 the most important first: known answers, the checks of ``check_reproducibility.py``, dropout and the other members
-beside a copy, the gradient of a transformer, blocks that skip units, the attention kernels against the formula,
+relative to a copy, the gradient of a transformer, blocks that skip units, the attention kernels against the formula,
 attention, a core of the tests, and a trainer.
 ``--only`` selects parts, and ``--small`` rehearses them on tiny sizes.
 
@@ -130,7 +130,7 @@ def reproducibility(plan: Plan) -> Iterator[Row]:
         yield check_reproducibility.run(check)._asdict()
 
 
-# ---------------------------------------------------------------------------------- dropout and members beside a copy
+# ---------------------------------------------------------------------------------- dropout and members
 
 
 @functools.cache
