@@ -26,6 +26,7 @@ from jdrop._family.tokens import token_dropout as token_dropout
 from jdrop._family.weights import drop_connect as drop_connect
 from jdrop._family.weights import embedding_dropout as embedding_dropout
 from jdrop._random.fast import MASK_VERSION as MASK_VERSION
+from jdrop._random.packed import PACKED_MASK_VERSION as PACKED_MASK_VERSION
 from jdrop.attention import dot_product_attention as dot_product_attention
 
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from jdrop._errors import describe
 from jdrop._platform import Platform
-from jdrop._random import fast, jax_bits
+from jdrop._random import fast, jax_bits, packed
 from jdrop._random.indexing import MIN_COLUMNS, row_and_column, strides
 from jdrop._random.threefry import U64, Pair
 from jdrop._types import Generator, Rate
@@ -75,6 +75,10 @@ class FastBits:
     def word_at(self, words: Array, shape: tuple[Any, ...], index: Sequence[U64], platform: Platform) -> Array:
         """Return the uint32 words at an index, from which decisions and noise are computed."""
         key, col = self.row_keys(words, shape, index, platform)
+        return self.mix(key, col)
+
+    def mix(self, key: Pair, col: Array) -> Array:
+        """Mix the key of a row and a column into the word of an element."""
         return fast.mix(key, col)
 
     def row_keys(
@@ -94,6 +98,18 @@ class FastBits:
 
     def keep_probability(self, rate: Rate, dtype: Any) -> Array:
         return fast.keep_probability(jnp.asarray(rate), dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBits(FastBits):
+    """``generator="packed"``: two decisions per word."""
+
+    def rate(self, rate: Rate) -> Rate:
+        xp: Any = np if isinstance(rate, np.ndarray) else jnp
+        return xp.asarray(xp.round(super().rate(rate) * packed.STEPS) / packed.STEPS)
+
+    def mix(self, key: Pair, col: Array) -> Array:
+        return packed.mix(key, col)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,10 +146,13 @@ class JaxBits:
         return jax_bits.keep_probability(jnp.asarray(rate), dtype)
 
 
+_HASHED: dict[Generator, Bits] = {"fast": FastBits(), "packed": PackedBits()}
+
+
 def bits_for(function: str, key: Array, generator: Generator, argument: str = "key") -> Bits:
     """Return the source of decisions for a key; ``argument`` is the name of the key in the function."""
-    if generator == "fast":
-        return FastBits()
+    if generator in _HASHED:
+        return _HASHED[generator]
     try:
         implementation = str(jax.random.key_impl(key))  # legacy keys: the default implementation
     except (TypeError, ValueError):
@@ -146,5 +165,5 @@ def bits_for(function: str, key: Array, generator: Generator, argument: str = "k
 
 def expected_keep(rate: Rate, generator: Generator, dtype: Any) -> Array:
     """Return the keep probability without a key, as the factor of evaluation if training does not divide."""
-    bits: Bits = FastBits() if generator == "fast" else JaxBits("", False)
+    bits = _HASHED.get(generator, JaxBits("", False))
     return bits.keep_probability(lax.stop_gradient(bits.rate(rate)), dtype)

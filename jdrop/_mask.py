@@ -34,6 +34,12 @@ class Mask:
     """Shape of the decisions of the whole array: 1 on shared axes."""
     bits: Bits = dataclasses.field(metadata={"static": True})
 
+    @property
+    def hashed_bits(self) -> FastBits:
+        """The bits, as kernels need them: those of ``generator="fast"`` or ``"packed"``."""
+        assert isinstance(self.bits, FastBits)
+        return self.bits
+
     def keep(
         self, size: Sequence[Any], *, platform: Platform = GENERIC, sharding: NamedSharding | None = None
     ) -> Array:
@@ -59,18 +65,17 @@ class Mask:
 
     def word_at(self, index: Sequence[U64], *, platform: Platform = GENERIC) -> Array:
         """Return the uint32 words behind decisions and noise of ``generator="fast"``; ``index`` as for keep_at."""
-        assert isinstance(self.bits, FastBits)
+        assert type(self.bits) is FastBits  # not all bits of the words of its subclass are random
         return self.bits.word_at(self.words, self.shape, self._zero_where_shared(index), platform)
 
     def row_keys(self, size: Sequence[Any], start: Array | None, *, platform: Platform = GENERIC) -> tuple[Pair, Array]:
-        """Return keys and first columns for kernels, such that ``fast.mix(key, column + j)`` is the word of element j.
+        """Return keys and first columns for kernels, such that ``bits.mix(key, column + j)`` is the word of element j.
 
         Elements count along the last axis, which is whole and not shared. ``size`` is that of a window with 1 on the
         last axis, and ``start`` is where it starts, as for a mask.
         """
-        assert isinstance(self.bits, FastBits)
         index = dataclasses.replace(self, start=start).index(size)
-        return self.bits.row_keys(self.words, self.shape, self._zero_where_shared(index), platform)
+        return self.hashed_bits.row_keys(self.words, self.shape, self._zero_where_shared(index), platform)
 
     def keep_probability(self, dtype: Any) -> Array:
         """Return the exact probability that an element is kept; NaN where the rate is NaN."""

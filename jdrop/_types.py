@@ -10,11 +10,11 @@ from jax.sharding import PartitionSpec
 
 RateLike = float | np.ndarray | Array  # an argument
 Rate = np.ndarray | Array  # a checked argument
-Generator = Literal["fast", "jax"]
+Generator = Literal["fast", "packed", "jax"]
 Shard = PartitionSpec | None
 Window = Sequence[tuple[int | Array, int]]
 
-GENERATORS = ("fast", "jax")
+GENERATORS = ("fast", "packed", "jax")
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 # Those with a zero: all but float8_e8m0fnu.
 FLOAT8 = tuple(f"float8_{name}" for name in ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz"))

@@ -235,6 +235,7 @@ def attention_rows(mesh: Mesh, length: int, causal: bool, dtype: Any, options: A
 def machine_contenders(rate: float) -> dict[str, _bench.Drop]:
     """Return dropout and noise, starting with ``x * c``."""
     drops = _bench.contenders(rate)
+    drops["jdrop packed"] = lambda key, x: jdrop.dropout(key, x, rate, train=True, generator="packed")
     drops |= {name: _family.calls_of(name)[1] for name in ("alpha_dropout", "gaussian_dropout")}
     return drops | {"x * normal": lambda key, x: x * jax.random.normal(key, x.shape, x.dtype)}
 

@@ -1,10 +1,10 @@
-"""Claim: compiled for an H100, the attention kernels keep the mask out of memory at 15 instructions per score.
+"""Claim: compiled for an H100, attention kernels keep the mask out of memory at 15 instructions per score, or 9 packed.
 
 NVIDIA's own assembler makes the programs, without a device; nothing was run, and no time was measured. Install it with
 ``pip install -e '.[accelerators]'``.
 
-Rows: each kernel in bfloat16, with and without dropout, by width, with and without causal attention. The kernels are
-the forward pass, the gradient of queries, and the gradients of keys and values.
+Rows: each kernel in bfloat16, without dropout and with that of two generators, by width, with and without causal
+attention. The kernels are the forward pass, the gradient of queries, and the gradients of keys and values.
 
 Columns: ``registers`` and ``spills`` are those of a thread when the kernel starts, and the bytes that threads store and
 load because they have too few. ``instructions`` are machine instructions per score in the main loop, with both sides of
@@ -35,6 +35,7 @@ import _machine_code
 import jax
 import jax.numpy as jnp
 
+from jdrop._bits import FastBits, PackedBits
 from jdrop.attention._mosaic_gpu import backward as backward
 from jdrop.attention._mosaic_gpu import forward as forward
 from jdrop.attention._mosaic_gpu.parts import ROWS, Operands, Options
@@ -48,6 +49,7 @@ KERNELS = {  # the function, the columns of its tiles, and its operations of mat
 }
 TENSOR = 4096  # operations per cycle of a multiprocessor, as specified for dense products in 16 bits
 TIMES = ("overlapped", "serial")
+GENERATORS: dict[str, FastBits | None] = {"no dropout": None, "fast": FastBits(), "packed": PackedBits()}
 THREADS = 128  # of a warpgroup, which computes a tile
 LENGTH, SCORES = 1024, 4 * 16 * 4096**2  # of the compiled program, whose loops have any length; and of the model
 
@@ -69,14 +71,15 @@ def operands(width: int, drops: bool, dtype: Any) -> Operands:
     )
 
 
-def compile_kernel(name: str, width: int, causal: bool, drops: bool, dtype: Any = jnp.bfloat16) -> tuple[str, str]:
+def compile_kernel(name: str, width: int, causal: bool, generator: str, dtype: Any = jnp.bfloat16) -> tuple[str, str]:
     """Compile a kernel; return the log of the assembler, and the machine code."""
     for path in Path(DUMPS).iterdir():
         path.unlink()
-    arrays = operands(width, drops, dtype)
+    bits = GENERATORS[generator]
+    arrays = operands(width, bits is not None, dtype)
     if name == "forward":
         arrays = arrays._replace(do=None, sums=None)
-    options = Options(AttentionSpec(causal, None, False), LENGTH, limits_queries=False, limits_keys=False)
+    options = Options(AttentionSpec(causal, None, False), LENGTH, limits_queries=False, limits_keys=False, bits=bits)
     _aot.compile_for(_aot.mesh("h100"), lambda arrays: KERNELS[name][0](options, arrays), arrays)
     (ptx,) = Path(DUMPS).glob("*.ptx")
     return _machine_code.assemble(ptx)
@@ -104,9 +107,9 @@ def pipes(loop: list[str]) -> Counter[str]:
     return Counter(_machine_code.PIPES.get(operation.split(".")[0], "other") for operation in loop)
 
 
-def row(name: str, width: int, causal: bool, drops: bool) -> dict[str, Any]:
+def row(name: str, width: int, causal: bool, generator: str) -> dict[str, Any]:
     """Compile a kernel, count its instructions per score, and model its time."""
-    log, listing = compile_kernel(name, width, causal, drops)
+    log, listing = compile_kernel(name, width, causal, generator)
     ((registers, spills),) = _machine_code.resources(log).values()
     _, columns, products = KERNELS[name]
     loop, each = main_loop(listing), ROWS * columns / THREADS
@@ -120,7 +123,7 @@ def row(name: str, width: int, causal: bool, drops: bool) -> dict[str, Any]:
         "name": name,
         "width": width,
         "causal": causal,
-        "dropout": drops,
+        "generator": generator,
         "registers": registers,
         "spills": spills,
         "instructions": len(loop) / each,
@@ -133,12 +136,13 @@ def row(name: str, width: int, causal: bool, drops: bool) -> dict[str, Any]:
     }
 
 
-def pair(name: str, width: int, causal: bool) -> list[dict[str, Any]]:
-    """Return the rows of a kernel without and with dropout."""
-    without, drops = (row(name, width, causal, drops) for drops in (False, True))
-    drops["mask"] = drops["instructions"] - without["instructions"]
-    drops |= {f"{time}_ratio": drops[time] / without[time] for time in TIMES}
-    return [without, drops]
+def rows_of(name: str, width: int, causal: bool) -> list[dict[str, Any]]:
+    """Return the rows of a kernel, one per generator."""
+    without, *dropping = (row(name, width, causal, generator) for generator in GENERATORS)
+    for drops in dropping:
+        drops["mask"] = drops["instructions"] - without["instructions"]
+        drops |= {f"{time}_ratio": drops[time] / without[time] for time in TIMES}
+    return [without, *dropping]
 
 
 def main() -> None:
@@ -150,12 +154,13 @@ def main() -> None:
     head, results = _bench.report(__doc__, ()), []
     for width in options.width:
         for causal in (False, True):
-            rows = [r for name in options.kernel for r in pair(name, width, causal)]
+            rows = [r for name in options.kernel for r in rows_of(name, width, causal)]
             columns = list(rows[-1])[3:]
             cells = [[r["name"], *map(r.get, columns)] for r in rows]
             _bench.table(f"width {width}, causal {causal}", ("", *columns), cells)
-            total = {time: [sum(r[time] for r in rows if r["dropout"] == d) for d in (False, True)] for time in TIMES}
-            print(*(f"all kernels, {time}: {b:.2f} ms, {b / a:.2f} x" for time, (a, b) in total.items()), sep="\n")
+            for time in TIMES:
+                total = {name: sum(r[time] for r in rows if r["generator"] == name) for name in GENERATORS}
+                print(f"all kernels, {time}:", *(f"{name} {ms:.2f} ms" for name, ms in total.items()), sep="  ")
             results += rows
     _bench.write_json(options.json, {**head, "compiled_for": ["h100"], "rows": results})
 

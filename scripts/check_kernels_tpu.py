@@ -41,11 +41,11 @@ WORDS = jax.ShapeDtypeStruct((2,), jnp.uint32)  # of a key, because a key cannot
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]  # of the words of a key, query, key, value
 
 
-def of_jdrop(implementation: str, rate: float, causal: bool) -> Attend:
+def of_jdrop(implementation: str, rate: float, causal: bool, generator: Any = "fast") -> Attend:
     def attend(words: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         key = jax.random.wrap_key_data(words)
         return jdrop.dot_product_attention(
-            key, q, k, v, rate, train=True, is_causal=causal, implementation=implementation
+            key, q, k, v, rate, train=True, is_causal=causal, generator=generator, implementation=implementation
         )
 
     return attend
@@ -97,6 +97,7 @@ def of_tiles(mesh: Any, width: int, rate: float) -> Iterator[dict[str, Any]]:
         "splash, no dropout": of_splash(shape[1], shape[2], False),
         "mosaic_tpu, no dropout": of_jdrop("mosaic_tpu", 0.0, False),
         "mosaic_tpu": of_jdrop("mosaic_tpu", rate, False),
+        "mosaic_tpu, packed": of_jdrop("mosaic_tpu", rate, False, "packed"),
     }
     floor = 0
     for name, attend in forms.items():
@@ -114,6 +115,7 @@ def of_programs(mesh: Any, shape: tuple[int, ...], causal: bool, rate: float) ->
         "splash, no dropout": of_splash(length, heads, causal),
         "mosaic_tpu, no dropout": of_jdrop("mosaic_tpu", 0.0, causal),
         "mosaic_tpu": of_jdrop("mosaic_tpu", rate, causal),
+        "mosaic_tpu, packed": of_jdrop("mosaic_tpu", rate, causal, "packed"),
         "chunked": of_jdrop("chunked", rate, causal),
     }
     if length <= 2048:

@@ -5,9 +5,13 @@ test has a statistic with a known distribution for truly random words. Its p-val
 too even are as bad as words that are too uneven. All keys are fixed. With N tests in total, the generator fails if any
 p-value is below ``1e-4 / N`` (Bonferroni): a perfect generator fails at one ``--key-seed`` in 10,000.
 ``scripts/emit_bits.py`` feeds external suites.
+
+With ``--generator packed``, a word has the numbers of two decisions: upper bits of its own element, and lower bits of
+the element in the row that is 2**62 further.
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +25,7 @@ from scipy import stats
 
 from jdrop import keys
 from jdrop._platform import PLATFORMS
-from jdrop._random import fast
+from jdrop._random import fast, packed
 
 FAMILY_ERROR = 1e-4
 MATRIX_WORDS = 2**17  # largest number of words for the comparison of 32 x 32 pairs of bits
@@ -45,18 +49,27 @@ class Result(NamedTuple):
     p: float
 
 
-@jax.jit
-def _library(key_words: Array, hi: Array, lo: Array, cols: Array) -> Array:
+@functools.partial(jax.jit, static_argnames="mix")
+def _library(key_words: Array, hi: Array, lo: Array, cols: Array, *, mix: Callable[..., Array]) -> Array:
     def one(key_words: Array) -> Array:
         row_key = PLATFORMS["cpu"].row_key(key_words, (hi[:, None], lo[:, None]), cols)  # once per row
-        return fast.mix(row_key, cols[None, :])
+        return mix(row_key, cols[None, :])
 
     return jax.vmap(one)(key_words)
 
 
 def library(key: Array, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
     """Return the words of the library."""
-    return np.asarray(_library(jax.random.key_data(key), *_halves(rows), cols))
+    return np.asarray(_library(jax.random.key_data(key), *_halves(rows), cols, mix=fast.mix))
+
+
+def packed_library(key: Array, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Return pairs of numbers that decide with ``generator="packed"``."""
+    words = [
+        np.asarray(_library(jax.random.key_data(key), *_halves(r), cols, mix=packed.mix))
+        for r in (rows, rows ^ np.uint64(2**62))
+    ]
+    return words[0] & np.uint32(0xFFFF0000) | words[1] >> np.uint32(16)
 
 
 @jax.jit
@@ -294,6 +307,9 @@ GROUPS: dict[str, Callable[[Words, Array, int], Iterator[Result]]] = {
 }
 
 
+GENERATORS: dict[str, Words] = {"fast": library, "packed": packed_library}
+
+
 def check(words: Words, log2_words: int, key_seed: int, groups: list[str] | None = None) -> dict[str, list[Result]]:
     """Run the groups of tests on a generator; most tests compare ``2**log2_words`` pairs of words."""
     key = jax.random.key(key_seed)
@@ -319,9 +335,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--key-seed", type=int, default=0)
     parser.add_argument("--log2-words", type=int, default=20, help="pairs of words in most tests, from 14 (default 20)")
+    parser.add_argument("--generator", choices=GENERATORS, default="fast")
     arguments = parser.parse_args()
     begin = time.perf_counter()
-    results = check(library, arguments.log2_words, arguments.key_seed)
+    results = check(GENERATORS[arguments.generator], arguments.log2_words, arguments.key_seed)
     results |= check_row_keys(library_row_keys, arguments.log2_words, arguments.key_seed)
     failures, count = rejected(results), sum(map(len, results.values()))
     print(f"{'group':24} {'tests':>5}  {'smallest p':>10}  in")

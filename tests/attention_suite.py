@@ -206,6 +206,8 @@ def formula(q, k, v, do=None, factor=1.0, *, seen=True, bias=None, scale=None, l
 def mask_factor(key, shape, rate, **options):
     """Return the mask of ``jdrop.dropout_mask``, divided by the keep probability; 0 where that is 0."""
     rate = np.clip(rate, 0, 1)
+    if options.get("generator") == "packed":
+        rate = np.round(np.asarray(rate, np.float32) * 2**16) / 2**16
     mask = np.asarray(jdrop.dropout_mask(key, shape, rate if np.ndim(rate) else float(rate), **options))
     return mask / np.where(rate == 1, 1, 1 - rate.astype(np.float64))
 

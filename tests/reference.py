@@ -1,7 +1,7 @@
 """The mask bits in plain NumPy, written only from the text of the design: this file imports nothing from jdrop.
 
 It is slow, direct, and independent: 64-bit numbers are uint64 or Python integers, and Python integers count the row and
-column of an element. This file defines mask version 1.
+column of an element. This file defines mask version 1, and packed mask version 1.
 """
 
 import hashlib
@@ -139,3 +139,25 @@ def threshold(rate: float) -> int:
 def mask(key_words: Words, shape: Sequence[int], rate: float, window: Sequence[Pair] | None = None) -> np.ndarray:
     """Return which elements are kept."""
     return words(key_words, shape, window).astype(np.uint64) >= np.uint64(threshold(rate))
+
+
+def packed_numbers(key_words: Words, shape: Sequence[int], window: Sequence[Pair] | None = None) -> np.ndarray:
+    """Return numbers below 2**16: upper halves of words where (column // 8) is even, else the lower half of 8 before."""
+    window = [(0, n) for n in shape] if window is None else window
+    elements = [row_and_column(shape, index) for index in positions(window)]
+    of_second = np.array([col // 8 % 2 for _, col in elements], bool)
+    cols = [col - 8 * int(second) for (_, col), second in zip(elements, of_second, strict=True)]
+    both = element_words(seed(key_words), [row for row, _ in elements], cols)
+    return np.where(of_second, both % 2**16, both // 2**16).reshape([size for _, size in window])
+
+
+def packed_threshold(rate: float) -> int:
+    """Return float32(rate) * 2**16, rounded half to even; smaller numbers are dropped."""
+    return round(float(np.float32(rate)) * 2**16)
+
+
+def packed_mask(
+    key_words: Words, shape: Sequence[int], rate: float, window: Sequence[Pair] | None = None
+) -> np.ndarray:
+    """Return which elements ``generator="packed"`` keeps."""
+    return packed_numbers(key_words, shape, window) >= packed_threshold(rate)

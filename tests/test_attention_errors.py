@@ -120,7 +120,11 @@ def call(q=Q, k=K, v=None, rate=0.5, key=KEY, **options):
             "rate must broadcast to the mask's shape (2, 1, 8, 10), got shape (4, 1, 1); give it these sizes or 1",
         ),
         (call(shared_axes=4), ValueError, "shared_axes must be axes of an array with 4 axes, got 4; use axes from -4"),
-        (call(generator="torch"), ValueError, "generator must be 'fast' or 'jax', got 'torch'; pick one of them"),
+        (
+            call(generator="torch"),
+            ValueError,
+            "generator must be 'fast' or 'packed' or 'jax', got 'torch'; pick one of them",
+        ),
         (call(train=1), TypeError, "train must be a bool, got 1; pass train=True or False"),
         (
             call(rate=np.full([10], 0.5), implementation="chunked"),

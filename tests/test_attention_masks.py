@@ -73,6 +73,7 @@ CASES = {
         "query_seq_lengths": np.array([17, 20], np.int32),
         "key_value_seq_lengths": np.array([15, 9], np.int32),
     },
+    "two decisions per word": {"rate": 0.3, "generator": "packed"},
 }
 
 

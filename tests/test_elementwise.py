@@ -17,7 +17,7 @@ from jdrop._ops import SCALE
 from jdrop._platform import GENERIC
 from jdrop._primitive import MaskView
 from jdrop._random import fast
-from jdrop._types import FLOAT8
+from jdrop._types import FLOAT8, GENERATORS
 
 KEY = jax.random.key(0)
 SHAPES = [(), (0, 3), (7,), (300,), (200, 1), (2, 5, 7, 3), (6, 4, 256)]
@@ -48,7 +48,7 @@ def expected(x, mask, rate):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_the_mask_of_dropout_is_dropout_mask(shape, generator):
     x = some(shape)
     y = dropout(KEY, x, 0.4, train=True, generator=generator)
@@ -104,7 +104,7 @@ def test_zeros_keep_their_signs():
 
 
 @pytest.mark.parametrize("key", keys_of_all_types(), ids=[*IMPLS, "legacy"])
-@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_every_key_type(key, generator):
     x = some((8, 200))
     y = np.asarray(dropout(key, x, 0.3, train=True, generator=generator))
@@ -136,7 +136,7 @@ def test_train_false_returns_x_itself():
     assert dropout(KEY, x, jnp.float32(0.5), train=np.bool_(False)) is x
 
 
-@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("scale_at", ["train", "eval"])
 @pytest.mark.parametrize("rate", [1.0, 1, jnp.float32(1), jnp.float32(2)])
 def test_rate_one_gives_zeros_and_finite_gradients(rate, scale_at, generator):
@@ -153,7 +153,7 @@ def test_rate_one_gives_zeros_and_finite_gradients(rate, scale_at, generator):
         np.testing.assert_array_equal(y, np.zeros(x.shape))
 
 
-@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_traced_rates_follow_the_rules_without_recompiling(generator):
     x = some((16, 256))
     traces = 0

@@ -1,4 +1,4 @@
-"""Mask version 1 and derived keys are frozen: literals first, then the NumPy reference on random shapes.
+"""Mask version 1, packed mask version 1, and derived keys are frozen: literals first, then the NumPy reference on random shapes.
 
 A failure here means that existing runs would get other masks. Never change a literal: create a new mask version.
 """
@@ -166,6 +166,53 @@ def test_large_masks_are_frozen(rate, answer):
     assert hashlib.sha256(packed(np.asarray(y) != 0)).hexdigest() == answer
 
 
+PACKED_MASKS = [
+    ((), 0.5, None, "01"),
+    ((20,), 0.5, None, "e71404"),
+    (
+        (3, 130),
+        0.1,
+        None,
+        "fffeffffdbff7f7ffbefdfd7fefffffffeafb7fffbf3ffeffffff7f5fdffffbfffd7fffdf7fbf3ffbffd7ffffdffffff2f",
+    ),
+    (
+        (2, 3, 64),
+        0.5,
+        None,
+        "e714e4a25b94312cdb000012e4a859a91238968bc134eb8116222914f6dc2951bbde7d0d988ca4cc6498163ba2a70c82",
+    ),
+    ((2, 5, 7, 3), 0.25, None, "ef16fdf6dbff7d6fdb20cb53e6fdfdffb67abfbff73dfb95e4bd03"),
+    ((2**26, 100), 0.5, ((2**26 - 2, 2), (0, 100)), "dc3c93f016bedb6054cafaed472a263df26338d31afa85dec9"),
+    ((2**40, 256), 0.5, ((2**32 - 1, 2), (100, 64)), "ef80209e570d2da0052d42dd695f6547"),
+    ((2**33,), 0.5, ((2**32 - 64, 128),), "29c855e3389c413716222914f6dc2951"),
+]
+
+
+@pytest.mark.parametrize(("shape", "rate", "window", "answer"), PACKED_MASKS)
+def test_small_packed_masks_are_frozen(shape, rate, window, answer):
+    assert packed(reference.packed_mask(MAIN, shape, rate, window)).hex() == answer
+    mask = jdrop.dropout_mask(typed("threefry2x32"), shape, rate, window=window, generator="packed")
+    assert packed(mask).hex() == answer
+
+
+PACKED_DIGESTS = [
+    (2.0**-16, "c35aca06e2c856f6c7d28a52d9b1fd9b4542024117da54436cd4f6e42c7e988b"),
+    (0.1, "52e5a4e3f2d7e75b22e72feca6a67920607f195cc26d1561650f56fd846f4124"),
+    (0.5, "c38547439494f534da9360796c764d437bf046c6343963080f02c5d1a20e80a1"),
+    (0.999, "c0a7ce43bd8c40dd6ea85409b2c6a408b6bdcfa1d2e0ec2d41738f264599c0de"),
+]
+
+
+@pytest.mark.parametrize(("rate", "answer"), PACKED_DIGESTS)
+def test_large_packed_masks_are_frozen(rate, answer):
+    key = typed("threefry2x32")
+    for x in (rate, jnp.float32(rate)):
+        mask = jdrop.dropout_mask(key, LARGE, x, generator="packed")
+        assert hashlib.sha256(packed(mask)).hexdigest() == answer
+    y = jdrop.dropout(key, jnp.ones(LARGE), rate, train=True, generator="packed")
+    assert hashlib.sha256(packed(np.asarray(y) != 0)).hexdigest() == answer
+
+
 DERIVED = [
     ("threefry2x32", ("a",), (0xD632EFEE, 0x54EE15B4)),
     ("threefry2x32", ("encoder", 3, "attention", 1000), (0x31682AC7, 0x730731C5)),
@@ -299,6 +346,21 @@ def test_masks_and_scale_equal_the_reference(impl):
         np.testing.assert_array_equal(y, np.where(keep, scale, np.float32(0)))
 
 
+@pytest.mark.parametrize("impl", KEYS)
+def test_packed_masks_and_scale_equal_the_reference(impl):
+    """Rates round to steps of 2**-16, and the scale belongs to what they become: also 0 and 1."""
+    shape = (5, 3, 50)
+    numbers = reference.packed_numbers(KEYS[impl], shape)
+    for rate in (0.0, 1e-6, 2.0**-17, 3 * 2.0**-17, 0.1, 1 / 3, 0.5, 0.9, 0.999, 1 - 2**-16, 1 - 2**-18, 1.0):
+        t = reference.packed_threshold(rate)
+        keep = numbers >= t
+        np.testing.assert_array_equal(jdrop.dropout_mask(typed(impl), shape, rate, generator="packed"), keep)
+        scale = np.float32(2**16) / np.float32(2**16 - t) if t < 2**16 else np.float32(0)
+        for x in (rate, jnp.float32(rate), np.full((5, 1, 1), rate)):
+            y = jdrop.dropout(legacy(KEYS[impl]), jnp.ones(shape), x, train=True, generator="packed")
+            np.testing.assert_array_equal(y, np.where(keep, scale, np.float32(0)))
+
+
 def test_threshold_rounds_half_to_even():
     halves = {2.0**-33: 0, 3 * 2.0**-33: 2, 5 * 2.0**-33: 2, 7 * 2.0**-33: 4, 0.1: 429496736, 1 - 2.0**-24: 2**32 - 256}
     assert {rate: reference.threshold(rate) for rate in halves} == halves
@@ -308,5 +370,14 @@ def test_threshold_rounds_half_to_even():
         assert float(kept) == (2**32 - t) / 2**32
 
 
-def test_the_mask_version_is_one():
-    assert jdrop.MASK_VERSION == 1
+def test_packed_thresholds_round_half_to_even():
+    halves = {2.0**-17: 0, 3 * 2.0**-17: 2, 5 * 2.0**-17: 2, 0.1: 6554, 1 - 2.0**-17: 2**16, 1 - 2.0**-16: 2**16 - 1}
+    assert {rate: reference.packed_threshold(rate) for rate in halves} == halves
+    for rate, t in halves.items():
+        for x in (rate, jnp.float32(rate)):
+            kept = jdrop.dropout(None, jnp.ones(()), x, train=False, scale_at="eval", generator="packed")
+            assert float(kept) == (2**16 - t) / 2**16
+
+
+def test_the_mask_versions_are_one():
+    assert jdrop.MASK_VERSION == jdrop.PACKED_MASK_VERSION == 1

@@ -12,12 +12,13 @@ from jdrop import dropout, dropout_mask
 from jdrop._mask import draw_mask
 from jdrop._random import jax_bits
 from jdrop._random.threefry import U64, threefry2x32
+from jdrop._types import GENERATORS
 
 KEY = jax.random.key(3)
 
 
 @pytest.mark.parametrize("shape", [(300,), (7, 33, 5), (2, 5, 7, 3), (6, 4, 256), (40, 1)])
-@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_windows_are_parts_of_the_whole(shape, generator):
     whole = np.asarray(dropout_mask(KEY, shape, 0.5, generator=generator))
     rng = np.random.default_rng(0)
@@ -279,7 +280,7 @@ def test_rate_zero_keeps_all_of_the_window():
         assert mask.shape == (2, 3, 50) and mask.dtype == bool and bool(mask.all())
 
 
-@pytest.mark.parametrize("generator", ["fast", "jax"])
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_arrays_of_2_to_the_32_elements_and_more(generator):
     """Strides exceed 32 bits, even those of axes with one element or none."""
     shape, first = (1, 2**32, 128), 2**32 - 2

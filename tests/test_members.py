@@ -307,7 +307,7 @@ def platforms(name):
 
 @check
 def generators(name):
-    """``generator="jax"`` draws other bits. Other names are errors, and so is any for members without a mask."""
+    """Generators draw other bits. Other names are errors, and so is any for members without a mask."""
     if not MEMBERS[name].generator:
         with pytest.raises(TypeError, match="unexpected keyword argument 'generator'"):
             train(name, generator="jax")(KEY, X, 0.5)
@@ -315,6 +315,8 @@ def generators(name):
     y, fast = train(name, generator="jax")(KEY, X, 0.5), train(name)(KEY, X, 0.5)
     assert y.shape == fast.shape
     assert bool(jnp.any(y != fast))
+    packed = train(name, generator="packed")(KEY, X, 2**-18)  # rounds to 0; others scale by 1 + 4e-6
+    np.testing.assert_allclose(packed, train(name)(KEY, X, 0.0), rtol=1e-6)
     with pytest.raises(ValueError, match="generator must be"):
         train(name, generator="torch")(KEY, X, 0.5)
 

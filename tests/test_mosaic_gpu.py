@@ -49,15 +49,17 @@ def tile_shape(queries, keys, key_axis):
     return (queries, keys) if key_axis == 1 else (keys, queries)
 
 
-def test_a_tile_has_the_bits_of_dropout_mask():
+@pytest.mark.parametrize("generator", ["fast", "packed"])
+def test_a_tile_has_the_bits_of_dropout_mask(generator):
     shape = 2, 3, 64, 300
-    mask = jdrop.dropout_mask(jax.random.clone(KEY), shape, 0.3)
-    words = _mosaic_gpu.row_keys(CUDA, draw_mask("f", KEY, jnp.float32(0.3), shape), shape[:3], None)
-    threshold, _ = fast.threshold(jnp.float32(0.3))
-    for key_axis, lanes in [(1, 6), (1, 0), (0, 6), (0, 2**20 - 1)]:
+    whole = draw_mask("f", KEY, jnp.float32(0.3), shape, generator)
+    mask = jdrop.dropout_mask(jax.random.clone(KEY), shape, 0.3, generator=generator)
+    words = _mosaic_gpu.row_keys(CUDA, whole, shape[:3], None)
+    threshold, _ = fast.threshold(whole.rate)
+    for key_axis, lanes in [(1, 6), (1, 0), (0, 6), (0, 2**20 - 9)]:
         size = tile_shape(16, 128, key_axis)
         keys = index(np.uint32, size, key_axis, lanes)
-        kept = _tile.keep(tuple(words[1, 2, :, 32:48]), jnp.uint32(128), keys, threshold, key_axis)
+        kept = _tile.keep(whole.hashed_bits, tuple(words[1, 2, :, 32:48]), jnp.uint32(128), keys, threshold, key_axis)
         kept = kept if key_axis == 1 else kept.T
         np.testing.assert_array_equal(kept, mask[1, 2, 32:48, 128:256])
 
@@ -170,7 +172,8 @@ def attend(key, rate, options, q, k, v, do):
     lengths = [options.get(name) for name in ("query_seq_lengths", "key_value_seq_lengths")]
     lengths = [None if x is None else jnp.asarray(x, jnp.int32).reshape(-1, 1, 1, 1) for x in lengths]
     decisions = tuple(1 if axis in shared else n for axis, n in enumerate(shape))
-    mask = None if rate is None else draw_mask("f", key, rate, decisions)
+    generator = options.get("generator", "fast")
+    mask = None if rate is None else draw_mask("f", key, rate, decisions, generator)
     inputs = AttentionInputs(jnp.float32(scale), None, *lengths, start, mask)
     out, peak, log_sum = METHOD.forward(CUDA, spec, q, k, v, None, inputs)
     gradients = METHOD.backward(CUDA, spec, (q, k, v, None, inputs, peak, log_sum, out), do)
@@ -204,6 +207,7 @@ CASES = {
         {"shared_axes": (0, 1)},
     ),
     "shared by queries": ({"heads": 2}, {"shared_axes": (2,)}),
+    "packed": ({"queries": 72, "keys": 201}, {"generator": "packed"}),
 }
 
 
@@ -234,7 +238,7 @@ def test_kernels_give_the_formula(sizes, options):
         jax.random.clone(KEY), *exact, *([] if rate is None else [rate]), train=rate is not None, **options
     )
     suite.close([np.asarray(x, np.float32) for x in results], expected, BOUND[dtype])
-    hiding = {name: x for name, x in options.items() if name not in ("scale", "shared_axes")}
+    hiding = {name: x for name, x in options.items() if name not in ("scale", "shared_axes", "generator")}
     blind = ~suite.visible(suite.scores_shape(*arrays[:2]), **hiding).any(-1).swapaxes(1, 2)[..., None]
     np.testing.assert_array_equal(log_sum == np.inf, blind)
     assert (np.asarray(peak)[blind] == 0).all()
@@ -251,11 +255,12 @@ def test_kernels_take_any_traced_rate(rate):
 
 
 @pytest.mark.usefixtures("interpreted")
-def test_kernels_draw_the_mask():
+@pytest.mark.parametrize("generator", ["fast", "packed"])
+def test_kernels_draw_the_mask(generator):
     """With equal probabilities and one-hot values, the output shows each decision."""
     shape, parts = (1, 1, 70, 256), []
     for first in range(0, 256, 128):
-        mask = draw_mask("f", jax.random.clone(KEY), jnp.float32(0.5), shape)
+        mask = draw_mask("f", jax.random.clone(KEY), jnp.float32(0.5), shape, generator)
         q, k = jnp.zeros((1, 70, 1, 128), "bfloat16"), jnp.zeros((1, 256, 1, 128), "bfloat16")
         v = jnp.eye(256, dtype="bfloat16")[None, :, None, first : first + 128]
         inputs = AttentionInputs(dropout=mask)
@@ -263,7 +268,7 @@ def test_kernels_draw_the_mask():
             q, k, v, None, inputs
         )
         parts.append(np.asarray(out, np.float32).swapaxes(1, 2))
-    mask = np.asarray(jdrop.dropout_mask(jax.random.clone(KEY), shape, 0.5))
+    mask = np.asarray(jdrop.dropout_mask(jax.random.clone(KEY), shape, 0.5, generator=generator))
     np.testing.assert_array_equal(np.concatenate(parts, axis=-1), mask * 2 / 256)
 
 

@@ -47,6 +47,7 @@ CASES = {
         "shared_axes": (0, 1),
         "scale": -0.3,
     },
+    "packed": {"generator": "packed"},
 }
 
 
@@ -55,6 +56,7 @@ def test_several_tiles(small, options):
     check(small, data(**LONG), **options)
 
 
+@pytest.mark.parametrize("generator", ["fast", "packed"])
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -65,8 +67,8 @@ def test_several_tiles(small, options):
     ],
     ids=lambda sizes: f"{sizes['queries']} queries, {sizes['keys']} keys",
 )
-def test_sizes(sizes):
-    check(ROW, data(**sizes), jnp.float32(0.3), is_causal=True)
+def test_sizes(sizes, generator):
+    check(ROW, data(**sizes), jnp.float32(0.3), is_causal=True, generator=generator)
 
 
 def test_traced_rates():

@@ -25,7 +25,14 @@ LEARNED = ("learned._concrete", "learned._variational")
 LAYERS = [
     ["_errors", "_types", "_random.threefry", "_random.normal"],
     ["_checks", "_axes", "_random.indexing", "_random.fast", "_random.jax_bits", "_sharding"],
-    ["_random.key_words", "_platform.generic", "schedules", "consistency", "uncertainty._decomposition"],
+    [
+        "_random.key_words",
+        "_random.packed",
+        "_platform.generic",
+        "schedules",
+        "consistency",
+        "uncertainty._decomposition",
+    ],
     ["_platform.cpu", "_platform.gpu", "_platform.tpu"],
     ["_platform"],
     ["_bits", "_lowering"],

@@ -188,9 +188,10 @@ def test_broken_row_keys_start_from_healthy_ones():
     np.testing.assert_array_equal(few_rounds(20)(key, rows), randomness.library_row_keys(key, rows))
 
 
+@pytest.mark.parametrize("generator", randomness.GENERATORS)
 @pytest.mark.parametrize("group", randomness.GROUPS)
-def test_the_library_passes(group):
-    results = randomness.check(randomness.library, LOG2_WORDS, 0, [group])
+def test_the_library_passes(group, generator):
+    results = randomness.check(randomness.GENERATORS[generator], LOG2_WORDS, 0, [group])
     assert results[group] and not randomness.rejected(results)
 
 
@@ -218,9 +219,9 @@ def test_p_values_are_uniform_for_random_words():
 # ---------------------------------------------------------------------------------- emit_bits
 
 
-def joined(columns, order, rate, count):
-    """Return the first words or bytes of the stream."""
-    blocks = emit.stream(columns, order, 7, rate)
+def joined(columns, order, rate, count, generator="fast"):
+    """Return the first numbers or bytes of the stream."""
+    blocks = emit.stream(columns, order, 7, rate, generator)
     parts, size = [], 0
     while size < count:
         parts.append(next(blocks).ravel())
@@ -241,15 +242,23 @@ def test_the_stream_is_the_words_of_the_library(monkeypatch, columns, band, orde
     np.testing.assert_array_equal(joined(columns, order, None, count)[at], expected)
 
 
-def test_mask_bits_are_the_mask_of_the_library():
+def test_the_packed_stream_is_the_numbers_that_decide():
+    expected = reference.packed_numbers((0, 7), (32, 128)).ravel()
+    stream = joined(128, "rows", None, expected.size, "packed")
+    assert stream.dtype == np.uint16
+    np.testing.assert_array_equal(stream, expected)
+
+
+@pytest.mark.parametrize("generator", emit.GENERATORS)
+def test_mask_bits_are_the_mask_of_the_library(generator):
     key, columns, rows = jax.random.key(7), 256, 64
-    mask = np.asarray(jdrop.dropout_mask(key, (rows, columns), 0.1))
+    mask = np.asarray(jdrop.dropout_mask(key, (rows, columns), 0.1, generator=generator))
     expected = np.packbits(mask.ravel(), bitorder="little")
-    np.testing.assert_array_equal(joined(columns, "rows", 0.1, expected.size), expected)
+    np.testing.assert_array_equal(joined(columns, "rows", 0.1, expected.size, generator), expected)
     band = emit.BLOCK // columns
-    mask = np.asarray(jdrop.dropout_mask(key, (band, columns), 0.1, window=((0, band), (0, 2))))
-    expected = np.packbits(mask.T.ravel(), bitorder="little")
-    np.testing.assert_array_equal(joined(columns, "columns", 0.1, expected.size), expected)
+    mask = jdrop.dropout_mask(key, (band, columns), 0.1, generator=generator, window=((0, band), (0, 2)))
+    expected = np.packbits(np.asarray(mask).T.ravel(), bitorder="little")
+    np.testing.assert_array_equal(joined(columns, "columns", 0.1, expected.size, generator), expected)
 
 
 @pytest.mark.parametrize("columns", [1, 3, 1000, 4097, 2**22 + 8, 2**32])

@@ -31,9 +31,9 @@ def dropout(
     ``y[i] = x[i] * m[i] / (1 - rate)`` with ``m[i] ~ Bernoulli(1 - rate)``, where ``m[i]`` is a pure function of the
     key and the index ``i``. The gradient is multiplied by the same ``m[i] / (1 - rate)``. The backward pass recomputes
     the mask, so the only residuals are the words of the key and the rate. Kept values are divided by the exact keep
-    probability: ``1 - round(float32(rate) * 2**32) / 2**32``, or with ``generator="jax"`` that of
-    ``jax.random.bernoulli``, ``ceil(p * 2**n) / 2**n`` with ``p = 1 - rate`` in the dtype of the rate, which has n
-    mantissa bits.
+    probability: ``1 - round(float32(rate) * 2**32) / 2**32``, with ``2**16`` in place of ``2**32`` for
+    ``generator="packed"``, and for ``generator="jax"`` that of ``jax.random.bernoulli``, ``ceil(p * 2**n) / 2**n`` with
+    ``p = 1 - rate`` in the dtype of the rate, which has n mantissa bits.
 
     Args:
       key: one PRNG key, used once; may be ``None`` if ``train`` is false or ``rate`` is a Python or NumPy 0. Typed and
@@ -49,9 +49,11 @@ def dropout(
         ``[batch, time, feature]``. Negative axes count from the end.
       scale_at: ``"train"`` is inverted dropout. ``"eval"`` is the original form: training leaves kept values unscaled,
         and ``train=False`` multiplies x by the keep probability (the only case in which it changes x).
-      generator: ``"fast"`` hashes the key and the index to one 32-bit word per element. ``"jax"`` keeps exactly the
-        elements where ``jax.random.bernoulli(key, 1 - rate, decisions)`` is true, as Flax, Haiku, and Equinox do. Its
-        masks follow ``jax.random``, including its behavior under vmap over rbg keys.
+      generator: ``"fast"`` hashes the key and the index to one 32-bit word per element. ``"packed"`` takes two
+        decisions from a word, so that kernels of :func:`jdrop.dot_product_attention` need fewer instructions; elsewhere
+        it gains nothing. It rounds rates to multiples of 2**-16: below 2**-17 nothing is dropped. ``"jax"`` keeps
+        exactly the elements where ``jax.random.bernoulli(key, 1 - rate, decisions)`` is true, as Flax, Haiku, and
+        Equinox do. Its masks follow ``jax.random``, including its behavior under vmap over rbg keys.
       shard: inside ``jax.shard_map``, where x is a tile: the PartitionSpec of x over the manual mesh axes. Each device
         then applies its tile of the whole array's mask. With ``None``, the key must vary over those axes.
         ``PartitionSpec()`` gives all tiles the same mask, that of an array with the shape of one tile.

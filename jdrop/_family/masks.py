@@ -42,7 +42,7 @@ def dropout_mask(
       rate: drop rate, as in :func:`jdrop.dropout`, except that NaN keeps the element. An array of rates broadcasts to
         the shape of the mask (or to that of the window), with 1 on shared axes.
       shared_axes: axes along which elements share one decision.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.dropout`.
+      generator: as in :func:`jdrop.dropout`.
       window: one ``(start, size)`` pair per axis. Only this part of the mask is computed, at the cost of this part. A
         start may be traced. A traced start is not checked: out of range, it gives bits that belong to no element.
       out_sharding: sharding of the mask over a mesh, as in ``jax.random``. Each device computes only its own shard.

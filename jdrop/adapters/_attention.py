@@ -67,7 +67,8 @@ def dot_product_attention(
       attn_weights_value_einsum: must be ``None`` (linen).
       promote_dtype: must be ``None`` (nnx).
       input_positions: must be ``None`` (nnx): rotate query and key first.
-      generator: ``"fast"``, or ``"jax"`` for the same masks as Flax, bit for bit. Set it with ``functools.partial``.
+      generator: as in :func:`jdrop.dropout`. ``"jax"`` gives the masks of Flax, bit for bit. Set it with
+        ``functools.partial``.
       implementation: as in :func:`jdrop.dot_product_attention`. Set it with ``functools.partial``.
       shard: as in :func:`jdrop.dot_product_attention`, for a single batch axis. Set it with ``functools.partial``.
         Under ``jax.pmap``, or with ``check_vma=False``, ``None`` takes the key as it is.

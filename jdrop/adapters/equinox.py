@@ -29,7 +29,7 @@ class Dropout(equinox.nn.Dropout):
       p: drop rate, as in :func:`jdrop.dropout`. It is checked at call time and may be traced.
       inference: ``True`` returns x itself; ``False`` draws a mask.
       deterministic: deprecated name of ``inference``.
-      generator: ``"fast"``, or ``"jax"`` for the same masks as ``equinox.nn.Dropout``, bit for bit.
+      generator: as in :func:`jdrop.dropout`. ``"jax"`` gives the masks of ``equinox.nn.Dropout``, bit for bit.
       shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
         or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
@@ -114,7 +114,7 @@ class DropPath(Dropout):
       p: drop rate of the branch; it may be traced.
       inference, deterministic: as in :class:`Dropout`.
       batch_axes: axes along which decisions are independent.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
+      generator: as in :func:`jdrop.drop_path`.
       shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
         or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
@@ -172,7 +172,7 @@ class StochasticDepth(equinox.nn.StatefulLayer):
       p: scalar drop rate of the branch; it may be traced.
       inference: ``True`` returns ``x + branch(x)``; ``False`` draws the decision. The branch has its own flags, which
         ``equinox.nn.inference_mode`` sets too.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.stochastic_depth`.
+      generator: as in :func:`jdrop.stochastic_depth`.
       shard: inside ``jax.shard_map``: as in :func:`jdrop.dropout`. All tiles share one decision. Under ``jax.pmap``, or
         with ``check_vma=False``, ``None`` takes the key as it is.
 

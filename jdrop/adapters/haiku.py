@@ -42,7 +42,7 @@ def dropout(
       rate: drop rate, as in :func:`jdrop.dropout`; it may be traced. Rate 1 gives zeros.
       x: floating-point array.
       broadcast_dims: axes along which elements share one decision.
-      generator: ``"fast"``, or ``"jax"`` for the same masks as ``haiku.dropout``, bit for bit.
+      generator: as in :func:`jdrop.dropout`. ``"jax"`` gives the masks of ``haiku.dropout``, bit for bit.
       shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
         or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
@@ -95,7 +95,7 @@ def drop_path(
       rate: drop rate of the branch; it may be traced.
       x: floating-point array, the output of the branch.
       batch_axes: axes along which decisions are independent.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
+      generator: as in :func:`jdrop.drop_path`.
       shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
         or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
@@ -149,7 +149,7 @@ def stochastic_depth(
       rate: scalar drop rate of the branch; it may be traced. Rate 1 gives x.
       x: floating-point array of any shape.
       branch: module or function, ``x -> array with the shape and dtype of x``.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.stochastic_depth`.
+      generator: as in :func:`jdrop.stochastic_depth`.
       shard: inside ``jax.shard_map``: as in :func:`jdrop.dropout`. All tiles share one decision. Under ``jax.pmap``, or
         with ``check_vma=False``, ``None`` takes the key as it is.
 

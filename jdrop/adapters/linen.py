@@ -50,7 +50,7 @@ class Dropout(linen.Dropout):
       broadcast_dims: axes along which elements share one decision.
       deterministic: ``True`` returns the inputs themselves; ``False`` draws a mask.
       rng_collection: rng collection for ``make_rng``.
-      generator: ``"fast"``, or ``"jax"`` for the same masks as ``linen.Dropout``, bit for bit.
+      generator: as in :func:`jdrop.dropout`. ``"jax"`` gives the masks of ``linen.Dropout``, bit for bit.
       shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
         or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
@@ -102,7 +102,7 @@ class DropPath(linen.Module):
       batch_axes: axes along which decisions are independent.
       deterministic: ``True`` returns the inputs themselves; ``False`` draws the decisions.
       rng_collection: rng collection for ``make_rng``.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
+      generator: as in :func:`jdrop.drop_path`.
       shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
         or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
@@ -157,7 +157,7 @@ class StochasticDepth(linen.Module):
       rate: scalar drop rate of the branch; it may be traced, such as one rate per layer in ``linen.scan``.
       deterministic: ``True`` returns ``x + branch(x)``; ``False`` draws the decision.
       rng_collection: rng collection for ``make_rng``.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.stochastic_depth`.
+      generator: as in :func:`jdrop.stochastic_depth`.
       shard: inside ``jax.shard_map``: as in :func:`jdrop.dropout`. All tiles share one decision. Under ``jax.pmap``, or
         with ``check_vma=False``, ``None`` takes the key as it is.
 

@@ -32,7 +32,7 @@ class Dropout(nnx.Dropout):
       deterministic: ``True`` returns the inputs themselves; ``False`` draws a mask; ``None`` leaves it to the call.
       rng_collection: name of the stream in ``rngs`` that provides the keys.
       rngs: ``nnx.Rngs``, a stream, or ``None``. The call also accepts a key.
-      generator: ``"fast"``, or ``"jax"`` for the same masks as ``nnx.Dropout``, bit for bit.
+      generator: as in :func:`jdrop.dropout`. ``"jax"`` gives the masks of ``nnx.Dropout``, bit for bit.
       shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
         or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
@@ -112,7 +112,7 @@ class DropPath(Dropout):
       rate: drop rate of the branch; it may be traced.
       batch_axes: axes along which decisions are independent.
       deterministic, rng_collection, rngs: as in :class:`Dropout`.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.drop_path`.
+      generator: as in :func:`jdrop.drop_path`.
       shard: inside ``jax.shard_map``: the PartitionSpec of the data, as in :func:`jdrop.dropout`. Under ``jax.pmap``,
         or with ``check_vma=False``, ``None`` takes the key as it is, so bind a different key to each device.
 
@@ -169,7 +169,7 @@ class StochasticDepth(Dropout):
       rate: scalar drop rate of the branch; it may be traced.
       deterministic, rng_collection, rngs: as in :class:`Dropout`. ``nnx.Rngs`` or a stream passed to the call also goes
         to a branch that takes ``rngs``.
-      generator: ``"fast"`` or ``"jax"``, as in :func:`jdrop.stochastic_depth`.
+      generator: as in :func:`jdrop.stochastic_depth`.
       shard: inside ``jax.shard_map``: as in :func:`jdrop.dropout`. All tiles share one decision. Under ``jax.pmap``, or
         with ``check_vma=False``, ``None`` takes the key as it is.
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jdrop._bits import FastBits
 from jdrop._random import fast
 from jdrop._random.threefry import Pair
 from jdrop.attention._spec import AttentionSpec
@@ -72,14 +73,14 @@ def along(rows: Array, shape: tuple[int, ...], axis: int) -> Array:
 # ---------------------------------------------------------------------------------- the mask
 
 
-def keep(row_key: Pair, first: Array, keys: Index, threshold: Array, key_axis: int) -> Array:
+def keep(bits: FastBits, row_key: Pair, first: Array, keys: Index, threshold: Array, key_axis: int) -> Array:
     """Return which scores of a tile are kept.
 
     ``row_key`` are the keys of its rows. ``first`` is the index of its first key, uint32 as ``keys``, and a multiple of
-    their number.
+    their number. The lanes of ``keys`` have no bit 8.
     """
     high, low = (along(word, keys.lane.shape, 1 - key_axis) for word in row_key)
-    return fast.mix(fast.key_from((high, low), first + keys.lane), keys.register) >= threshold
+    return bits.mix(fast.key_from((high, low), first + keys.lane), keys.register) >= threshold
 
 
 # ---------------------------------------------------------------------------------- hidden keys

@@ -39,7 +39,7 @@ def refusal(arguments: Arguments, query: Array, key: Array, value: Array, over_s
     if key.shape[-3] < MIN_COLUMNS:
         return f"fewer than {MIN_COLUMNS} keys"
     if not arguments.is_identity:
-        if arguments.generator != "fast":
+        if arguments.generator == "jax":
             return f"generator={arguments.generator!r}"
         if arguments.rate.size != 1:
             return "more than one rate"
@@ -102,7 +102,11 @@ def _operands(
     # A scale of 0 becomes a tiny one, because -inf times 0 is NaN.
     factor = jnp.maximum(jnp.abs(scale) * LOG2E, 1e-30)
     options = parts.Options(
-        spec, num_keys, inputs.query_lengths is not None, inputs.key_lengths is not None or num_keys % parts.BLOCK > 0
+        spec,
+        num_keys,
+        limits_queries=inputs.query_lengths is not None,
+        limits_keys=inputs.key_lengths is not None or num_keys % parts.BLOCK > 0,
+        bits=None if mask is None else mask.hashed_bits,
     )
     operands = parts.Operands(
         query=_pad(query, 1),

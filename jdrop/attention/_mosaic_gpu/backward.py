@@ -47,7 +47,7 @@ def gradient_of_queries(options: Options, operands: Operands) -> Array:
             key = (low + block[0]) * tile[1]
             products = parts.hide(limits, parts.product_of_rows(q_shared.at[own], k), query, key, 1)
             dp = parts.product_of_rows(do_shared.at[own], v)
-            kept = parts.keep(row_key, refs, key, tile, 1) if row_key else None
+            kept = parts.keep(options.bits, row_key, refs, key, tile, 1) if options.bits else None
             _, ds = _tile.gradients(products, dp, factor, sums[0], sums[1], kept, 1)
             return parts.add_product(total, ds.astype(dtype), k), sums, row_key
 
@@ -97,7 +97,7 @@ def gradients_of_keys(options: Options, operands: Operands) -> tuple[Array, Arra
             products = parts.hide(limits, parts.product_of_rows(k_shared.at[own], q), query, key, 0)
             dp = parts.product_of_rows(v_shared.at[own], do)
             words = [parts.load(row_key[0].at[i], COLUMN) for i in range(2)] if row_key else ()
-            kept = parts.keep(tuple(words), refs, key, tile, 0) if row_key else None
+            kept = parts.keep(options.bits, tuple(words), refs, key, tile, 0) if options.bits else None
             log_sum, delta = (parts.load(sums.at[i], COLUMN) for i in range(2))
             p, ds = _tile.gradients(products, dp, factor, log_sum, delta, kept, 0)
             total_dv = parts.add_product(total_dv, parts.separate(p).astype(dtype), do)

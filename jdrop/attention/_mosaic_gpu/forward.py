@@ -55,8 +55,8 @@ def forward(options: Options, operands: Operands) -> tuple[Array, Array, Array]:
             key = (low + block[0]) * tile[1]
             products = parts.hide(limits, parts.product_of_rows(q_shared.at[own], k), query, key, 1)
             e, shrink, peak, total = _tile.softmax_step(products, factor, peak, total, 1)
-            if row_key:
-                e = parts.separate(jnp.where(parts.keep(row_key, refs, key, tile, 1), e, 0.0))
+            if options.bits is not None:
+                e = parts.separate(jnp.where(parts.keep(options.bits, row_key, refs, key, tile, 1), e, 0.0))
             total_out = total_out * _tile.along(shrink, (ROWS, width), 0)
             return parts.add_product(total_out, e.astype(dtype), v), peak, total, row_key
 

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jdrop._bits import FastBits
 from jdrop.attention import _tile
 from jdrop.attention._spec import AttentionSpec
 from jdrop.attention._tile import Index, Limits
@@ -57,6 +58,8 @@ class Options(NamedTuple):
     """Without padding."""
     limits_queries: bool
     limits_keys: bool
+    bits: FastBits | None
+    """Where decisions come from; ``None`` if nothing is dropped."""
 
     def limits(self, numbers: Any, batch: Array) -> Limits:
         """Return what hides keys of an example."""
@@ -86,8 +89,9 @@ def full(shape: tuple[int, ...], value: float = 0.0, layout: Any = TILE) -> Arra
 def index(dtype: Any, shape: tuple[int, int], axis: int) -> Index:
     """Return the index along an axis of a tile in registers."""
     whole = plgpu.broadcasted_iota(dtype, shape, axis, layout=TILE)
-    if axis == 0:
-        return Index(whole, whole & np.array(0, dtype))
+    if axis == 0:  # a thread has the rows i and i + 8
+        register = whole & np.array(8, dtype)
+        return Index(whole - register, register)
     lane = whole & np.array(6, dtype)  # a thread has the columns 8 i + 2 lane + (0, 1)
     return Index(lane, whole - lane)
 
@@ -127,9 +131,10 @@ def hide(limits: Limits, products: Array, query: Array, key: Array, key_axis: in
     return lax.cond(cut, hidden, lambda x: x, products)
 
 
-def keep(row_key: Any, refs: Operands, key: Array, shape: tuple[int, int], key_axis: int) -> Array:
+def keep(bits: FastBits, row_key: Any, refs: Operands, key: Array, shape: tuple[int, int], key_axis: int) -> Array:
     """Return which scores of a tile are kept, for the keys of its rows."""
-    return _tile.keep(row_key, key.astype(jnp.uint32), index(jnp.uint32, shape, key_axis), refs.threshold[0], key_axis)
+    keys = index(jnp.uint32, shape, key_axis)
+    return _tile.keep(bits, row_key, key.astype(jnp.uint32), keys, refs.threshold[0], key_axis)
 
 
 def separate(kept: Array) -> Array:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jdrop._bits import FastBits
 from jdrop._platform import Target
 from jdrop._prepare import Arguments
 from jdrop._random import fast
@@ -38,7 +37,7 @@ def refusal(arguments: Arguments, query: Array, key: Array, value: Array, over_s
     reason = _blockwise.refusal(arguments, query, key, value, over_scores)
     if reason or arguments.is_identity:
         return reason
-    if arguments.generator != "fast":
+    if arguments.generator == "jax":
         return f"generator={arguments.generator!r}"
     if arguments.mask_shape(arguments.shape)[3] == 1:
         return "keys that share decisions"
@@ -134,7 +133,7 @@ class MosaicTpu:
             key_tiles=-(-key.shape[1] // keys),
             num_keys=key.shape[1],
             has_lengths=inputs.query_lengths is not None or inputs.key_lengths is not None,
-            drops=inputs.dropout is not None,
+            bits=None if inputs.dropout is None else inputs.dropout.hashed_bits,
             chunk=self.chunk,
         )
 
@@ -182,7 +181,6 @@ def _rows(target: Target, inputs: AttentionInputs, query: Array, grid: Grid) -> 
     mask = inputs.dropout
     if mask is None:
         return None
-    assert isinstance(mask.bits, FastBits)
     batch, length, heads, _ = query.shape
     row_key, first = mask.row_keys((batch, heads, length, 1), inputs.start, platform=target.platform)
     threshold = _as_scores(fast.threshold(jnp.asarray(mask.rate))[0])

@@ -24,7 +24,7 @@ def _kernel(grid: Grid, numbers: Any, factor: Any, *refs: Any) -> None:
     [keys, width]. The gradient of the output is multiplied by 1 over the keep probability, and it and delta are divided
     by the sum of exponentials. Results: gradients of query [groups, width, queries], key and value [keys, width].
     """
-    rows_ref = refs[0] if grid.drops else None
+    rows_ref = refs[0] if grid.bits else None
     query, do, sums, key, key_t, value, dq, dk, dv, dq_acc, dk_acc, dv_acc = refs[-12:]
     batch, j, group, step = pl.program_id(0), pl.program_id(3), pl.program_id(4), pl.program_id(5)
     groups = dq_acc.shape[0]
@@ -46,8 +46,8 @@ def _kernel(grid: Grid, numbers: Any, factor: Any, *refs: Any) -> None:
             products = hide(dot(key[0, 0], q, (1, 1)) * factor[0, 0], part.start)
             e = jnp.exp2(products - sums[0, 0, 0:1, part])
             kept, dp = e, dot(value[0, 0], g, (1, 1))
-            if rows_ref is not None:
-                keep = Rows.of(rows_ref, part).keep(j * grid.keys, grid.keys)
+            if grid.bits is not None:
+                keep = Rows.of(rows_ref, part).keep(grid.bits, j * grid.keys, grid.keys)
                 kept, dp = jnp.where(keep, e, 0.0), jnp.where(keep, dp, 0.0)
             ds = (e * (dp - sums[0, 0, 1:2, part])).astype(query.dtype)
             dv_acc[...] += dot(kept.astype(do.dtype), g, (1, 0))

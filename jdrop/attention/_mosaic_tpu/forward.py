@@ -19,7 +19,7 @@ def _kernel(grid: Grid, numbers: Any, factor: Any, *refs: Any) -> None:
     Operands: numbers, the factor of products, rows if there is dropout, query [queries, width], key [keys, width],
     value [width, keys]. Results: output [width, queries], and maxima and logarithms as rows.
     """
-    rows_ref = refs[0] if grid.drops else None
+    rows_ref = refs[0] if grid.bits else None
     query, key, value, out, sums, peak, total, acc = refs[-8:]
     batch, i, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     low, high = grid.key_span(i)
@@ -37,8 +37,8 @@ def _kernel(grid: Grid, numbers: Any, factor: Any, *refs: Any) -> None:
         shrink = jnp.exp2(peak[...] - higher)
         e = jnp.exp2(products - higher)
         peak[...], total[...] = higher, total[...] * shrink + jnp.sum(e, axis=0, keepdims=True)
-        if rows_ref is not None:
-            e = jnp.where(Rows.of(rows_ref).keep(j * grid.keys, grid.keys), e, 0.0)
+        if grid.bits is not None:
+            e = jnp.where(Rows.of(rows_ref).keep(grid.bits, j * grid.keys, grid.keys), e, 0.0)
         acc[...] = acc[...] * shrink + dot(value[0, 0], e.astype(value.dtype), (1, 0))
 
     pl.when(j <= high)(lambda: for_visible(grid, numbers, batch, i, j, tile))

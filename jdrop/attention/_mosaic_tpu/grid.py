@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from jdrop._bits import FastBits
 from jdrop.attention._spec import AttentionSpec
 
 
@@ -20,7 +21,8 @@ class Grid(NamedTuple):
     num_keys: int
     """Number of keys without padding."""
     has_lengths: bool
-    drops: bool
+    bits: FastBits | None
+    """Where decisions come from; ``None`` if nothing is dropped."""
     chunk: int
     """Queries that are computed at a time: as much work as needs the compiler's registers and fast memory."""
     first_tile: int = 0

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jdrop._random import fast
+from jdrop._bits import FastBits
 from jdrop.attention import _tile
 from jdrop.attention._mosaic_tpu.grid import Grid
 
@@ -40,17 +40,17 @@ class Rows(NamedTuple):
         factor = lax.bitcast_convert_type(factor, jnp.float32)
         return cls((first, second), threshold, factor, column[0] if column else None)
 
-    def keep(self, first_key: Any, keys: int) -> Array:
+    def keep(self, bits: FastBits, first_key: Any, keys: int) -> Array:
         """Return which scores of a tile are kept. Keys are a power of two, at least 8, and divide the first one."""
         start, queries = first_key.astype(jnp.uint32), self.threshold.shape[1]
         if self.first is not None:
             columns = lax.broadcasted_iota(jnp.uint32, (keys, queries), 0) + start + self.first
-            return fast.mix(self.key, columns) >= self.threshold
+            return bits.mix(self.key, columns) >= self.threshold
         # Vectors have 8 rows: the number of a vector is constant in it, and only the row within it is in the key.
         rows = lax.broadcasted_iota(jnp.uint32, (1, 8, queries), 1)
         vectors = lax.broadcasted_iota(jnp.uint32, (keys // 8, 8, queries), 0) * np.uint32(8)
         key = self.key[0][None], self.key[1][None]
-        kept = _tile.keep(key, start, _tile.Index(rows, vectors), self.threshold[None], 0)
+        kept = _tile.keep(bits, key, start, _tile.Index(rows, vectors), self.threshold[None], 0)
         return kept.reshape(keys, queries)
 
 
