@@ -8,6 +8,8 @@ kinds cannot share a process: ``-m`` decides which kind this process runs.
 import os
 import re
 import sys
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import jax
@@ -36,6 +38,12 @@ settings.register_profile(
 settings.register_profile("few", settings.get_profile("ci"), max_examples=25)
 settings.register_profile("hunt", settings.get_profile("ci"), derandomize=False, max_examples=500, print_blob=True)
 settings.load_profile("ci")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--one-in", type=int, default=1, metavar="N", help="run about 1/N of the cases of each test, at least one"
+    )
 
 
 def pytest_configure(config):
@@ -78,6 +86,20 @@ def pytest_collection_modifyitems(config, items):
         empty = [tier for tier in TIERS if not any(item.get_closest_marker(tier) for item in items)]
         if empty:
             raise pytest.UsageError(f"no tests in tiers {empty}")
+    take_one_in(config, items, config.option.one_in)
+
+
+def take_one_in(config, items, n):
+    """Deselect all but about 1/n of the cases of each test in each tier: by a hash, so that all parameters vary."""
+    cases = defaultdict(list)
+    for item in items:
+        tiers = [mark.name for mark in item.iter_markers() if mark.name in TIERS]
+        cases[item.nodeid.split("[")[0], *tiers].append(item)
+    kept = set()
+    for of_test in cases.values():
+        kept.update([item for item in of_test if zlib.crc32(item.nodeid.encode()) % n == 0] or of_test[:1])
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_runtest_setup(item):

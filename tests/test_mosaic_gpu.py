@@ -299,12 +299,11 @@ def test_kernels_under_vmap_give_the_results_of_each_key():
 # ---------------------------------------------------------------------------------- lowering and refusals
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("sizes", "options"), CASES.values(), ids=CASES)
 @pytest.mark.usefixtures("plgpu")
-def test_kernels_lower(sizes, options, dtype):
+def test_kernels_lower(sizes, options):
     rate = jnp.float32(0.5) if options.get("train", True) else None
-    arrays = data(sizes.get("dtype", dtype), **{name: n for name, n in sizes.items() if name != "dtype"})
+    arrays = data(**{"dtype": "bfloat16", **sizes})
     options = {name: x for name, x in options.items() if name != "train"}
     f = jax.jit(lambda *arrays: attend(jax.random.clone(KEY), rate, options, *arrays)[0])
     assert f.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu") >= 3
