@@ -77,7 +77,7 @@ def keep(bits: FastBits, row_key: Pair, first: Array, keys: Index, threshold: Ar
     """Return which scores of a tile are kept.
 
     ``row_key`` are the keys of its rows. ``first`` is the index of its first key, uint32 as ``keys``, and a multiple of
-    their number. The lanes of ``keys`` have no bit 8.
+    their number. The lanes of ``keys`` lack the bit of value 8.
     """
     high, low = (along(word, keys.lane.shape, 1 - key_axis) for word in row_key)
     return bits.mix(fast.key_from((high, low), first + keys.lane), keys.register) >= threshold
