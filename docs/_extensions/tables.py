@@ -18,6 +18,7 @@ LABELS = {
     "scale": "`x * c`",
     "jdrop fast": "jdrop",
     "jdrop jax": '`generator="jax"`',
+    "jdrop packed": '`generator="packed"`',
     "jdrop chunked": "jdrop",
     "jdrop chunked, causal": "jdrop, causal",
     "jdrop reference": "jdrop, reference",
