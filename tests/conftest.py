@@ -30,13 +30,13 @@ TIERS = ("unit", "compiled", "docs", "examples", "benchmarks", "long", "property
 settings.register_profile(
     "ci",
     derandomize=True,
-    max_examples=100,
+    max_examples=60,
     deadline=None,
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
-settings.register_profile("few", settings.get_profile("ci"), max_examples=25)
-settings.register_profile("hunt", settings.get_profile("ci"), derandomize=False, max_examples=500, print_blob=True)
+settings.register_profile("few", settings.get_profile("ci"), max_examples=15)
+settings.register_profile("hunt", settings.get_profile("ci"), derandomize=False, max_examples=300, print_blob=True)
 settings.load_profile("ci")
 
 
@@ -95,7 +95,7 @@ def take_one_in(config, items, n):
     for item in items:
         tiers = [mark.name for mark in item.iter_markers() if mark.name in TIERS]
         cases[item.nodeid.split("[")[0], *tiers].append(item)
-    kept = set()
+    kept = {item for item in items if item.get_closest_marker("every_case")}
     for of_test in cases.values():
         kept.update([item for item in of_test if zlib.crc32(item.nodeid.encode()) % n == 0] or of_test[:1])
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])

@@ -224,6 +224,7 @@ def interpreted(plgpu, monkeypatch):
     monkeypatch.setattr(parts, "add_product", add_product)
 
 
+@pytest.mark.every_case
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("sizes", "options"), CASES.values(), ids=CASES)
 def test_kernels_give_the_formula(sizes, options):
@@ -245,6 +246,7 @@ def test_kernels_give_the_formula(sizes, options):
     assert (np.asarray(results[0], np.float32)[blind[..., 0]] == 0).all()
 
 
+@pytest.mark.every_case
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("rate", [0.0, 1.0, 2**-31, 0.999])
 def test_kernels_take_any_traced_rate(rate):
@@ -254,6 +256,7 @@ def test_kernels_take_any_traced_rate(rate):
     suite.close([np.asarray(x, np.float32) for x in results], expected, 1.5e-2)
 
 
+@pytest.mark.every_case
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("generator", ["fast", "packed"])
 def test_kernels_draw_the_mask(generator):
