@@ -48,6 +48,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Set XLA's flags before any test module is imported, which makes XLA read them."""
+    config.addinivalue_line("markers", "every_case: --one-in takes all cases, because they run only on the newest JAX")
     expression = config.option.markexpr
     by_name = set(re.findall(r"\w+", re.sub(r"\bnot \w+", "", expression)))
     as_users = not expression or bool(by_name & {"compiled", "long", "accelerators"})
