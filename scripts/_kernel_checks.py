@@ -10,6 +10,7 @@ import numpy as np
 from _report import Plan, Row, attempt
 
 import jdrop
+from jdrop._bits import WORD_BITS
 
 NAME, STAND_IN = "mosaic_gpu", "chunked"
 RATE = 0.3
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[Row, Row]] = {  # sizes, and options of the call
     "scale": ({}, {"scale": -0.2}),
     "shared by batch and heads": ({}, {"shared_axes": (0, 1)}),
     "shared by queries": ({}, {"shared_axes": 2}),
+    "packed": ({"queries": 300, "keys": 300, "width": 128}, {"is_causal": True, "generator": "packed"}),
 }
 
 
@@ -75,23 +77,26 @@ def compare(name: str, case: str, dtype: str) -> Iterator[Row]:
     yield {"ok": all(error <= BOUNDS[dtype] for error in errors.values()), **errors}  # not so for NaN
 
 
-def decisions(name: str, queries: int = 200, keys: int = 256) -> Iterator[Row]:
+def decisions(name: str, generator: Any, queries: int = 200, keys: int = 256) -> Iterator[Row]:
     """Read every decision from the output, by equal probabilities and one-hot values."""
     shape, width, key = (2, 3, queries, keys), 64, jax.random.key(6)
     q, k = (jnp.zeros((2, n, 3, width), "bfloat16") for n in (queries, keys))
     parts = []
     for first in range(0, keys, width):
         v = jnp.broadcast_to(jnp.eye(keys, dtype="bfloat16")[None, :, None, first : first + width], (2, keys, 3, width))
-        out = jdrop.dot_product_attention(key, q, k, v, RATE, train=True, implementation=name)
+        out = jdrop.dot_product_attention(key, q, k, v, RATE, train=True, generator=generator, implementation=name)
         parts.append(np.asarray(out, np.float32).swapaxes(1, 2) != 0)
-    wrong = int((np.concatenate(parts, axis=-1) != np.asarray(jdrop.dropout_mask(key, shape, RATE))).sum())
+    mask = np.asarray(jdrop.dropout_mask(key, shape, RATE, generator=generator))
+    wrong = int((np.concatenate(parts, axis=-1) != mask).sum())
     yield {"ok": wrong == 0, "detail": f"{wrong} of {np.prod(shape)} decisions differ from dropout_mask"}
 
 
 def rows(plan: Plan) -> Iterator[Row]:
     """Compare masks, and then each case."""
     name = implementation()
-    yield from attempt(plan, {"implementation": name, "case": "mask"}, functools.partial(decisions, name))
+    for generator in WORD_BITS:
+        row = {"implementation": name, "case": f"mask, {generator}"}
+        yield from attempt(plan, row, functools.partial(decisions, name, generator))
     cases = [*CASES][:: 6 if plan.small else 1]
     for case in cases:
         for dtype in [*BOUNDS][1:] if plan.small else BOUNDS:

@@ -327,6 +327,7 @@ def attention_block(plan: Plan, shape: tuple[int, ...], causal: bool) -> list[Ro
         f"jdrop, rate {RATE}": lambda: make(ours, RATE),
         "kernel, rate 0": lambda: make(kernel, 0.0),
         f"kernel, rate {RATE}": lambda: make(kernel, RATE),
+        f"kernel, packed, rate {RATE}": lambda: make(functools.partial(kernel, generator="packed"), RATE),
         f"torch, rate {RATE}": lambda: torch_attention(data, RATE, causal),
         "torch, rate 0": lambda: torch_attention(data, 0.0, causal),
         "cuDNN, rate 0": lambda: make((lambda key, q, k, v, rate: cudnn(q, k, v)) if on_gpu else None, 0.0),

@@ -1,4 +1,4 @@
-"""Mask version 1, packed mask version 1, and derived keys are frozen: literals first, then the NumPy reference on random shapes.
+"""The masks of both generators and derived keys are frozen: literals first, then the NumPy reference on random shapes.
 
 A failure here means that existing runs would get other masks. Never change a literal: create a new mask version.
 """
@@ -51,7 +51,7 @@ def library_words(key, shape, window=None):
     return np.asarray(_words(mask, size=tuple(n for _, n in window)))
 
 
-def packed(mask) -> bytes:
+def as_bytes(mask) -> bytes:
     """Pack bits, with the first element in the lowest bit of the first byte."""
     return np.packbits(np.asarray(mask).ravel(), bitorder="little").tobytes()
 
@@ -119,7 +119,7 @@ def test_words_are_frozen(impl, shape, index, answer):
     assert int(library_words(legacy(KEYS[impl]), shape, window).ravel()[0]) == answer
 
 
-MASKS = [
+FAST_MASKS = [
     ((), 0.5, None, "01"),
     ((5,), 0.5, None, "07"),
     (
@@ -142,28 +142,13 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "rate", "window", "answer"), MASKS)
-def test_small_masks_are_frozen(shape, rate, window, answer):
-    assert packed(reference.mask(MAIN, shape, rate, window)).hex() == answer
-    assert packed(jdrop.dropout_mask(typed("threefry2x32"), shape, rate, window=window)).hex() == answer
-
-
 LARGE = (300, 1000)
-DIGESTS = [
+FAST_DIGESTS = [
     (1e-6, "a029edd095745096980649d9d4211b902ceeb74b64e1e97c78d51f24afbc427d"),
     (0.1, "78de4bc3b4ad8d0b5b35d0f971a44e30c08a179f21f48eed447ae0ecbd97c3c3"),
     (0.5, "d75c2b308c2dd94fbbd469e7025868273c7be9178c2276edc0fd235f5b4e0376"),
     (0.999, "65ed1e2df10cc8ec1c7f4a68cb9543cc1258ab4ac33f67365c71f3e3c80057b7"),
 ]
-
-
-@pytest.mark.parametrize(("rate", "answer"), DIGESTS)
-def test_large_masks_are_frozen(rate, answer):
-    key = typed("threefry2x32")
-    assert hashlib.sha256(packed(jdrop.dropout_mask(key, LARGE, rate))).hexdigest() == answer
-    assert hashlib.sha256(packed(jdrop.dropout_mask(key, LARGE, jnp.float32(rate)))).hexdigest() == answer
-    y = jdrop.dropout(key, jnp.ones(LARGE), rate, train=True)
-    assert hashlib.sha256(packed(np.asarray(y) != 0)).hexdigest() == answer
 
 
 PACKED_MASKS = [
@@ -188,13 +173,6 @@ PACKED_MASKS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "rate", "window", "answer"), PACKED_MASKS)
-def test_small_packed_masks_are_frozen(shape, rate, window, answer):
-    assert packed(reference.packed_mask(MAIN, shape, rate, window)).hex() == answer
-    mask = jdrop.dropout_mask(typed("threefry2x32"), shape, rate, window=window, generator="packed")
-    assert packed(mask).hex() == answer
-
-
 PACKED_DIGESTS = [
     (2.0**-16, "c35aca06e2c856f6c7d28a52d9b1fd9b4542024117da54436cd4f6e42c7e988b"),
     (0.1, "52e5a4e3f2d7e75b22e72feca6a67920607f195cc26d1561650f56fd846f4124"),
@@ -203,14 +181,32 @@ PACKED_DIGESTS = [
 ]
 
 
-@pytest.mark.parametrize(("rate", "answer"), PACKED_DIGESTS)
-def test_large_packed_masks_are_frozen(rate, answer):
+REFERENCE = {"fast": reference.mask, "packed": reference.packed_mask}
+
+
+def of_both(fast, packed):
+    """Return the cases of both generators."""
+    return [(generator, *case) for generator, cases in (("fast", fast), ("packed", packed)) for case in cases]
+
+
+MASKS, DIGESTS = of_both(FAST_MASKS, PACKED_MASKS), of_both(FAST_DIGESTS, PACKED_DIGESTS)
+
+
+@pytest.mark.parametrize(("generator", "shape", "rate", "window", "answer"), MASKS)
+def test_small_masks_are_frozen(generator, shape, rate, window, answer):
+    assert as_bytes(REFERENCE[generator](MAIN, shape, rate, window)).hex() == answer
+    mask = jdrop.dropout_mask(typed("threefry2x32"), shape, rate, window=window, generator=generator)
+    assert as_bytes(mask).hex() == answer
+
+
+@pytest.mark.parametrize(("generator", "rate", "answer"), DIGESTS)
+def test_large_masks_are_frozen(generator, rate, answer):
     key = typed("threefry2x32")
     for x in (rate, jnp.float32(rate)):
-        mask = jdrop.dropout_mask(key, LARGE, x, generator="packed")
-        assert hashlib.sha256(packed(mask)).hexdigest() == answer
-    y = jdrop.dropout(key, jnp.ones(LARGE), rate, train=True, generator="packed")
-    assert hashlib.sha256(packed(np.asarray(y) != 0)).hexdigest() == answer
+        mask = jdrop.dropout_mask(key, LARGE, x, generator=generator)
+        assert hashlib.sha256(as_bytes(mask)).hexdigest() == answer
+    y = jdrop.dropout(key, jnp.ones(LARGE), rate, train=True, generator=generator)
+    assert hashlib.sha256(as_bytes(np.asarray(y) != 0)).hexdigest() == answer
 
 
 DERIVED = [
