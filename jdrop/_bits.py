@@ -146,13 +146,14 @@ class JaxBits:
         return jax_bits.keep_probability(jnp.asarray(rate), dtype)
 
 
-_HASHED: dict[Generator, Bits] = {"fast": FastBits(), "packed": PackedBits()}
+WORD_BITS: dict[str, FastBits] = {"fast": FastBits(), "packed": PackedBits()}
+"""The generators whose decisions come from words."""
 
 
 def bits_for(function: str, key: Array, generator: Generator, argument: str = "key") -> Bits:
     """Return the source of decisions for a key; ``argument`` is the name of the key in the function."""
-    if generator in _HASHED:
-        return _HASHED[generator]
+    if generator in WORD_BITS:
+        return WORD_BITS[generator]
     try:
         implementation = str(jax.random.key_impl(key))  # legacy keys: the default implementation
     except (TypeError, ValueError):
@@ -165,5 +166,5 @@ def bits_for(function: str, key: Array, generator: Generator, argument: str = "k
 
 def expected_keep(rate: Rate, generator: Generator, dtype: Any) -> Array:
     """Return the keep probability without a key, as the factor of evaluation if training does not divide."""
-    bits = _HASHED.get(generator, JaxBits("", False))
+    bits: Bits = WORD_BITS.get(generator) or JaxBits("", False)
     return bits.keep_probability(lax.stop_gradient(bits.rate(rate)), dtype)

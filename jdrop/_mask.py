@@ -35,8 +35,8 @@ class Mask:
     bits: Bits = dataclasses.field(metadata={"static": True})
 
     @property
-    def hashed_bits(self) -> FastBits:
-        """The bits, as kernels need them: those of ``generator="fast"`` or ``"packed"``."""
+    def word_bits(self) -> FastBits:
+        """The bits of ``generator="fast"`` or ``"packed"``, as kernels need them."""
         assert isinstance(self.bits, FastBits)
         return self.bits
 
@@ -75,7 +75,7 @@ class Mask:
         last axis, and ``start`` is where it starts, as for a mask.
         """
         index = dataclasses.replace(self, start=start).index(size)
-        return self.hashed_bits.row_keys(self.words, self.shape, self._zero_where_shared(index), platform)
+        return self.word_bits.row_keys(self.words, self.shape, self._zero_where_shared(index), platform)
 
     def keep_probability(self, dtype: Any) -> Array:
         """Return the exact probability that an element is kept; NaN where the rate is NaN."""

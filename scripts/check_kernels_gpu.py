@@ -35,7 +35,7 @@ import _machine_code
 import jax
 import jax.numpy as jnp
 
-from jdrop._bits import FastBits, PackedBits
+from jdrop._bits import WORD_BITS, FastBits
 from jdrop.attention._mosaic_gpu import backward as backward
 from jdrop.attention._mosaic_gpu import forward as forward
 from jdrop.attention._mosaic_gpu.parts import ROWS, Operands, Options
@@ -49,7 +49,7 @@ KERNELS = {  # the function, the columns of its tiles, and its operations of mat
 }
 TENSOR = 4096  # operations per cycle of a multiprocessor, as specified for dense products in 16 bits
 TIMES = ("overlapped", "serial")
-GENERATORS: dict[str, FastBits | None] = {"no dropout": None, "fast": FastBits(), "packed": PackedBits()}
+GENERATORS: dict[str, FastBits | None] = {"no dropout": None, **WORD_BITS}
 THREADS = 128  # of a warpgroup, which computes a tile
 LENGTH, SCORES = 1024, 4 * 16 * 4096**2  # of the compiled program, whose loops have any length; and of the model
 

@@ -6,8 +6,8 @@ too even are as bad as words that are too uneven. All keys are fixed. With N tes
 p-value is below ``1e-4 / N`` (Bonferroni): a perfect generator fails at one ``--key-seed`` in 10,000.
 ``scripts/emit_bits.py`` feeds external suites.
 
-With ``--generator packed``, a word has the numbers of two decisions: upper bits of its own element, and lower bits of
-the element in the row that is 2**62 further.
+With ``--generator packed``, a word joins the 16 bits of two decisions: the upper half decides about its element, and
+the lower half about the element 2**62 rows further.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def library(key: Array, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
 
 
 def packed_library(key: Array, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
-    """Return pairs of numbers that decide with ``generator="packed"``."""
+    """Return the 16 bits of two decisions of ``generator="packed"`` in each word."""
     words = [
         np.asarray(_library(jax.random.key_data(key), *_halves(r), cols, mix=packed.mix))
         for r in (rows, rows ^ np.uint64(2**62))

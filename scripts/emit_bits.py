@@ -22,12 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jdrop._bits import FastBits, PackedBits
+from jdrop._bits import WORD_BITS
 from jdrop._platform import PLATFORMS
 from jdrop._random.threefry import U64, WORD
 
 BLOCK = 2**22  # elements per computation: 16 MB of words
-GENERATORS = {"fast": FastBits(), "packed": PackedBits()}
 BAND = 1024  # minimum number of rows in a band that is written column by column
 
 
@@ -42,7 +41,7 @@ def parse() -> argparse.Namespace:
         help=f"row by row, or column by column in bands of {BAND} rows (more rows below {BLOCK // BAND} columns)",
     )
     parser.add_argument("--key-seed", type=int, default=0, help="write the words of jax.random.key(KEY_SEED)")
-    parser.add_argument("--generator", choices=GENERATORS, default="fast")
+    parser.add_argument("--generator", choices=WORD_BITS, default="fast")
     parser.add_argument(
         "--mask-rate",
         type=float,
@@ -82,7 +81,7 @@ def words(
     outer, inner = outer[:, None, None], inner.reshape(-1, group).T[None]
     down, across = (outer, inner) if order == "rows" else (inner, outer)
     row_key = PLATFORMS["cpu"].row_key(key, row + U64(np.uint32(0), down), across)  # once per row
-    return GENERATORS[generator].mix(row_key, across)
+    return WORD_BITS[generator].mix(row_key, across)
 
 
 @functools.partial(jax.jit, static_argnames=("generator", "rows", "cols", "order"))
@@ -118,7 +117,7 @@ def stream(columns: int, order: str, key_seed: int, mask_rate: float | None, gen
 
 def threshold(rate: float, generator: str) -> np.uint32:
     """Return the smallest word of kept elements, as the library computes it for rates below 1."""
-    return np.uint32(round(float(GENERATORS[generator].rate(np.asarray(rate))) * WORD))
+    return np.uint32(round(float(WORD_BITS[generator].rate(np.asarray(rate))) * WORD))
 
 
 def main() -> int:

@@ -59,7 +59,7 @@ def test_a_tile_has_the_bits_of_dropout_mask(generator):
     for key_axis, lanes in [(1, 6), (1, 0), (0, 6), (0, 2**20 - 9)]:
         size = tile_shape(16, 128, key_axis)
         keys = index(np.uint32, size, key_axis, lanes)
-        kept = _tile.keep(whole.hashed_bits, tuple(words[1, 2, :, 32:48]), jnp.uint32(128), keys, threshold, key_axis)
+        kept = _tile.keep(whole.word_bits, tuple(words[1, 2, :, 32:48]), jnp.uint32(128), keys, threshold, key_axis)
         kept = kept if key_axis == 1 else kept.T
         np.testing.assert_array_equal(kept, mask[1, 2, 32:48, 128:256])
 

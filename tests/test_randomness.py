@@ -249,7 +249,7 @@ def test_the_packed_stream_is_the_numbers_that_decide():
     np.testing.assert_array_equal(stream, expected)
 
 
-@pytest.mark.parametrize("generator", emit.GENERATORS)
+@pytest.mark.parametrize("generator", emit.WORD_BITS)
 def test_mask_bits_are_the_mask_of_the_library(generator):
     key, columns, rows = jax.random.key(7), 256, 64
     mask = np.asarray(jdrop.dropout_mask(key, (rows, columns), 0.1, generator=generator))

@@ -1,4 +1,4 @@
-"""``generator="packed"``: two decisions of 16 bits per word of ``generator="fast"``, with a mask version of its own.
+"""``generator="packed"``: two decisions of 16 bits per word of ``generator="fast"``, with its own mask version.
 
 Of the columns j and j + 8, where j // 8 is even, the first takes the upper half of the word of j, and the second the
 lower half. In kernels of matrix products, one thread of a GPU and one lane of a TPU has both, so the word is computed

@@ -106,7 +106,7 @@ def _operands(
         num_keys,
         limits_queries=inputs.query_lengths is not None,
         limits_keys=inputs.key_lengths is not None or num_keys % parts.BLOCK > 0,
-        bits=None if mask is None else mask.hashed_bits,
+        bits=None if mask is None else mask.word_bits,
     )
     operands = parts.Operands(
         query=_pad(query, 1),

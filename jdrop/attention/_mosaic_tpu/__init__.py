@@ -133,7 +133,7 @@ class MosaicTpu:
             key_tiles=-(-key.shape[1] // keys),
             num_keys=key.shape[1],
             has_lengths=inputs.query_lengths is not None or inputs.key_lengths is not None,
-            bits=None if inputs.dropout is None else inputs.dropout.hashed_bits,
+            bits=None if inputs.dropout is None else inputs.dropout.word_bits,
             chunk=self.chunk,
         )
 
